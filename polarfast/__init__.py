@@ -1,0 +1,1 @@
+"""polarfast: polarization pruning of convolutional networks while they train."""

@@ -1,0 +1,41 @@
+"""Every error polarfast raises on purpose. A message says what is wrong, where, and what to do."""
+
+
+class PolarfastError(Exception):
+    """Base class of all errors raised by polarfast."""
+
+
+class ArgumentError(PolarfastError, ValueError):
+    """An argument has a value that cannot be used; the message names the argument."""
+
+
+class TracingError(PolarfastError):
+    """The model cannot be traced (scripted, no normalization layer, modules that never ran)."""
+
+
+class ScalingFactorError(PolarfastError):
+    """A scaling factor cannot be used as it stands: dtype, device, layout, or not in the optimizer."""
+
+
+class StepError(PolarfastError, RuntimeError):
+    """A training step was asked for at a moment when it cannot be taken, e.g. before backward."""
+
+
+class ThresholdError(PolarfastError, ValueError):
+    """Scaling factors for which no threshold can be chosen: NaN, infinite, or negative."""
+
+
+class PlanError(PolarfastError, ValueError):
+    """A plan that does not fit the model it is applied to, or cannot be read."""
+
+
+class VerificationError(PolarfastError):
+    """The slim model does not equal what the plan says it equals."""
+
+
+class FileFormatError(PolarfastError):
+    """A file that is not a polarfast model file, is damaged, or is of a newer version."""
+
+
+class BuildError(PolarfastError):
+    """Part of the installation that is needed here is missing (compiled extension, Triton, an extra)."""

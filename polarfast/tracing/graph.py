@@ -1,0 +1,140 @@
+"""What a dry run finds out about a model. Names and ids only: a `Graph` holds none of the model's tensors."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .ids import PIN, components
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectionCall:
+    """One execution of a convolution or linear layer, which reads channels and writes new ones.
+
+    Attributes:
+        weight, bias: parameter names.
+        inputs, outputs: channel ids, int64 [C_in], [C_out]. A depthwise convolution's outputs are its inputs' ids.
+        groups: number of groups (of equal size, and kept so).
+        depthwise: one input channel per group.
+        transposed: transposed convolution (weight is [C_in, C_out / groups, ...]).
+        padded: whether the convolution pads its input with zeros.
+        positions: output positions, the batch included.
+        taps: kernel positions per channel pair.
+        node: this call's node in `Graph.parents`.
+    """
+
+    weight: str
+    bias: str | None
+    inputs: Tensor
+    outputs: Tensor
+    groups: int
+    depthwise: bool
+    transposed: bool
+    padded: bool
+    positions: int
+    taps: int
+    node: int
+
+    def macs(self, n_in: int, n_out: int) -> int:
+        """Multiply-accumulates with `n_in` input and `n_out` output channels."""
+        return self.positions * self.taps * n_out * (1 if self.depthwise else n_in // self.groups)
+
+
+@dataclass(frozen=True, eq=False)
+class NormCall:
+    """One execution of a batch normalization. `outputs` are new ids, linked to `inputs` unless the norm is a boundary.
+
+    Attributes:
+        weight, bias, mean, var: names of parameters and buffers, None where there is none.
+        inputs, outputs: channel ids, int64 [C].
+        depth: convolutions and linear layers on the longest path from the network's input.
+        node: this call's node in `Graph.parents`.
+    """
+
+    weight: str | None
+    bias: str | None
+    mean: str | None
+    var: str | None
+    inputs: Tensor
+    outputs: Tensor
+    depth: int
+    node: int
+
+
+@dataclass(frozen=True, eq=False)
+class Addition:
+    """Two activations added element by element: ids (flat, paired) and the depth of either."""
+
+    left: Tensor
+    right: Tensor
+    left_depth: int
+    right_depth: int
+
+
+@dataclass(frozen=True, eq=False)
+class Pin:
+    """Ids whose channels must stay, and why."""
+
+    ids: Tensor
+    reason: str
+
+
+@dataclass(eq=False)
+class Graph:
+    """The channels of a model.
+
+    Attributes:
+        count: number of ids.
+        projections, norms: calls in the order of execution.
+        axes: (tensor name, dimension) -> id of each index: how every parameter and buffer follows the channels.
+        ties: pairs of ids [2, E] that stand for the same channel (or must be kept or removed together).
+        gates: pairs of ids that meet in a multiplication.
+        additions: activations that meet in an addition.
+        pins: channels that must stay.
+        pooled: ids that pass through an operator that refuses an activation with no channel at all.
+        parents: for each node, the nodes it is computed from.
+        inputs, outputs: nodes of the network's inputs and outputs.
+        unread: names of projection and norm parameters that no call used.
+    """
+
+    count: int = 1
+    projections: list[ProjectionCall] = field(default_factory=list)
+    norms: list[NormCall] = field(default_factory=list)
+    axes: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    ties: list[Tensor] = field(default_factory=list)
+    gates: list[Tensor] = field(default_factory=list)
+    additions: list[Addition] = field(default_factory=list)
+    pins: list[Pin] = field(default_factory=list)
+    pooled: list[Tensor] = field(default_factory=list)
+    parents: list[tuple[int, ...]] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    unread: tuple[str, ...] = ()
+
+    def labels(self, *edge_sets: list[Tensor]) -> Tensor:
+        """Component label of every id under the ties and the given further edges, int64 [count]."""
+        edges = [*self.ties, *(edge for edges in edge_sets for edge in edges)]
+        return components(self.count, torch.cat(edges, 1) if edges else torch.zeros(2, 0, dtype=torch.long))
+
+    def links(self, boundaries: frozenset[str] = frozenset()) -> list[Tensor]:
+        """Edges from each norm's inputs to its outputs, but for norms whose weight is in `boundaries`."""
+        return [torch.stack((c.inputs, c.outputs)) for c in self.norms if c.weight not in boundaries]
+
+    def pin_edges(self) -> list[Tensor]:
+        """Edges from PIN to every pinned id."""
+        return [torch.stack((torch.full_like(pin.ids, PIN), pin.ids)) for pin in self.pins]
+
+    def addition_edges(self) -> list[Tensor]:
+        """Edges between the channels that meet in additions."""
+        return [torch.stack((add.left, add.right)) for add in self.additions]
+
+    def reachable(self, cut: set[int]) -> bool:
+        """Whether every output still depends on an input when the nodes in `cut` pass nothing on."""
+        alive = [False] * len(self.parents)
+        for node in self.inputs:
+            alive[node] = True
+        for node, parents in enumerate(self.parents):  # parents come before their children
+            if parents and node not in cut:
+                alive[node] = any(alive[parent] for parent in parents)
+        return all(alive[node] for node in self.outputs)

@@ -1,0 +1,114 @@
+"""The state of a dry run: ids of live activations, names of parameters, and the graph being written."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .graph import Addition, Graph, Pin
+from .ids import PIN, along, compact
+
+
+@dataclass(eq=False)
+class Value:
+    """An activation: its ids (of its own shape), its node, and the projections on the longest path to it."""
+
+    ids: Tensor
+    node: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class ParameterView:
+    """A parameter or buffer, perhaps transposed or with dimensions of size 1 put in: `dims[i]` is its dimension at i."""
+
+    name: str
+    dims: tuple[int | None, ...]
+
+
+class Recorder:
+    """Collects a `Graph` while operators run."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.graph = Graph()
+        self.values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.views: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.used: set[str] = set()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self.views[tensor] = ParameterView(name, tuple(range(tensor.dim())))
+
+    # --- values -------------------------------------------------------------------------------------------------------
+
+    def value(self, tensor: object) -> Value | None:
+        return self.values.get(tensor) if isinstance(tensor, Tensor) else None
+
+    def view(self, tensor: object) -> ParameterView | None:
+        return self.views.get(tensor) if isinstance(tensor, Tensor) else None
+
+    def put(self, tensor: Tensor, ids: Tensor, sources: Iterable[Value]) -> None:
+        """Track `tensor`. A node of its own only where several values meet."""
+        sources = list(sources)
+        nodes = sorted({source.node for source in sources})
+        node = nodes[0] if len(nodes) == 1 else self.node(nodes)
+        self.values[tensor] = Value(ids, node, max(source.depth for source in sources))
+
+    def put_pinned(self, tensor: Tensor, sources: Iterable[Value]) -> None:
+        """Track a result none of whose positions can be removed."""
+        self.put(tensor, pinned_ids(tensor), sources)
+
+    # --- graph --------------------------------------------------------------------------------------------------------
+
+    def node(self, parents: Iterable[int]) -> int:
+        self.graph.parents.append(tuple(parents))
+        return len(self.graph.parents) - 1
+
+    def fresh(self, count: int) -> Tensor:
+        """`count` new channel ids."""
+        first = self.graph.count
+        self.graph.count += count
+        return torch.arange(first, first + count)
+
+    def tie(self, left: Tensor, right: Tensor) -> None:
+        """Say that two rows of ids are, pair by pair, the same channels."""
+        if left is not right and not torch.equal(left, right):
+            self.graph.ties.append(torch.stack((left.reshape(-1), right.reshape(-1))))
+
+    def gate(self, left: Tensor, right: Tensor) -> None:
+        self.graph.gates.append(torch.stack((left.reshape(-1), right.reshape(-1))))
+
+    def add(self, left: Tensor, right: Tensor, left_depth: int, right_depth: int) -> None:
+        self.graph.additions.append(Addition(left.reshape(-1), right.reshape(-1), left_depth, right_depth))
+
+    def pin(self, ids: Tensor, reason: str) -> None:
+        ids = compact(ids).unique()
+        ids = ids[ids != PIN]
+        if ids.numel():
+            self.graph.pins.append(Pin(ids, reason))
+
+    def axis(self, name: str, dim: int, ids: Tensor) -> None:
+        """Say that a parameter's dimension follows these channels. A parameter used twice ties its two uses."""
+        self.used.add(name)
+        known = self.graph.axes.setdefault((name, dim), ids)
+        self.tie(known, ids)
+
+    def channels(self, value: Value, dim: int, reason: str) -> Tensor:
+        """Ids per index of `dim`; where the ids vary along other dimensions too, those positions are pinned for `reason`."""
+        line = along(value.ids, dim)
+        if line is None:
+            self.pin(value.ids, reason)
+            return torch.full((value.ids.shape[dim],), PIN)
+        return line
+
+
+def pinned_ids(tensor: Tensor) -> Tensor:
+    """PIN for every element of `tensor`, at no memory."""
+    return torch.full((), PIN).expand(tensor.shape)
+
+
+def spread(ids: Tensor, shape: torch.Size, dim: int) -> Tensor:
+    """A row of ids laid along `dim` of an activation of `shape`."""
+    view = [1] * len(shape)
+    view[dim] = ids.numel()
+    return ids.view(view).expand(shape)

@@ -36,6 +36,7 @@ class Recorder:
         self.values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.views: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.used: set[str] = set()
+        self.whole: set[str] = set()
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self.views[tensor] = ParameterView(name, tuple(range(tensor.dim())))
 
@@ -46,6 +47,10 @@ class Recorder:
 
     def view(self, tensor: object) -> ParameterView | None:
         return self.views.get(tensor) if isinstance(tensor, Tensor) else None
+
+    def start(self, ids: Tensor, node: int) -> Value:
+        """A network input."""
+        return Value(ids, node, 0)
 
     def put(self, tensor: Tensor, ids: Tensor, sources: Iterable[Value]) -> None:
         """Track `tensor`. A node of its own only where several values meet."""
@@ -93,12 +98,27 @@ class Recorder:
         known = self.graph.axes.setdefault((name, dim), ids)
         self.tie(known, ids)
 
-    def channels(self, value: Value, dim: int, reason: str) -> Tensor:
-        """Ids per index of `dim`; where the ids vary along other dimensions too, those positions are pinned for `reason`."""
+    def use_whole(self, tensor: object) -> None:
+        """Say that a parameter is used in a way that allows none of its positions to go."""
+        view = self.view(tensor)
+        if view is not None:
+            self.used.add(view.name)
+            self.whole.add(view.name)
+
+    def finish(self) -> Graph:
+        """Pin what follows parameters that are used whole, and hand over the graph."""
+        for (name, _), ids in list(self.graph.axes.items()):
+            if name in self.whole:
+                self.pin(ids, f"{name} is also used in a way that is not known")
+        return self.graph
+
+    def channels(self, value: Value, dim: int) -> Tensor:
+        """Ids per index of `dim`. Where several channels share an index (a concatenation along the height), they are tied."""
         line = along(value.ids, dim)
         if line is None:
-            self.pin(value.ids, reason)
-            return torch.full((value.ids.shape[dim],), PIN)
+            rows = compact(value.ids).movedim(dim, 0).flatten(1)
+            line = rows[:, 0]
+            self.tie(line.unsqueeze(1).expand_as(rows), rows)
         return line
 
 

@@ -1,0 +1,208 @@
+"""From a traced graph to channel classes: which channels stay or go together, and whose γ decides."""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .tracing import PIN, Graph, NormCall
+
+#: What may happen to channels that meet in an addition.
+RESIDUAL_MODES = ("keep", "expand", "couple")
+
+STEM = "is the stem of a residual network"
+MEETS = {
+    "keep": "its channels meet in an addition (residual='expand' or 'couple' can prune them)",
+    "expand": "its channels are a shortcut that meets an addition",
+    "couple": "its channels meet in an addition with channels that must stay",
+}
+
+
+class Channels:
+    """The channel classes of a graph under one residual mode.
+
+    A class is a set of ids that must be kept or removed together. A normalization *takes part* iff it alone reads every channel
+    that it normalizes: then γ = 0 makes the channel a constant, and its class can go.
+
+    Attributes:
+        graph, residual: what this was made from.
+        boundaries: weights of norms whose output is put back to full width ("expand").
+        label: int64 [graph.count], the class of each id; PIN: must stay.
+        layers: γ name -> class of each of its channels, int64 [C]; the norms that take part, in order of execution.
+        pinned: γ name -> why it does not take part.
+    """
+
+    def __init__(self, graph: Graph, residual: str) -> None:
+        self.graph, self.residual = graph, residual
+        self._raw = graph.labels()
+        self.calls: dict[str, NormCall] = {}
+        for call in graph.norms:
+            if call.weight is not None:
+                self.calls.setdefault(call.weight, call)
+        self._alone = {name for name, call in self.calls.items() if self._reads_alone(name, call)}
+        self.boundaries = self._find_boundaries() if residual == "expand" else frozenset()
+        self.label = self._classes()
+        self.layers: dict[str, Tensor] = {}
+        self.pinned: dict[str, str] = {}
+        for name, call in self.calls.items():
+            reason = self._why_not(name, call)
+            if reason is None:
+                self.layers[name] = self.label[call.inputs]
+            else:
+                self.pinned[name] = reason
+
+    # --- who reads and writes what ------------------------------------------------------------------------------------
+
+    @cached_property
+    def _readers(self) -> tuple[Tensor, Tensor, list[str]]:
+        """Smallest and largest reader of each raw label (as an index into the list of readers)."""
+        names: list[str] = []
+        number: dict[str, int] = {}
+        low = torch.full((self.graph.count,), len(self.graph.projections) + len(self.graph.norms))
+        high = torch.full((self.graph.count,), -1)
+        for call in (*self.graph.projections, *self.graph.norms):
+            name = call.weight or f"a normalization without weights over {call.inputs.numel()} channels"
+            if name not in number:
+                number[name] = len(names)
+                names.append(name)
+            labels = self._raw[call.inputs]
+            low[labels] = low[labels].clamp(max=number[name])
+            high[labels] = high[labels].clamp(min=number[name])
+        return low, high, names
+
+    @cached_property
+    def _written(self) -> Tensor:
+        """Whether a raw label is written by a convolution or linear layer."""
+        written = torch.zeros(self.graph.count, dtype=torch.bool)
+        for call in self.graph.projections:
+            if not call.depthwise:
+                written[self._raw[call.outputs]] = True
+        written[PIN] = False
+        return written
+
+    def _reads_alone(self, name: str, call: NormCall) -> bool:
+        low, high, names = self._readers
+        labels = self._raw[call.inputs]
+        me = names.index(name)
+        return bool((self._written[labels] & (low[labels] == me) & (high[labels] == me)).all())
+
+    def _find_boundaries(self) -> frozenset[str]:
+        """Norms that end a branch: what they write is the deeper operand of an addition."""
+        deeper = torch.zeros(self.graph.count, dtype=torch.bool)
+        for add in self.graph.additions:
+            if add.left_depth >= add.right_depth:
+                deeper[self._raw[add.left]] = True
+            if add.right_depth >= add.left_depth:
+                deeper[self._raw[add.right]] = True
+        deeper[PIN] = False
+        return frozenset(
+            name for name in self._alone if bool(deeper[self._raw[self.calls[name].outputs]].any())
+        )
+
+    # --- classes ------------------------------------------------------------------------------------------------------
+
+    def _classes(self) -> Tensor:
+        graph = self.graph
+        edges = [*graph.links(self.boundaries), *graph.pin_edges()]
+        if self.residual == "couple":
+            edges += graph.addition_edges()
+        else:
+            edges += [
+                torch.stack((torch.full_like(ids, PIN), ids)) for add in graph.additions for ids in (add.left, add.right)
+            ]
+        self._meets = self._in_addition()
+        edges += [_to_pin(self.calls[name].inputs) for name in self._stems(graph.labels(edges))]
+        return self._pin_uncovered(edges)
+
+    def _in_addition(self) -> Tensor:
+        meets = torch.zeros(self.graph.count, dtype=torch.bool)
+        label = self.graph.labels(self.graph.links(self.boundaries), self.graph.addition_edges())
+        for add in self.graph.additions:
+            meets[label[add.left]] = meets[label[add.right]] = True
+        return meets[label]
+
+    def _stems(self, label: Tensor) -> set[str]:
+        """In a network with additions, the first norms stay, unless they are coupled with others."""
+        if not self.graph.additions:
+            return set()
+        self._stem = {name for name, call in self.calls.items() if call.depth <= 1 and not self._meets[call.outputs].any()}
+        return self._stem
+
+    def _pin_uncovered(self, edges: list[Tensor]) -> Tensor:
+        """Pin classes into which something without a γ adds.
+
+        A class joined by multiplications may go iff one of its factors is wholly decided by γ; within one factor, everything
+        that is added must be.
+        """
+        graph = self.graph
+        factor, joined = graph.labels(edges), graph.labels(edges, graph.gates)
+        covered = self._written.clone()[self._raw]
+        bare = torch.zeros(graph.count, dtype=torch.bool)
+        for call in graph.projections:
+            if not call.depthwise:
+                bare[call.outputs] = True
+        for name in self._alone:
+            bare[self._ids_of(self._raw[self.calls[name].inputs])] = False
+        bare_factor = torch.zeros(graph.count, dtype=torch.bool)
+        bare_factor[factor[bare]] = True
+        decided = torch.zeros(graph.count, dtype=torch.bool)
+        ids = torch.arange(graph.count)
+        decided[joined[ids[covered & ~bare_factor[factor]]]] = True
+        self._decided_factor = ~bare_factor[factor]
+        return torch.where(decided[joined], joined, PIN)
+
+    def _ids_of(self, labels: Tensor) -> Tensor:
+        wanted = torch.zeros(self.graph.count, dtype=torch.bool)
+        wanted[labels] = True
+        return wanted[self._raw]
+
+    # --- reasons ------------------------------------------------------------------------------------------------------
+
+    def _why_not(self, name: str, call: NormCall) -> str | None:
+        """Why a norm does not take part; None if it does."""
+        free = (self.label[call.inputs] != PIN) & self._decided_factor[call.inputs]
+        if name in self._alone and bool(free.any()):
+            return None
+        for found in (self._unwritten, self._shared, self._pin_reason, self._stem_or_addition):
+            reason = found(name, call)
+            if reason is not None:
+                return reason
+        return "something that has no scaling factor is added to its channels"
+
+    def _unwritten(self, name: str, call: NormCall) -> str | None:
+        if bool(self._written[self._raw[call.inputs]].all()):
+            return None
+        if any(len(c.inputs) == len(call.inputs) and c.depthwise and torch.equal(c.outputs, call.inputs) for c in self.graph.projections):
+            return "its channels are those of the layer before the depthwise convolution"
+        return "normalizes channels that no single convolution or linear layer writes (a sum, or the network's input)"
+
+    def _shared(self, name: str, call: NormCall) -> str | None:
+        if name in self._alone:
+            return None
+        low, high, names = self._readers
+        labels = self._raw[call.inputs]
+        others = {names[i] for i in (*low[labels].tolist(), *high[labels].tolist()) if names[i] != name}
+        return f"its channels are read by others too ({', '.join(sorted(others)[:2])})" if others else None
+
+    def _pin_reason(self, name: str, call: NormCall) -> str | None:
+        label = self.graph.labels(self.graph.links(self.boundaries), self.graph.gates)
+        mine = torch.zeros(self.graph.count, dtype=torch.bool)
+        mine[label[call.inputs]] = True
+        mine[PIN] = False
+        for pin in self.graph.pins:
+            if bool(mine[label[pin.ids]].any()):
+                return pin.reason
+        return None
+
+    def _stem_or_addition(self, name: str, call: NormCall) -> str | None:
+        if bool(self._meets[call.outputs].any()):
+            return MEETS[self.residual]
+        return STEM if call.depth <= 1 and self.graph.additions else None
+
+
+def _to_pin(ids: Tensor) -> Tensor:
+    return torch.stack((torch.full_like(ids, PIN), ids))
+
+
+Reason = Callable[[str, NormCall], str | None]

@@ -1,0 +1,82 @@
+"""Example inputs: their description in a plan, and random inputs made from it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError
+
+Spec = dict[str, Any]
+
+
+def describe(inputs: Any) -> Spec:
+    """What inputs look like, as plain JSON data: a tensor, or a tuple or dict of inputs.
+
+    Raises:
+        ArgumentError: something else is among the inputs.
+    """
+    if isinstance(inputs, Tensor):
+        spec: Spec = {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
+        if not inputs.is_floating_point():
+            spec["range"] = [int(inputs.min()), int(inputs.max())] if inputs.numel() else [0, 0]
+        return spec
+    if isinstance(inputs, (tuple, list)):
+        return {"items": [describe(item) for item in inputs]}
+    if isinstance(inputs, dict) and all(isinstance(key, str) for key in inputs):
+        return {"named": {key: describe(item) for key, item in inputs.items()}}
+    if inputs is None or isinstance(inputs, (bool, int, float, str)):
+        return {"value": inputs}
+    raise ArgumentError(
+        f"example_inputs holds a {type(inputs).__name__}: pass a tensor, a tuple of positional inputs or a dict of keyword "
+        "inputs, made of tensors and plain numbers"
+    )
+
+
+def generate(spec: Spec, *, device: torch.device, dtype: torch.dtype | None, seed: int) -> Any:
+    """Random inputs of the described form; floating point ones standard normal and in `dtype`, where given."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(part: Spec) -> Any:
+        if "shape" in part:
+            own = getattr(torch, part["dtype"])
+            if own.is_floating_point:
+                return torch.randn(part["shape"], generator=generator, dtype=torch.float64).to(device, dtype or own)
+            low, high = part["range"]
+            return torch.randint(low, high + 1, part["shape"], generator=generator).to(device, own)
+        if "items" in part:
+            return tuple(make(item) for item in part["items"])
+        if "named" in part:
+            return {key: make(item) for key, item in part["named"].items()}
+        return part["value"]
+
+    return make(spec)
+
+
+def convert(inputs: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """The same inputs on `device`, floating point ones in `dtype`."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, dtype) if inputs.is_floating_point() else inputs.to(device)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(convert(item, device=device, dtype=dtype) for item in inputs)
+    if isinstance(inputs, dict):
+        return {key: convert(item, device=device, dtype=dtype) for key, item in inputs.items()}
+    return inputs
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter or buffer."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own model inside DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model

@@ -1,0 +1,133 @@
+"""Modules of a slim network that plain torch has not: put-back normalizations, and layers without channels.
+
+Each is a mixin over the torch class it stands in for, so that `isinstance` and parameter names stay as they were.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class PutBackMixin:
+    """A normalization of the kept channels whose output has the full width again ("expand").
+
+    Buffers:
+        put_back_index: int64 [kept], the place of each kept channel in the output.
+        put_back_constant: [width], what the removed channels are: their β, or 0 where β was dropped.
+    """
+
+    put_back_index: Tensor
+    put_back_constant: Tensor
+
+    def put_back(self, index: Tensor, constant: Tensor) -> None:
+        """Register where the kept channels go and what stands in the other places."""
+        assert isinstance(self, nn.Module)
+        self.register_buffer("put_back_index", index)
+        self.register_buffer("put_back_constant", constant)
+
+    def forward(self, input: Tensor) -> Tensor:
+        index, constant = self.put_back_index, self.put_back_constant
+        width = constant.numel()
+        kept = super().forward(input) if index.numel() else input  # type: ignore[misc]
+        shape = (kept.shape[0], width, *kept.shape[2:])
+        full = constant.to(kept.dtype).view(1, width, *[1] * (kept.dim() - 2)).expand(shape)
+        if not index.numel():
+            return full.contiguous()  # memory of its own: networks add onto a branch in place
+        if kept.dim() == 4 and kept.is_contiguous(memory_format=torch.channels_last) and not kept.is_contiguous():
+            full = full.contiguous(memory_format=torch.channels_last)
+        return torch.index_copy(full, 1, index, kept)
+
+
+class PutBackBatchNorm1d(PutBackMixin, nn.BatchNorm1d):
+    """`nn.BatchNorm1d` that puts its channels back at their places."""
+
+
+class PutBackBatchNorm2d(PutBackMixin, nn.BatchNorm2d):
+    """`nn.BatchNorm2d` that puts its channels back at their places."""
+
+
+class PutBackBatchNorm3d(PutBackMixin, nn.BatchNorm3d):
+    """`nn.BatchNorm3d` that puts its channels back at their places."""
+
+
+class PutBackSyncBatchNorm(PutBackMixin, nn.SyncBatchNorm):
+    """`nn.SyncBatchNorm` that puts its channels back at their places."""
+
+
+class _SilentNormMixin:
+    """A normalization of no channels (torch's own refuses them)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+class SilentBatchNorm1d(_SilentNormMixin, nn.BatchNorm1d):
+    """`nn.BatchNorm1d` over no channels."""
+
+
+class SilentBatchNorm2d(_SilentNormMixin, nn.BatchNorm2d):
+    """`nn.BatchNorm2d` over no channels."""
+
+
+class SilentBatchNorm3d(_SilentNormMixin, nn.BatchNorm3d):
+    """`nn.BatchNorm3d` over no channels."""
+
+
+class SilentSyncBatchNorm(_SilentNormMixin, nn.SyncBatchNorm):
+    """`nn.SyncBatchNorm` over no channels."""
+
+
+class _SilentConvMixin:
+    """A convolution without input or without output channels: no multiplication, the output's shape and the bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert isinstance(self, nn.modules.conv._ConvNd)
+        if isinstance(self.padding, str):
+            raise NotImplementedError("padding given as a string")  # excluded when the plan is made
+        geometry = zip(input.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        space = [math.floor((n + 2 * p - d * (k - 1) - 1) / s) + 1 for n, k, s, p, d in geometry]
+        out = input.new_zeros((input.shape[0], self.out_channels, *space))
+        return out if self.bias is None else out + self.bias.to(out.dtype).view(1, -1, *[1] * len(space))
+
+
+class SilentConv1d(_SilentConvMixin, nn.Conv1d):
+    """`nn.Conv1d` without input or output channels."""
+
+
+class SilentConv2d(_SilentConvMixin, nn.Conv2d):
+    """`nn.Conv2d` without input or output channels."""
+
+
+class SilentConv3d(_SilentConvMixin, nn.Conv3d):
+    """`nn.Conv3d` without input or output channels."""
+
+
+#: Torch class -> the class that puts channels back.
+PUT_BACK: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: PutBackBatchNorm1d,
+    nn.BatchNorm2d: PutBackBatchNorm2d,
+    nn.BatchNorm3d: PutBackBatchNorm3d,
+    nn.SyncBatchNorm: PutBackSyncBatchNorm,
+}
+#: Torch class -> the class that works without channels; nn.Linear itself does.
+SILENT: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: SilentBatchNorm1d,
+    nn.BatchNorm2d: SilentBatchNorm2d,
+    nn.BatchNorm3d: SilentBatchNorm3d,
+    nn.SyncBatchNorm: SilentSyncBatchNorm,
+    nn.Conv1d: SilentConv1d,
+    nn.Conv2d: SilentConv2d,
+    nn.Conv3d: SilentConv3d,
+    nn.Linear: nn.Linear,
+}
+
+
+def can_put_back(module: nn.Module) -> bool:
+    """Whether a module has a put-back form."""
+    return type(module) in PUT_BACK
+
+
+def can_be_silent(module: nn.Module) -> bool:
+    """Whether a module has a form that works without channels."""
+    return type(module) in SILENT and not isinstance(getattr(module, "padding", None), str)

@@ -1,0 +1,161 @@
+"""Rules for the operators that read channels: convolutions, linear layers, batch normalization."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .graph import NormCall, ProjectionCall
+from .recorder import ParameterView, Recorder, spread
+
+
+def convolution(rec: Recorder, args: tuple[Any, ...], out: Tensor) -> None:
+    """aten.convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)"""
+    x, weight, bias, _, padding, _, transposed, _, groups = args
+    project(
+        rec,
+        x,
+        weight,
+        bias,
+        out,
+        groups=groups,
+        transposed=transposed,
+        padded=any(padding),
+        taps=math.prod(weight.shape[2:]),
+        # A transposed convolution's multiplications are counted over its input positions.
+        positions=(x if transposed else out).numel() // (x if transposed else out).shape[1],
+    )
+
+
+def addmm(rec: Recorder, args: tuple[Any, ...], out: Tensor) -> None:
+    """aten.addmm(bias, input, weight.t())"""
+    bias, x, weight_t = args[:3]
+    _linear(rec, x, weight_t, bias, out)
+
+
+def mm(rec: Recorder, args: tuple[Any, ...], out: Tensor) -> None:
+    """aten.mm(input, weight.t())"""
+    _linear(rec, args[0], args[1], None, out)
+
+
+def _linear(rec: Recorder, x: Tensor, weight_t: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    view = rec.view(weight_t)
+    if rec.value(x) is None or view is None or view.dims != (1, 0):
+        unknown_projection(rec, (x, weight_t, bias), out)
+        return
+    project(rec, x, view, bias, out, positions=out.numel() // out.shape[-1])
+
+
+def project(
+    rec: Recorder,
+    x: Tensor,
+    weight: Tensor | ParameterView,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    positions: int,
+    groups: int = 1,
+    transposed: bool = False,
+    padded: bool = False,
+    taps: int = 1,
+) -> None:
+    """A convolution or linear layer: reads the channels along dimension 1 and writes new ones."""
+    value = rec.value(x)
+    view = weight if isinstance(weight, ParameterView) else rec.view(weight)
+    bias_view = rec.view(bias)
+    if value is None or view is None or (bias is not None and bias_view is None):
+        unknown_projection(rec, (x, weight, bias), out)
+        return
+    inputs = rec.channels(value, 1)
+    depthwise = groups > 1 and groups == inputs.numel()
+    if depthwise:
+        outputs = inputs.repeat_interleave(out.shape[1] // groups)
+        rec.axis(view.name, 0, inputs if transposed else outputs)
+    else:
+        out_dim, in_dim = (1, 0) if transposed else (0, 1)
+        outputs = _writes(rec, view.name, out.shape[1], groups)
+        _tie_groups(rec, inputs, groups)
+        rec.axis(view.name, out_dim, outputs[: outputs.numel() // groups] if transposed else outputs)
+        rec.axis(view.name, in_dim, inputs if transposed else inputs[: inputs.numel() // groups])
+    if bias_view is not None:
+        rec.axis(bias_view.name, 0, outputs)
+    node = rec.node([value.node])
+    rec.graph.projections.append(
+        ProjectionCall(
+            weight=view.name,
+            bias=bias_view.name if bias_view else None,
+            inputs=inputs,
+            outputs=outputs,
+            groups=groups,
+            depthwise=depthwise,
+            transposed=transposed,
+            padded=padded,
+            positions=positions,
+            taps=taps,
+            node=node,
+        )
+    )
+    rec.put(out, spread(outputs, out.shape, 1), [value])
+    tracked = rec.values[out]
+    tracked.node, tracked.depth = node, value.depth + 1
+
+
+def _writes(rec: Recorder, weight: str, count: int, groups: int) -> Tensor:
+    """Ids of the channels that a weight writes: the same ones at each of its calls."""
+    for call in rec.graph.projections:
+        if call.weight == weight:
+            return call.outputs
+    outputs = rec.fresh(count)
+    _tie_groups(rec, outputs, groups)
+    return outputs
+
+
+def _tie_groups(rec: Recorder, ids: Tensor, groups: int) -> None:
+    """Groups stay equal in size: channels at the same place in their groups are kept or removed together."""
+    if groups > 1:
+        rows = ids.view(groups, -1)
+        rec.tie(rows[:1].expand_as(rows), rows)
+
+
+def unknown_projection(rec: Recorder, operands: tuple[Any, ...], out: Tensor) -> None:
+    """A product whose weight is not a parameter of the model: nothing that flows into it can be removed."""
+    sources = [value for operand in operands if (value := rec.value(operand)) is not None]
+    for value in sources:
+        rec.pin(value.ids, "read by a product whose weight is not a plain parameter (computed, or an activation)")
+    for operand in operands:
+        rec.use_whole(operand)
+    if sources:
+        rec.put_pinned(out, sources)
+
+
+def batch_norm(rec: Recorder, overload: str, args: tuple[Any, ...], out: Tensor) -> None:
+    """aten.native_batch_norm and its siblings: (input, weight, bias, running_mean, running_var, …)."""
+    x, tensors = args[0], list(args[1:3] if overload == "no_stats" else args[1:5])
+    value = rec.value(x)
+    if value is None:
+        return
+    views = [rec.view(tensor) for tensor in tensors]
+    if any(tensor is not None and view is None for tensor, view in zip(tensors, views, strict=True)):
+        rec.pin(value.ids, "normalized with parameters that are computed, not plain ones")
+        for tensor in tensors:
+            rec.use_whole(tensor)
+        rec.put_pinned(out, [value])
+        return
+    inputs = rec.channels(value, 1)
+    names = [view.name if view else None for view in views] + [None] * (4 - len(views))
+    previous = [call for call in rec.graph.norms if names[0] is not None and call.weight == names[0]]
+    for name in names:
+        if name is not None:
+            rec.axis(name, 0, inputs)
+    # One id per distinct channel: a repeated input channel stays one channel on the way out.
+    outputs = previous[0].outputs if previous else _renamed(rec, inputs)
+    node = rec.node([value.node])
+    rec.graph.norms.append(NormCall(*names, inputs=inputs, outputs=outputs, depth=value.depth, node=node))
+    rec.put(out, spread(outputs, out.shape, 1), [value])
+    rec.values[out].node = node
+
+
+def _renamed(rec: Recorder, ids: Tensor) -> Tensor:
+    distinct, place = torch.unique(ids, return_inverse=True)
+    return rec.fresh(distinct.numel())[place]

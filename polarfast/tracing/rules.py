@@ -1,0 +1,208 @@
+"""Rules for the operators that move, combine and reduce activations, by operator name."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ids import PIN, compact, varying_dims
+from .recorder import ParameterView, Recorder, Value
+
+#: The result has the first argument's shape and channels (operators torch does not tag as pointwise).
+SAME = frozenset(
+    "clone contiguous alias detach _to_copy lift_fresh hardswish hardsigmoid hardtanh relu6 celu mish "
+    "native_dropout bernoulli empty_like zeros_like ones_like full_like rand_like randn_like".split()
+)
+#: Movements that keep every channel whole whatever the number of channels: the operator itself, run on the ids.
+FREE_MOVES = frozenset("permute transpose t squeeze unsqueeze expand cat stack repeat movedim swapaxes".split())
+#: Per-position operators on (N, C, ...) that leave N and C alone.
+SPATIAL = frozenset(
+    "max_pool1d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
+    "_adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d "
+    "upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
+    "replication_pad2d replication_pad3d".split()
+)
+#: Reductions over given dimensions.
+REDUCTIONS = frozenset("mean sum amax amin var std logsumexp".split())
+#: Operators whose result does not carry channels: shapes, and new tensors of a size given in numbers.
+FORGET = frozenset("new_zeros new_ones new_full new_empty sym_size sym_stride sym_numel is_same_size".split())
+#: Products: a factor 0 in one operand is 0 in the result. Every other combination counts as an addition.
+PRODUCTS = frozenset("mul div".split())
+
+
+def movement(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
+    """Run the operator itself on the ids."""
+    sources: list[Value] = []
+
+    def to_ids(arg: Any) -> Any:
+        if isinstance(arg, Tensor):
+            value = rec.value(arg)
+            if value is None:
+                return torch.full((), PIN).expand(arg.shape)
+            sources.append(value)
+            return value.ids
+        return [to_ids(item) for item in arg] if isinstance(arg, (list, tuple)) else arg
+
+    id_args = [to_ids(arg) for arg in args]
+    try:
+        ids = func(*id_args)
+    except RuntimeError:  # a view of expanded ids that needs real memory
+        ids = func(*[arg.contiguous() if isinstance(arg, Tensor) else arg for arg in id_args])
+    outs, all_ids = (out, ids) if isinstance(out, (list, tuple)) else ((out,), (ids,))
+    for tensor, tensor_ids in zip(outs, all_ids, strict=True):
+        rec.put(tensor, tensor_ids, sources)
+
+
+def view(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+    """Reshape: dimensions may be merged; a dimension along which channels vary must not be split."""
+    value = rec.values[args[0]]
+    if _splits_channels(value.ids, out.shape):
+        rec.pin(value.ids, "a reshape splits the channels")
+    movement(rec, func, (args[0], list(out.shape)), out)
+
+
+def _splits_channels(ids: Tensor, shape: Sequence[int]) -> bool:
+    varying = varying_dims(ids)
+    i = j = 0
+    while i < ids.dim() and j < len(shape):
+        first, before, after, pieces = i, ids.shape[i], shape[j], int(shape[j] > 1)
+        while before != after:
+            if before < after:
+                i += 1
+                before *= ids.shape[i]
+            else:
+                j += 1
+                after *= shape[j]
+                pieces += shape[j] > 1
+        if pieces > 1 and varying & set(range(first, i + 1)):
+            return True
+        i, j = i + 1, j + 1
+    return False
+
+
+def cut(dims_of: Callable[..., Sequence[int]]) -> Callable[..., None]:
+    """A movement by constant positions along some dimensions: channels along these must stay as they are."""
+
+    def rule(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
+        value = rec.values[args[0]]
+        dims = {dim % max(value.ids.dim(), 1) for dim in dims_of(*args)}
+        if dims & varying_dims(value.ids):
+            rec.pin(value.ids, f"cut at constant positions along the channels ({func.overloadpacket.__name__})")
+        movement(rec, func, args, out)
+
+    return rule
+
+
+def _slice_dims(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> list[int]:
+    whole = (start or 0) == 0 and (end is None or end >= x.shape[dim]) and step == 1
+    return [] if whole else [dim]
+
+
+def _pad_dims(x: Tensor, pad: Sequence[int], value: float = 0) -> list[int]:
+    # Padding adds positions that stay; only cropping (a negative amount) cuts channels off.
+    return [x.dim() - 1 - i // 2 for i, amount in enumerate(pad) if amount < 0]
+
+
+CUTS: dict[str, Callable[..., None]] = {
+    "slice": cut(_slice_dims),
+    "constant_pad_nd": cut(_pad_dims),
+    "select": cut(lambda x, dim, index: [dim]),
+    "split": cut(lambda x, size, dim=0: [dim]),
+    "split_with_sizes": cut(lambda x, sizes, dim=0: [dim]),
+    "unbind": cut(lambda x, dim=0: [dim]),
+    "index_select": cut(lambda x, dim, index: [dim]),
+    "flip": cut(lambda x, dims: dims),
+    "roll": cut(lambda x, shifts, dims=(): dims or range(x.dim())),
+    "unfold": cut(lambda x, dim, size, step: [dim]),
+    "index": cut(lambda x, indices: [dim for dim, index in enumerate(indices) if index is not None]),
+}
+
+
+def spatial(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
+    value = rec.values[args[0]]
+    result = out[0] if isinstance(out, tuple) else out
+    if varying_dims(value.ids) - {0, 1}:
+        opaque(rec, func, args, out)
+        return
+    rec.graph.pooled.append(compact(value.ids).reshape(-1))
+    rows = value.ids[(slice(None), slice(None), *[0] * (value.ids.dim() - 2))]
+    rec.put(result, rows.view(*rows.shape, *[1] * (result.dim() - 2)).expand(result.shape), [value])
+
+
+def reduction(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Reduce over dimensions along which the channel is the same (a mean over height and width)."""
+    value = rec.values[args[0]]
+    given = args[1] if len(args) > 1 else kwargs.get("dim")
+    if isinstance(given, int) and not isinstance(given, bool):
+        given = [given]
+    rank = value.ids.dim()
+    dims = sorted({dim % rank for dim in given}) if isinstance(given, (list, tuple)) and given else list(range(rank))
+    if set(dims) & varying_dims(value.ids):
+        opaque(rec, func, args, out)
+        return
+    ids = value.ids
+    for dim in dims:
+        ids = ids.narrow(dim, 0, 1)
+    rec.put(out, ids.reshape(out.shape) if ids.numel() == out.numel() else compact(ids).expand(out.shape), [value])
+
+
+def same(rec: Recorder, args: tuple[Any, ...], out: Any) -> None:
+    value = rec.values[args[0]]
+    result = out[0] if isinstance(out, tuple) else out
+    rec.put(result, value.ids, [value])
+
+
+def opaque(rec: Recorder, func: Any, args: Any, out: Any) -> None:
+    """An operator the tracer does not know: nothing that flows through it can be removed."""
+    sources: list[Value] = []
+    for tensor in tensors_in(args):
+        value = rec.value(tensor)
+        if value is not None:
+            sources.append(value)
+            rec.pin(value.ids, f"flows through {func.overloadpacket.__name__}, which mixes channels or is not known")
+        rec.use_whole(tensor)
+    for tensor in tensors_in(out):
+        if sources:
+            rec.put_pinned(tensor, sources)
+
+
+def parameter_view(rec: Recorder, name: str, args: tuple[Any, ...], out: Any) -> bool:
+    """Follow a parameter through transposes and reshapes that only insert dimensions; False if that is not what this is."""
+    source = rec.view(args[0]) if args else None
+    if source is None or not isinstance(out, Tensor):
+        return False
+    dims = source.dims
+    if name in ("detach", "alias", "_to_copy", "clone", "contiguous", "lift_fresh") or (
+        name == "expand" and tuple(out.shape) == tuple(args[0].shape)
+    ):
+        pass
+    elif name == "t":
+        dims = dims[::-1]
+    elif name in ("transpose", "swapaxes"):
+        order = list(dims)
+        order[args[1]], order[args[2]] = order[args[2]], order[args[1]]
+        dims = tuple(order)
+    elif name == "permute":
+        dims = tuple(dims[dim] for dim in args[1])
+    elif name in ("view", "_unsafe_view", "reshape", "unsqueeze"):
+        real = [dim for dim, size in zip(dims, args[0].shape, strict=True) if size > 1]
+        if [size for size in out.shape if size > 1] != [size for size in args[0].shape if size > 1]:
+            return False
+        queue = iter(real)
+        dims = tuple(next(queue) if size > 1 else None for size in out.shape)
+    else:
+        return False
+    rec.views[out] = ParameterView(source.name, dims)
+    return True
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    return [tensor for item in tree for tensor in tensors_in(item)]

@@ -1,0 +1,155 @@
+// weight[out_index][:, in_index] in one pass.
+//
+// Every weight is seen as [out][middle][in][inner] in memory: contiguous tensors have middle = 1 and inner = the kernel
+// positions; channels_last ones have middle = the kernel positions and inner = 1.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "rows.h"
+
+namespace polarfast {
+
+namespace {
+
+// Bytes that a thread should have to copy before it is worth waking.
+constexpr int64_t kGrainBytes = 1 << 16;
+
+// A run of channels that lie side by side in the source, in bytes.
+struct Run {
+  int64_t from;
+  int64_t size;
+};
+
+// Reads an index once, into numbers known to be in range: nothing is read from the weight before that.
+std::vector<int64_t> checked_index(const std::optional<Tensor>& index, int64_t channels, const char* name) {
+  std::vector<int64_t> found;
+  if (!index) {
+    for (int64_t i = 0; i < channels; ++i) found.push_back(i);
+    return found;
+  }
+  STD_TORCH_CHECK(
+      index->is_cpu() && index->dim() == 1 && index->scalar_type() == ScalarType::Long,
+      "polarfast: ", name, " must be a 1-D int64 tensor on the weight's device");
+  const int64_t count = index->numel();
+  const int64_t stride = count > 0 ? index->stride(0) : 0;
+  const int64_t* values = index->const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t channel = values[i * stride];
+    STD_TORCH_CHECK(
+        channel >= 0 && channel < channels,
+        "polarfast: ", name, "[", i, "] is ", channel, ", outside the weight's ", channels, " channels");
+    found.push_back(channel);
+  }
+  return found;
+}
+
+std::vector<Run> runs_of(const std::vector<int64_t>& channels, int64_t bytes) {
+  std::vector<Run> runs;
+  for (int64_t channel : channels) {
+    if (!runs.empty() && runs.back().from + runs.back().size == channel * bytes) {
+      runs.back().size += bytes;
+    } else {
+      runs.push_back({channel * bytes, bytes});
+    }
+  }
+  return runs;
+}
+
+bool is_channels_last(const Tensor& weight) {
+  const int64_t dim = weight.dim();
+  if (dim != 4 && dim != 5) return false;
+  int64_t expected = 1;
+  if (weight.stride(1) != expected) return false;
+  expected *= weight.size(1);
+  for (int64_t d = dim - 1; d >= 2; --d) {
+    if (weight.stride(d) != expected) return false;
+    expected *= weight.size(d);
+  }
+  return weight.stride(0) == expected;
+}
+
+Tensor empty_as(const Tensor& weight, const std::vector<int64_t>& sizes, bool channels_last) {
+  const int64_t dim = weight.dim();
+  std::vector<int64_t> strides(dim);
+  int64_t stride = 1;
+  if (channels_last) {
+    strides[1] = stride;
+    stride *= sizes[1];
+  }
+  for (int64_t d = dim - 1; d >= 0; --d) {
+    if (channels_last && d == 1) continue;
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  // Through the C interface, which knows dtypes by number: also those that this build has no name for.
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(weight.get(), &dtype));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// One output channel: `middle` times the runs of input channels.
+void gather_row(char* to, const char* from, int64_t middle, int64_t from_stride, const std::vector<Run>& runs) {
+  for (int64_t m = 0; m < middle; ++m, from += from_stride) {
+    for (const Run& run : runs) {
+      std::memcpy(to, from + run.from, run.size);
+      to += run.size;
+    }
+  }
+}
+
+Tensor gather_channels_op(
+    const Tensor& given, const std::optional<Tensor>& out_index, const std::optional<Tensor>& in_index) {
+  const int64_t dim = given.dim();
+  STD_TORCH_CHECK(dim >= 1 && dim <= 5, "polarfast: a weight of 1 to 5 dimensions is expected, not of ", dim);
+  STD_TORCH_CHECK(dim >= 2 || !in_index, "polarfast: a 1-D weight has no input channels to select");
+  const bool channels_last = is_channels_last(given);
+  const Tensor weight = channels_last || given.is_contiguous() ? given : torch::stable::contiguous(given);
+
+  const std::vector<int64_t> out = checked_index(out_index, weight.size(0), "out_index");
+  const int64_t in_channels = dim >= 2 ? weight.size(1) : 1;
+  const std::vector<int64_t> in = checked_index(in_index, in_channels, "in_index");
+
+  std::vector<int64_t> sizes(dim);
+  int64_t positions = 1;
+  for (int64_t d = 0; d < dim; ++d) {
+    sizes[d] = weight.size(d);
+    if (d >= 2) positions *= sizes[d];
+  }
+  sizes[0] = static_cast<int64_t>(out.size());
+  if (dim >= 2) sizes[1] = static_cast<int64_t>(in.size());
+
+  const int64_t element = static_cast<int64_t>(weight.element_size());
+  const int64_t middle = channels_last ? positions : 1;
+  const int64_t channel_bytes = channels_last ? element : element * positions;
+  const std::vector<Run> runs = runs_of(in, channel_bytes);
+  const int64_t from_stride = in_channels * channel_bytes;
+  const int64_t from_row = middle * from_stride;
+  const int64_t to_row = middle * static_cast<int64_t>(in.size()) * channel_bytes;
+
+  Tensor result = empty_as(weight, sizes, channels_last);
+  if (to_row == 0 || out.empty()) return result;
+  const auto* from = static_cast<const char*>(weight.const_data_ptr());
+  auto* to = static_cast<char*>(result.mutable_data_ptr());
+  torch::stable::parallel_for(
+      0, sizes[0], std::max<int64_t>(1, kGrainBytes / to_row), [&](int64_t begin, int64_t end) {
+        for (int64_t o = begin; o < end; ++o) {
+          gather_row(to + o * to_row, from + out[o] * from_row, middle, from_stride, runs);
+        }
+      });
+  return result;
+}
+
+}  // namespace
+
+}  // namespace polarfast
+
+STABLE_TORCH_LIBRARY_IMPL(polarfast, CPU, m) {
+  m.impl("gather_channels", TORCH_BOX(&polarfast::gather_channels_op));
+}

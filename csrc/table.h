@@ -1,0 +1,41 @@
+// The pointer table: addresses of γ, their gradients and momentum buffers, read from the Python objects.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "rows.h"
+
+namespace polarfast {
+
+// Passing three lists of 53 tensors through the dispatcher costs more than the arithmetic on them. This keeps their
+// addresses and re-reads them at each step through the descriptors of torch.Tensor (public, the same in every torch).
+class ScaleRows {
+ public:
+  ScaleRows(pybind11::tuple params, const std::string& dtype, std::vector<double> weights);
+
+  // Re-reads every address; `momentum_of` is optimizer.state or None. Returns the number of rows with a gradient, or
+  // -1 - l if row l cannot be used as it stands: the caller finds out why and says so.
+  int64_t refresh(const pybind11::object& momentum_of);
+
+  // The γ that have a gradient, and those gradients.
+  pybind11::list moving() const;
+  pybind11::list grads() const;
+
+  const Rows& rows() const { return rows_; }
+  // Counts the refreshes that found another address than before.
+  int64_t version() const { return version_; }
+
+ private:
+  bool read_row(int64_t l, PyObject* momentum_of);
+  void set(void*& address, void* now);
+
+  pybind11::tuple params_;
+  pybind11::object dtype_, device_;
+  Rows rows_;
+  int64_t version_ = 0;
+};
+
+}  // namespace polarfast

@@ -1,0 +1,63 @@
+"""Builds polarfast._C, the CPU kernels, against libtorch's stable ABI: one build serves every torch from 2.10 on."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+from setuptools import Extension, setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:
+    sys.exit("polarfast: torch cannot be imported here; install torch >= 2.10 first, or build without --no-build-isolation.")
+
+STABLE_ABI = "0x020a000000000000"  # 2.10: nothing newer is used, whatever torch this is built with
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+    sys.exit(f"polarfast: torch {torch.__version__} is too old; install torch >= 2.10.")
+
+WINDOWS = sys.platform == "win32"
+# No debug information, nothing that depends on this machine's processor (csrc/simd.h), no fused multiply-add that
+# would make results differ between processors.
+FLAGS = (
+    ["/O2", "/std:c++20", "/openmp:experimental"]
+    if WINDOWS
+    else ["-O3", "-g0", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fvisibility=hidden"]
+)
+
+
+class Build(cpp_extension.BuildExtension):
+    """torch's own build command, which first looks whether there is a compiler to call."""
+
+    def build_extensions(self) -> None:
+        command = shlex.split(cpp_extension.get_cxx_compiler())
+        if shutil.which(command[0]) is None:
+            sys.exit(f"polarfast: no C++ compiler ({command[0]!r} not found); install g++ or clang, or set CXX to one.")
+        version = subprocess.run([*command, *([] if WINDOWS else ["--version"])], capture_output=True, text=True)
+        macros = {
+            "POLARFAST_COMPILER": (version.stdout or version.stderr).splitlines()[0],
+            "POLARFAST_FLAGS": " ".join(FLAGS),
+            "POLARFAST_TORCH": torch.__version__,
+        }
+        self.extensions[0].define_macros += [(name, f'"{text}"') for name, text in macros.items()]
+        super().build_extensions()
+
+
+SOURCES = ["schemas", "simd", "rows", "polarize", "valley", "gather", "table", "module"]
+setup(
+    ext_modules=[
+        Extension(
+            "polarfast._C",
+            [os.path.join("csrc", f"{name}.cpp") for name in SOURCES],
+            include_dirs=cpp_extension.include_paths(),
+            library_dirs=cpp_extension.library_paths(),
+            libraries=["torch_cpu"],
+            define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
+            extra_compile_args=FLAGS,
+            language="c++",
+        )
+    ],
+    cmdclass={"build_ext": Build},
+)

@@ -1,0 +1,9 @@
+"""Runs before any test module is imported."""
+
+import os
+
+import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -1,0 +1,158 @@
+"""What the training step knows about a set of scaling factors, and checks anew when it changes."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .errors import ScalingFactorError, StepError
+from .kernels.table import ScaleTable
+
+if TYPE_CHECKING:
+    from .regularizers import Regularizer
+    from .scaling import ScalingFactors
+
+_UNSET = object()
+
+
+class Binding:
+    """One set of scaling factors: its address table, and where an optimizer keeps each γ.
+
+    Attributes:
+        params: all γ, in order.
+        trainable: those with `requires_grad`, as of the last `check_members`.
+        groups: indices of the optimizer's parameter groups that hold a trainable γ, as of then.
+    """
+
+    def __init__(self, scales: ScalingFactors) -> None:
+        self.names = tuple(scales)
+        self.params: tuple[Tensor, ...] = tuple(scales.values())
+        self.trainable: list[Tensor] = []
+        self.groups: list[int] = []
+        self._others: Mapping[str, Tensor] = scales.others
+        self._members: list[Tensor] = []  # the optimizer's parameters, as of the last check
+        self._ends: list[int] = []
+        self._flags: list[bool] = []  # requires_grad of each γ, as of the last check
+        self._table: ScaleTable | None = None
+        self._table_weights: object = _UNSET  # the mapping that the table's weights came from
+        self._others_table: ScaleTable | None = None
+        self._warned_for: object = _UNSET
+
+    @staticmethod
+    def of(scales: ScalingFactors) -> Binding:
+        """The binding of `scales`, made once and kept with them."""
+        binding = scales._tables.get("step")
+        if binding is None:
+            binding = scales._tables["step"] = Binding(scales)
+        return binding
+
+    def require_gradient(self) -> None:
+        """Raise StepError unless some γ has a gradient."""
+        frozen = True
+        for param in self.params:
+            if param.requires_grad:
+                if param.grad is not None:
+                    return
+                frozen = False
+        if frozen:
+            raise StepError(
+                f"all {len(self.params)} scaling factors are frozen (requires_grad=False): "
+                "nothing can be regularized; unfreeze them or call optimizer.step()"
+            )
+        raise StepError(
+            f"no scaling factor has a gradient (first: {self.names[0]!r}): call backward() before "
+            "the step; if you did, the model's parameters were replaced after "
+            "pf.scaling_factors(model, ...), so call that again"
+        )
+
+    def check_members(self, optimizer: Optimizer) -> None:
+        """Find each trainable γ in the optimizer, unless nothing changed since the last time.
+
+        Raises:
+            ScalingFactorError: a trainable γ is in no parameter group.
+        """
+        flags = [param.requires_grad for param in self.params]
+        ends: list[int] = []  # of each group, in `members`
+        members: list[Tensor] = []
+        for group in optimizer.param_groups:
+            members += group["params"]
+            ends.append(len(members))
+        if flags == self._flags and ends == self._ends:
+            if all(map(operator.is_, members, self._members)):
+                return
+        group_of = {
+            id(param): i
+            for i, group in enumerate(optimizer.param_groups)
+            for param in group["params"]
+        }
+        trainable = [param for param in self.params if param.requires_grad]
+        for name, param in zip(self.names, self.params, strict=True):
+            if param.requires_grad and id(param) not in group_of:
+                raise ScalingFactorError(
+                    f"{name!r} requires a gradient but is in no parameter group of this "
+                    f"{type(optimizer).__name__}: build the optimizer from model.parameters() "
+                    "after the model is complete, add_param_group it, or freeze it"
+                )
+        self.trainable = trainable
+        self.groups = sorted({group_of[id(param)] for param in trainable})
+        self._members, self._ends, self._flags = members, ends, flags
+
+    def table(self, reg: Regularizer) -> ScaleTable:
+        """The address table of all γ with the layer weights of `reg`."""
+        table = self._table
+        if table is None or self._table_weights is not reg.weights or _moved(table, self.params):
+            weights = None if reg.weights is None else reg.weights_of(dict.fromkeys(self.names))
+            table = self._table = ScaleTable(self.names, self.params, weights)
+            self._table_weights = reg.weights
+        return table
+
+    def others_table(self) -> ScaleTable | None:
+        """The address table of `scales.others`; None if there are none."""
+        others = tuple(self._others.values())
+        if not others:
+            return None
+        table = self._others_table
+        if table is None or _moved(table, others):
+            table = self._others_table = ScaleTable(tuple(self._others), others)
+        return table
+
+    def warn_before_clamp(self, reg: Regularizer) -> None:
+        """Say once what the first clamp will cut off: γ learned without a clamp can be anywhere."""
+        wanted = (reg.upper, reg.clamp)
+        if reg.upper is None or wanted == self._warned_for:
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return  # counting needs a synchronization
+        self._warned_for = wanted
+        clamped = dict(zip(self.names, self.params, strict=True))
+        if reg.clamp == "all":
+            clamped |= self._others
+        outside = {name: _outside(p, reg.upper) for name, p in clamped.items() if p.requires_grad}
+        outside = {name: count for name, count in outside.items() if count}
+        if not outside:
+            return
+        shown = ", ".join(f"{name} ({count})" for name, count in list(outside.items())[:4])
+        more = f" and {len(outside) - 4} more" if len(outside) > 4 else ""
+        warnings.warn(
+            f"{sum(outside.values())} values in {len(outside)} of {len(clamped)} BatchNorm weights "
+            f"lie outside [0, {reg.upper:g}] and are clamped from now on: {shown}{more}. What a "
+            "trained network has learned there is lost: put gates behind these layers, raise "
+            "upper=, or train from scratch after pf.init_scales",
+            stacklevel=2,
+        )
+
+
+def _outside(param: Tensor, upper: float) -> int:
+    values = param.detach()
+    return int(((values < 0) | (values > upper)).sum())
+
+
+def _moved(table: ScaleTable, params: Sequence[Tensor]) -> bool:
+    """Whether model.to(...) moved what the table was built for; the rest it checks by itself."""
+    return table.device != params[0].device or table.dtype != params[0].dtype

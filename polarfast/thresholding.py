@@ -1,0 +1,129 @@
+"""Thresholds: below which γ a channel is pruned, layer by layer (Sec. 3.3) or for all at once."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError, ScalingFactorError, ThresholdError
+from .kernels.table import ScaleTable
+
+if TYPE_CHECKING:
+    from .scaling import ScalingFactors
+
+METHODS = ("valley", "fixed", "percentile")
+
+
+def thresholds(
+    scales: ScalingFactors, method: str = "valley", value: float | None = None
+) -> dict[str, float | None]:
+    """The threshold of each layer: channels with |γ| ≤ threshold are to be pruned.
+
+    - "valley" (Sec. 3.3): the first local minimum of the layer's histogram of γ, 100 bins over
+      [0, 1], the bins of `numpy.histogram`. None where the histogram has no valley: such a layer
+      keeps all its channels. A threshold is the left edge of a bin, in units of γ.
+    - "fixed": `value` (0.01 by default) for all layers, on |γ|.
+    - "percentile": one threshold for all layers such that `value`, a share of all n channels, is
+      cut; None where that is no channel at all. |γ| equal to the threshold are cut with it, so
+      more than `value` may go: a warning says how many.
+
+    "fixed" and "percentile" take any sign of γ and suit `pf.L1` and `pf.DeepHoyer`.
+
+    Args:
+        scales: the scaling factors γ; on a GPU, "valley" makes one copy to the host.
+        method: "valley", "fixed" or "percentile".
+        value: see above; not for "valley".
+
+    Returns:
+        Name of γ -> threshold (exact in the dtype of γ, or float32), or None: nothing to prune.
+
+    Raises:
+        ThresholdError: a γ is NaN or infinite, or negative with "valley"; names the layer.
+        ArgumentError: an unknown method, or a `value` out of its range.
+    """
+    if not scales:
+        raise ScalingFactorError("there are no scaling factors to choose a threshold for")
+    if method == "valley":
+        if value is not None:
+            raise ArgumentError(f"value={value!r}: 'valley' finds its own; leave value out")
+        return _valley(scales)
+    if method == "fixed":
+        return _fixed(scales, 0.01 if value is None else value)
+    if method == "percentile":
+        return _percentile(scales, value)
+    raise ArgumentError(f"method={method!r}: choose one of {', '.join(map(repr, METHODS))}")
+
+
+def _valley(scales: ScalingFactors) -> dict[str, float | None]:
+    table = ScaleTable(tuple(scales), tuple(scales.values()))
+    summary, counts = table.valley()
+    counted = counts.sum(dim=1, keepdim=True).to(summary.dtype)
+    found: dict[str, float | None] = {}
+    rows = torch.cat((summary, counted), dim=1).tolist()
+    for (name, gamma), row in zip(scales.items(), rows, strict=True):
+        threshold, _, not_finite, inside = row
+        if not_finite:
+            raise _not_finite(name, gamma, int(not_finite))
+        if inside < gamma.numel():  # some are outside [0, 1]; above 1 is harmless
+            negative = int((gamma.detach() < 0).sum())
+            if negative:
+                raise ThresholdError(
+                    f"{name!r} has {negative} negative γ of {gamma.numel()}, and 'valley' looks at "
+                    "[0, 1] only: train with upper= set, so that γ are clamped, or use "
+                    "method='percentile' or 'fixed', which compare |γ|"
+                )
+        found[name] = None if math.isnan(threshold) else threshold
+    return found
+
+
+def _fixed(scales: ScalingFactors, value: float) -> dict[str, float | None]:
+    if not 0.0 <= value < math.inf:
+        raise ArgumentError(f"value={value!r}: a fixed threshold on |γ| is a finite number >= 0")
+    _magnitudes(scales)
+    return dict.fromkeys(scales, float(value))
+
+
+def _percentile(scales: ScalingFactors, value: float | None) -> dict[str, float | None]:
+    if value is None or not 0.0 <= value < 1.0:
+        raise ArgumentError(
+            f"value={value!r}: 'percentile' needs the share of channels to cut, in [0, 1)"
+        )
+    magnitudes = _magnitudes(scales)
+    n = magnitudes.numel()
+    wanted = math.floor(round(value * n, 6))  # 0.29 of 100 is 29, not 28.999999999999996
+    if wanted == 0:
+        return dict.fromkeys(scales, None)
+    threshold = magnitudes.kthvalue(wanted).values
+    cut, bound = torch.stack(
+        ((magnitudes <= threshold).sum().double(), threshold.double())
+    ).tolist()
+    if cut > wanted:
+        warnings.warn(
+            f"percentile {value:g} asks for {wanted} of {n} channels, but {int(cut)} have "
+            f"|γ| <= {bound:g} and are cut together: γ that are equal cannot be told apart",
+            stacklevel=3,
+        )
+    return dict.fromkeys(scales, bound)
+
+
+def _magnitudes(scales: ScalingFactors) -> Tensor:
+    """|γ| of all layers, 1-D, in float32 or better; all of them finite."""
+    with torch.no_grad():
+        magnitudes = torch.cat([gamma.reshape(-1) for gamma in scales.values()]).abs()
+    if not bool(magnitudes.isfinite().all()):
+        for name, gamma in scales.items():
+            count = int((~gamma.detach().isfinite()).sum())
+            if count:
+                raise _not_finite(name, gamma, count)
+    return magnitudes.to(torch.promote_types(magnitudes.dtype, torch.float32))
+
+
+def _not_finite(name: str, gamma: Tensor, count: int) -> ThresholdError:
+    return ThresholdError(
+        f"{name!r} has {count} NaN or infinite γ of {gamma.numel()}: training diverged before "
+        "this; go back to an earlier checkpoint, and lower the learning rate or λ"
+    )

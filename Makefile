@@ -1,0 +1,39 @@
+# Every target first makes .venv, with torch and polarfast in it, unless it is there and up to date.
+#   make demo   make demo-quick   make test   make lint   make bench
+# Another interpreter: make PYTHON=python3.12.  Another torch: make TORCH='torch==2.13.0'.
+
+PYTHON ?= python3
+TORCH ?= torch>=2.10
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo demo-quick test lint bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install '$(TORCH)' torchvision 'setuptools>=77' wheel ninja pybind11
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[train,dev]'
+	touch $@
+
+demo: $(STAMP)
+	@$(BIN)/polarfast demo $(ARGS)
+
+demo-quick: $(STAMP)
+	@$(BIN)/polarfast demo --quick --out runs/demo-quick $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info polarfast/_C*.so

@@ -1,0 +1,124 @@
+"""Figures of a run, as PNG: γ with the threshold, γ over the epochs, channels kept per layer.
+
+Colours are of the Okabe-Ito set and cividis, which colour-blind people tell apart.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from polarfast.engine.checkpoint import write_atomically
+
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#D0D0D0"
+DPI = 200
+BINS = 50  # of every histogram
+RIDGES = 16
+ROOT_TICKS = (1, 5, 20, 50, 100, 200, 350, 500, 1000, 2000, 3500, 5000, 10000, 20000, 35000)
+
+
+def gamma_histogram(
+    path: Path, scales: Mapping[str, Tensor], thresholds: Mapping[str, float | None]
+) -> None:
+    """Histogram of all γ, those kept and those removed, and the thresholds between (Fig. 1).
+
+    Args:
+        scales: γ of each layer.
+        thresholds: of each layer; γ at or under it are removed.
+    """
+    kept, removed = [], []
+    for name, values in scales.items():
+        gamma = values.detach().float().cpu().numpy()
+        stays = np.full(len(gamma), True) if (v := thresholds[name]) is None else gamma > v
+        kept.append(gamma[stays])
+        removed.append(gamma[~stays])
+    edges = np.linspace(0, 1, BINS + 1)
+    gone, stay = (np.histogram(np.concatenate(part), edges)[0] for part in (removed, kept))
+    figure, axes = _figure(6.0, 3.4)
+    for counts, bottom, colour, what in (
+        (gone, np.zeros_like(gone), ORANGE, "removed"),
+        (stay, gone, BLUE, "kept"),
+    ):
+        label = f"{what} ({counts.sum():,})"
+        axes.bar(edges[:-1], counts, 1 / BINS, bottom, align="edge", color=colour, label=label)
+    _mark_thresholds(axes, [v for v in thresholds.values() if v is not None])
+    # The peak at 0 holds most of the factors; on a linear scale nothing else would be seen.
+    axes.set_yscale("function", functions=(np.sqrt, np.square))
+    top = float((gone + stay).max()) * 1.1
+    axes.set_ylim(0, top)
+    axes.set_yticks([0] + [tick for tick in ROOT_TICKS if top / 200 < tick <= top])
+    axes.set(xlim=(-0.01, 1), xlabel="scaling factor γ", ylabel="channels (square-root scale)")
+    axes.legend(frameon=False, loc="upper right")
+    _save(figure, path)
+
+
+def _mark_thresholds(axes: Axes, values: Sequence[float]) -> None:
+    if not values:
+        return
+    low, middle, high = min(values), float(np.median(values)), max(values)
+    label = f"layers' thresholds: median {middle:.2f}\n({low:.2f} to {high:.2f})"
+    axes.axvspan(low, high, color="black", alpha=0.08, linewidth=0, zorder=0)
+    axes.axvline(middle, color="black", linestyle="--", linewidth=1.2, label=label)
+
+
+def gamma_over_epochs(path: Path, histograms: Sequence[Tensor], epochs: Sequence[int]) -> None:
+    """Histograms of all γ, one ridge for each of some epochs, the first at the back (Fig. 4).
+
+    Args:
+        histograms: counts in equal bins over [0, 1], one of each epoch.
+        epochs: the numbers of those epochs.
+    """
+    chosen = np.unique(np.linspace(0, len(histograms) - 1, RIDGES).round().astype(int))
+    rows = np.sqrt(np.array([histograms[i].reshape(BINS, -1).sum(1).numpy() for i in chosen]))
+    # The first epochs are one spike at the initial value; it must not flatten what comes of it.
+    top = np.median(rows.max(axis=1))
+    heights = np.minimum(rows / top, 1.2) * 3.0
+    figure, axes = _figure(6.0, 4.6)
+    edges = np.linspace(0, 1, BINS + 1)
+    colours = colormaps["cividis"](np.linspace(0.0, 0.92, len(chosen)))
+    for row, (index, colour) in enumerate(zip(chosen, colours, strict=True)):
+        base = len(chosen) - 1 - row
+        outline = base + heights[row]
+        axes.stairs(outline, edges, baseline=base, fill=True, color=colour, zorder=row + 1)
+        axes.stairs(outline, edges, baseline=None, color="white", linewidth=0.6, zorder=row + 1)
+        axes.hlines(base, 0, 1, color=colour, linewidth=0.8, zorder=row + 1)
+        axes.text(1.015, base, str(epochs[index]), va="center", fontsize=7.5)
+    axes.text(1.015, len(chosen), "epoch", va="center", fontsize=7.5)
+    axes.set(xlim=(0, 1), ylim=(-0.2, None), yticks=[])
+    axes.set(xlabel="scaling factor γ", ylabel="channels (square-root scale)")
+    axes.spines["left"].set_visible(False)
+    _save(figure, path)
+
+
+def channels_kept(path: Path, kept: Mapping[str, int], widths: Mapping[str, int]) -> None:
+    """Channels that stay in each layer, in front of the layer's full width."""
+    names = [name.removesuffix(".weight") for name in widths]
+    full = np.array(list(widths.values()))
+    left = np.array([kept[name] for name in widths])
+    figure, axes = _figure(max(6.0, 0.36 * len(names)), 3.4)
+    places = np.arange(len(names))
+    axes.bar(places, full, 0.78, color=GREY, label=f"before ({full.sum():,})")
+    axes.bar(places, left, 0.78, color=BLUE, label=f"kept ({left.sum():,})")
+    for place, count in zip(places, left, strict=True):
+        axes.text(place, count + full.max() * 0.012, str(count), ha="center", fontsize=7.5)
+    axes.set_xticks(places, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set(xlim=(-0.7, len(names) - 0.3), ylabel="channels")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    write_atomically(path, lambda file: figure.savefig(file, dpi=DPI, format="png"))

@@ -1,0 +1,148 @@
+"""The paper's CIFAR networks: ResNet-20 ... 110 with option-A shortcuts, and VGG-16 with BatchNorm.
+
+MACs at 32x32, 10 classes (checked in the tests): ResNet-56 125,485,696; VGG-16 313,463,808.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polarfast.errors import ArgumentError
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions on a shortcut without parameters (He et al. 2016, option A)."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride = stride
+        self.extra_channels = channels - in_channels
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """Every stride-th pixel, with zeros for the channels that are new, half on either side."""
+        if self.stride == 1 and self.extra_channels == 0:
+            return x
+        before = self.extra_channels // 2
+        sliced = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(sliced, (0, 0, 0, 0, before, self.extra_channels - before))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """ResNet of depth 6n + 2 for small images: three stages of n blocks, 16, 32 and 64 channels.
+
+    Args:
+        depth: 20, 32, 44, 56, 110, ...
+        classes: number of logits.
+        in_channels: channels of the input image.
+
+    Shape:
+        ``[N, in_channels, H, W]`` to ``[N, classes]``.
+
+    Raises:
+        ArgumentError: depth is not of the form 6n + 2.
+    """
+
+    def __init__(self, depth: int, classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        blocks, rest = divmod(depth - 2, 6)
+        if rest or blocks < 1:
+            raise ArgumentError(f"resnet depth={depth}: must be 6n + 2, e.g. 20, 32, 56 or 110")
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, blocks, stride=1)
+        self.layer2 = self._stage(16, 32, blocks, stride=2)
+        self.layer3 = self._stage(32, 64, blocks, stride=2)
+        self.fc = nn.Linear(64, classes)
+        initialize(self)
+
+    @staticmethod
+    def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+        first = BasicBlock(in_channels, channels, stride)
+        rest = [BasicBlock(channels, channels, 1) for _ in range(blocks - 1)]
+        return nn.Sequential(first, *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+class Vgg16(nn.Module):
+    """VGG-16 with BatchNorm and one hidden linear layer, for 32x32 images.
+
+    Five stages of 3x3 convolutions with max-pooling between them (the last one averages), then
+    linear 512 - BatchNorm - ReLU - linear.
+
+    Shape:
+        ``[N, in_channels, H, W]`` with H, W multiples of 16, to ``[N, classes]``.
+    """
+
+    def __init__(self, classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for number, stage in enumerate(VGG16_STAGES):
+            if number:
+                layers.append(nn.MaxPool2d(2))
+            for channels in stage:
+                layers.append(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False))
+                layers += [nn.BatchNorm2d(channels), nn.ReLU()]
+                in_channels = channels
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(
+            nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, classes)
+        )
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.adaptive_avg_pool2d(self.features(x), 1)
+        return self.classifier(torch.flatten(x, 1))
+
+
+def initialize(model: nn.Module) -> None:
+    """Kaiming-normal convolutions and linear layers, zero linear biases."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def resnet(depth: int, classes: int = 10, in_channels: int = 3) -> CifarResNet:
+    """A CIFAR ResNet of the given depth (6n + 2), option-A shortcuts."""
+    return CifarResNet(depth, classes, in_channels)
+
+
+def vgg16_bn(classes: int = 10, in_channels: int = 3) -> Vgg16:
+    """VGG-16 with BatchNorm and one hidden 512-wide linear layer."""
+    return Vgg16(classes, in_channels)
+
+
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+    **{f"resnet{depth}": partial(resnet, depth) for depth in (8, 20, 32, 44, 56, 110)},
+    "vgg16": vgg16_bn,
+}
+
+
+def build(name: str, classes: int, in_channels: int) -> nn.Module:
+    """The network called ``name`` in recipes and on the command line."""
+    try:
+        constructor = MODELS[name]
+    except KeyError:
+        known = ", ".join(sorted(MODELS))
+        raise ArgumentError(f"model '{name}' is not known; choose one of {known}") from None
+    return constructor(classes, in_channels)

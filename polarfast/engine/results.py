@@ -1,0 +1,103 @@
+"""What a run comes to: the figures, and the table that a person shows a colleague."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+BATCHES = (1, 64)  # of the measured latencies
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One quantity of the dense and of the slim model."""
+
+    dense: float
+    slim: float
+
+    @property
+    def cut(self) -> float:
+        """Share by which the slim model has less."""
+        return 1 - self.slim / self.dense
+
+
+@dataclass(frozen=True)
+class Results:
+    """Figures of a finished run.
+
+    Attributes:
+        accuracy_dense: after sparsity training; accuracy_pruned: right after pruning;
+            accuracy_finetuned: of the slim model at the end. Percent of the test images.
+        macs: multiply-accumulates of one image; params: count; file_bytes: on disk.
+        latency_ms: median milliseconds by batch size; threads: that measured it used.
+        verified_error: largest relative error of the slim model's output against the pruned dense
+            model's, in float64.
+        seconds: wall time of training, pruning and fine-tuning.
+    """
+
+    accuracy_dense: float
+    accuracy_pruned: float
+    accuracy_finetuned: float
+    macs: Pair
+    params: Pair
+    file_bytes: Pair
+    latency_ms: dict[int, Pair]
+    threads: int
+    verified_error: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def results_table(results: Results, title: str) -> Table:
+    """Dense beside slim, one quantity a row."""
+    table = Table(title=title, title_style="bold", title_justify="left")
+    table.add_column("")
+    table.add_column("dense", justify="right")
+    table.add_column("slim", justify="right", style="bold")
+    table.add_column("change", justify="right")
+    dense = results.accuracy_dense
+    for name, accuracy in (
+        ("accuracy, right after pruning", results.accuracy_pruned),
+        ("accuracy, fine-tuned", results.accuracy_finetuned),
+    ):
+        change = f"{accuracy - dense:+.2f} points"
+        table.add_row(name, f"{dense:.2f} %", f"{accuracy:.2f} %", change)
+    table.add_section()
+    for name, pair, form in (
+        ("MACs an image", results.macs, _millions),
+        ("parameters", results.params, _thousands),
+        ("file", results.file_bytes, _kilobytes),
+    ):
+        table.add_row(name, form(pair.dense), form(pair.slim), f"{-100 * pair.cut:+.1f} %")
+    table.add_section()
+    for batch, pair in results.latency_ms.items():
+        faster = f"{pair.dense / pair.slim:.2f}x faster"
+        if pair.slim > pair.dense:
+            faster = f"{pair.slim / pair.dense:.2f}x slower"
+        table.add_row(f"latency, batch {batch}", _ms(pair.dense), _ms(pair.slim), faster)
+    table.caption = (
+        f"latency: median on this machine, {results.threads} thread(s); slim equals the pruned "
+        f"dense model to a relative {results.verified_error:.0e}; {results.seconds:.0f} s in all"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _millions(value: float) -> str:
+    return f"{value / 1e6:.2f} M"
+
+
+def _thousands(value: float) -> str:
+    return f"{value / 1e3:.1f} k"
+
+
+def _kilobytes(value: float) -> str:
+    return f"{value / 1e3:.0f} kB"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f} ms"

@@ -4,6 +4,6 @@ import os
 
 import torch
 
-# Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this when it is imported.
+# Without a GPU the Triton kernels run in Triton's interpreter: read when Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

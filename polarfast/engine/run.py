@@ -100,8 +100,8 @@ class Run:
 
     @property
     def example(self) -> torch.Tensor:
-        """Two test images, to trace with."""
-        return self.data.test.images[:2]
+        """One test image, to trace with and to count the MACs of."""
+        return self.data.test.images[:1]
 
     def _place(self, model: nn.Module) -> nn.Module:
         return model.to(self.device, memory_format=torch.channels_last)
@@ -132,7 +132,7 @@ class Run:
         model.eval()
         plan = pf.plan(model, self.example, scales, method="valley")
         slim = pf.slim(model, plan, fold="exact", verify=True)
-        report = pf.verify(model, slim, plan, self.data.test.images[:64])
+        report = pf.verify(model, slim, plan, self.example)
         self.facts["verified_error"] = float(report.rel_error)
         self.facts["accuracy_pruned"] = evaluate(slim, self.data.test)
         write_text(self.folder / "plan.txt", f"{plan}\n")

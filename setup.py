@@ -20,11 +20,11 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
 
 WINDOWS = sys.platform == "win32"
 # No debug information, nothing that depends on this machine's processor (csrc/simd.h), no fused multiply-add that
-# would make results differ between processors.
+# would make results differ between processors. No trapping math: without it, comparisons do not vectorize.
 FLAGS = (
     ["/O2", "/std:c++20", "/openmp:experimental"]
     if WINDOWS
-    else ["-O3", "-g0", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fvisibility=hidden"]
+    else "-O3 -g0 -std=c++20 -fopenmp-simd -ffp-contract=off -fno-trapping-math -fvisibility=hidden".split()
 )
 
 

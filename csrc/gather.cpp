@@ -64,10 +64,10 @@ bool is_channels_last(const Tensor& weight) {
   if (dim != 4 && dim != 5) return false;
   int64_t expected = 1;
   if (weight.stride(1) != expected) return false;
-  expected *= weight.size(1);
+  expected *= std::max<int64_t>(weight.size(1), 1);
   for (int64_t d = dim - 1; d >= 2; --d) {
     if (weight.stride(d) != expected) return false;
-    expected *= weight.size(d);
+    expected *= std::max<int64_t>(weight.size(d), 1);
   }
   return weight.stride(0) == expected;
 }
@@ -78,7 +78,7 @@ Tensor empty_as(const Tensor& weight, const std::vector<int64_t>& sizes, bool ch
   int64_t stride = 1;
   if (channels_last) {
     strides[1] = stride;
-    stride *= sizes[1];
+    stride *= std::max<int64_t>(sizes[1], 1);
   }
   for (int64_t d = dim - 1; d >= 0; --d) {
     if (channels_last && d == 1) continue;

@@ -15,3 +15,5 @@ except ImportError as error:
         f"polarfast's compiled extension does not load ({error}); build it again with "
         "`pip install --no-build-isolation .`, which needs a C++ compiler and torch >= 2.10"
     ) from error
+
+from polarfast.kernels import gather, polarize, valley  # noqa: E402, F401  they register the ops

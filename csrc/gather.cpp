@@ -18,6 +18,9 @@ namespace {
 // Bytes that a thread should have to copy before it is worth waking.
 constexpr int64_t kGrainBytes = 1 << 16;
 
+// Runs of channels shorter than this, on average, are not worth a call of memcpy each.
+constexpr int64_t kShortRun = 32;
+
 // A run of channels that lie side by side in the source, in bytes.
 struct Run {
   int64_t from;
@@ -94,13 +97,57 @@ Tensor empty_as(const Tensor& weight, const std::vector<int64_t>& sizes, bool ch
   return Tensor(made);
 }
 
-// One output channel: `middle` times the runs of input channels.
-void gather_row(char* to, const char* from, int64_t middle, int64_t from_stride, const std::vector<Run>& runs) {
-  for (int64_t m = 0; m < middle; ++m, from += from_stride) {
-    for (const Run& run : runs) {
+// What to copy for one output channel: `middle` times the input channels, as runs or, where these are short, one by one.
+struct Row {
+  int64_t middle;
+  int64_t from_stride;  // bytes between two of the `middle`
+  const std::vector<int64_t>& channels;
+  const std::vector<Run>& runs;
+};
+
+void copy_runs(char* to, const char* from, const Row& row) {
+  for (int64_t m = 0; m < row.middle; ++m, from += row.from_stride) {
+    for (const Run& run : row.runs) {
       std::memcpy(to, from + run.from, run.size);
       to += run.size;
     }
+  }
+}
+
+// `bytes` is known when this is compiled, so that a channel is one or a few moves and not a call of memcpy.
+template <int64_t bytes>
+void copy_channels(char* to, const char* from, const Row& row) {
+  for (int64_t m = 0; m < row.middle; ++m, from += row.from_stride) {
+    for (const int64_t channel : row.channels) {
+      std::memcpy(to, from + channel * bytes, bytes);
+      to += bytes;
+    }
+  }
+}
+
+using CopyRow = void (*)(char*, const char*, const Row&);
+
+// The bytes of one channel in all dtypes of a 1×1 kernel, and of a 3×3 kernel in float32 and half precision.
+CopyRow copier(int64_t channel_bytes, const Row& row) {
+  const int64_t run_bytes = channel_bytes * static_cast<int64_t>(row.channels.size() / row.runs.size());
+  if (run_bytes > kShortRun) return copy_runs;
+  switch (channel_bytes) {
+    case 1:
+      return copy_channels<1>;
+    case 2:
+      return copy_channels<2>;
+    case 4:
+      return copy_channels<4>;
+    case 8:
+      return copy_channels<8>;
+    case 16:
+      return copy_channels<16>;
+    case 18:
+      return copy_channels<18>;
+    case 36:
+      return copy_channels<36>;
+    default:
+      return copy_runs;
   }
 }
 
@@ -129,18 +176,19 @@ Tensor gather_channels_op(
   const int64_t middle = channels_last ? positions : 1;
   const int64_t channel_bytes = channels_last ? element : element * positions;
   const std::vector<Run> runs = runs_of(in, channel_bytes);
-  const int64_t from_stride = in_channels * channel_bytes;
-  const int64_t from_row = middle * from_stride;
+  const Row row{middle, in_channels * channel_bytes, in, runs};
+  const int64_t from_row = middle * row.from_stride;
   const int64_t to_row = middle * static_cast<int64_t>(in.size()) * channel_bytes;
 
   Tensor result = empty_as(weight, sizes, channels_last);
   if (to_row == 0 || out.empty()) return result;
+  const CopyRow copy = copier(channel_bytes, row);
   const auto* from = static_cast<const char*>(weight.const_data_ptr());
   auto* to = static_cast<char*>(result.mutable_data_ptr());
   torch::stable::parallel_for(
       0, sizes[0], std::max<int64_t>(1, kGrainBytes / to_row), [&](int64_t begin, int64_t end) {
         for (int64_t o = begin; o < end; ++o) {
-          gather_row(to + o * to_row, from + out[o] * from_row, middle, from_stride, runs);
+          copy(to + o * to_row, from + out[o] * from_row, row);
         }
       });
   return result;

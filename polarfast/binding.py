@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,7 +41,6 @@ class Binding:
         self._flags: list[bool] = []  # requires_grad of each γ, as of the last check
         self._table: ScaleTable | None = None
         self._table_weights: object = _UNSET  # the mapping that the table's weights came from
-        self._others_table: ScaleTable | None = None
         self._warned_for: object = _UNSET
 
     @staticmethod
@@ -106,20 +105,10 @@ class Binding:
     def table(self, reg: Regularizer) -> ScaleTable:
         """The address table of all γ with the layer weights of `reg`."""
         table = self._table
-        if table is None or self._table_weights is not reg.weights or _moved(table, self.params):
+        if table is None or self._table_weights is not reg.weights or _moved(table, self.params[0]):
             weights = None if reg.weights is None else reg.weights_of(dict.fromkeys(self.names))
             table = self._table = ScaleTable(self.names, self.params, weights)
             self._table_weights = reg.weights
-        return table
-
-    def others_table(self) -> ScaleTable | None:
-        """The address table of `scales.others`; None if there are none."""
-        others = tuple(self._others.values())
-        if not others:
-            return None
-        table = self._others_table
-        if table is None or _moved(table, others):
-            table = self._others_table = ScaleTable(tuple(self._others), others)
         return table
 
     def warn_before_clamp(self, reg: Regularizer) -> None:
@@ -153,6 +142,6 @@ def _outside(param: Tensor, upper: float) -> int:
     return int(((values < 0) | (values > upper)).sum())
 
 
-def _moved(table: ScaleTable, params: Sequence[Tensor]) -> bool:
+def _moved(table: ScaleTable, first: Tensor) -> bool:
     """Whether model.to(...) moved what the table was built for; the rest it checks by itself."""
-    return table.device != params[0].device or table.dtype != params[0].dtype
+    return table.device != first.device or table.dtype != first.dtype

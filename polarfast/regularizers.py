@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, ScalingFactorError
-
-KIND_POLARIZATION = 0
-KIND_L1 = 1
-KIND_DEEPHOYER = 2
+from .kernels.polarize_ref import KIND_DEEPHOYER, KIND_L1, KIND_POLARIZATION
 
 
 def _finite(name: str, value: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,43 +71,40 @@ class StepHooks:
         """The gradients are there: add λ·∂R_s to them, or keep the γ for the fused step."""
         binding, reg = Binding.of(self.scales), self.reg
         binding.check_members(optimizer)
-        table = binding.table(reg)
-        if table.refresh() < len(binding.trainable) or not binding.trainable:
-            binding.require_gradient()
-            self._fill(binding.trainable)
-            table.refresh()
-        binding.warn_before_clamp(reg)
+        gammas = binding.trainable
         groups = [optimizer.param_groups[i] for i in binding.groups]
-        maximize = groups[0].get("maximize", False)
-        if any(group.get("maximize", False) != maximize for group in groups):
-            raise StepError(
-                "parameter groups that hold scaling factors disagree on maximize=: "
-                "give them one value (λ·R_s is minimized whatever it is)"
-            )
-        if len(binding.trainable) < len(binding.params):  # a stale gradient would move a frozen γ
+        options = self._options = self._fused_options(optimizer, groups)
+        buffers = optimizer.state if options and options["momentum"] else None
+        table = binding.table(reg)
+        if table.refresh(buffers) < len(gammas) or not gammas:
+            binding.require_gradient()
+            self._fill(gammas)
+            table.refresh(buffers)
+        binding.warn_before_clamp(reg)
+        if len(gammas) < len(binding.params):  # a stale gradient would move a frozen γ
             self._withhold(param for param in binding.params if not param.requires_grad)
-        self._options = self._fused_options(optimizer, groups, binding.trainable)
-        if self._options is not None:
-            self._withhold(binding.trainable)
+        if options:
+            self._withhold(gammas)
             return
+        maximize = _shared_maximize(groups)
         lam = -reg.lam if maximize else reg.lam
         scale = _amp_scalar(optimizer, "grad_scale", table.device)
         table.add_subgradient_(reg.kind, lam, reg.t, reg.per_layer, scale)
 
     def _fused_options(
-        self, optimizer: Optimizer, groups: list[dict[str, Any]], gammas: Sequence[Tensor]
+        self, optimizer: Optimizer, groups: list[dict[str, Any]]
     ) -> dict[str, Any] | None:
-        """SGD's arguments if one kernel call can stand for SGD on all `gammas`; None if not."""
+        """The one set of arguments with which SGD would step every γ; None if there is none."""
         if not self._may_fuse or any(group["differentiable"] for group in groups):
             return None
-        options = {key: groups[0][key] for key in _SGD_OPTIONS}
+        options = {key: group[key] for group in groups for key in _SGD_OPTIONS}
         for group in groups:
             for key, value in options.items():
                 if isinstance(group[key], Tensor) or group[key] != value:
                     return None
         buffers = 0
         if options["momentum"] != 0:
-            state = optimizer.state
+            state, gammas = optimizer.state, Binding.of(self.scales).trainable
             buffers = sum(state[gamma].get("momentum_buffer") is not None for gamma in gammas)
             if 0 < buffers < len(gammas):
                 return None  # SGD makes the missing ones, and dampens the others
@@ -144,34 +141,25 @@ class StepHooks:
         table = binding.table(reg)
         found_inf = _amp_scalar(optimizer, "found_inf", table.device)
         if self._options is not None:
-            self._fused_step(optimizer, table, found_inf, **self._options)
+            self._fused_step(optimizer, table, self._options)
         elif reg.upper is not None:
-            table.refresh()  # an optimizer may have moved a γ to other memory
+            table.refresh()  # some optimizers give a γ other memory (param.data = ...)
             table.clamp_(reg.upper, found_inf)
-        others = binding.others_table() if reg.clamp == "all" else None
-        if others is not None and reg.upper is not None:
-            others.refresh()
-            others.clamp_(reg.upper, found_inf)
+        if reg.clamp == "all" and reg.upper is not None and not _is_set(found_inf):
+            self._clamp_others(reg.upper)
         self.put_back()
 
-    def _fused_step(
-        self,
-        optimizer: Optimizer,
-        table: ScaleTable,
-        found_inf: Tensor | None,
-        first_step: bool,
-        **options: Any,
-    ) -> None:
-        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
+    def _fused_step(self, optimizer: Optimizer, table: ScaleTable, options: dict[str, Any]) -> None:
+        found_inf = _amp_scalar(optimizer, "found_inf", table.device)
+        if _is_set(found_inf):
             return
-        momentum = options["momentum"] != 0
-        if first_step and momentum:
+        if options["first_step"] and options["momentum"] != 0:
             # Zeros, not empty: on a GPU this step may yet turn out to be skipped.
-            for gamma in Binding.of(self.scales).trainable:
-                optimizer.state[gamma]["momentum_buffer"] = torch.zeros_like(gamma)
-        for gamma, grad in self._withheld:
-            gamma.grad = grad
-        table.refresh(optimizer.state if momentum else None)
+            for gamma, grad in self._withheld:
+                if gamma.requires_grad:
+                    optimizer.state[gamma]["momentum_buffer"] = torch.zeros_like(gamma)
+                gamma.grad = grad
+            table.refresh(optimizer.state)
         reg = self.reg
         table.sgd_step_(
             reg.kind,
@@ -180,10 +168,32 @@ class StepHooks:
             reg.per_layer,
             **options,
             upper=reg.upper,
-            first_step=first_step,
             grad_scale=_amp_scalar(optimizer, "grad_scale", table.device),
             found_inf=found_inf,
         )
+
+
+    @torch.no_grad()
+    def _clamp_others(self, upper: float) -> None:
+        others = [param for param in self.scales.others.values() if param.requires_grad]
+        if others:
+            torch._foreach_clamp_min_(others, 0.0)
+            torch._foreach_clamp_max_(others, upper)
+
+
+def _is_set(found_inf: Tensor | None) -> bool:
+    """Whether a step is known to be skipped; not asked of a GPU, which would have to synchronize."""
+    return found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf)
+
+
+def _shared_maximize(groups: list[dict[str, Any]]) -> bool:
+    values = {bool(group.get("maximize", False)) for group in groups}
+    if len(values) > 1:
+        raise StepError(
+            "parameter groups that hold scaling factors disagree on maximize=: "
+            "give them one value (λ·R_s is minimized whatever it is)"
+        )
+    return values.pop()
 
 
 def _amp_scalar(optimizer: Optimizer, name: str, device: torch.device) -> Tensor | None:

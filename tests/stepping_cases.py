@@ -1,4 +1,4 @@
-"""What the tests of the training step share: small factors, random gradients, the float64 oracle."""
+"""What tests of the training step share: small factors, random gradients, a float64 oracle."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +17,9 @@ def make_scales(
 ) -> ScalingFactors:
     generator = torch.Generator().manual_seed(seed)
     values = (torch.rand(size, generator=generator, dtype=torch.float64) for size in sizes)
-    return ScalingFactors({f"bn{i}.weight": nn.Parameter(v.to(dtype)) for i, v in enumerate(values)})
+    return ScalingFactors(
+        {f"bn{i}.weight": nn.Parameter(v.to(dtype)) for i, v in enumerate(values)}
+    )
 
 
 def task_gradients(params: Sequence[Tensor], step: int) -> list[Tensor]:
@@ -83,9 +85,15 @@ def assert_same(actual: Mapping[str, Tensor] | Sequence[Tensor], expected: Any, 
     right = list(expected.values()) if isinstance(expected, Mapping) else list(expected)
     for i, (a, e) in enumerate(zip(left, right, strict=True)):
         torch.testing.assert_close(
-            a.detach().double(), e.detach().double(), rtol=0, atol=tol, msg=lambda m, i=i: f"{i}: {m}"
+            a.detach().double(),
+            e.detach().double(),
+            rtol=0,
+            atol=tol,
+            msg=lambda m, i=i: f"{i}: {m}",
         )
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    return {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 5e-2, torch.bfloat16: 0.2}[dtype]
+    return {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 5e-2, torch.bfloat16: 0.2}[
+        dtype
+    ]

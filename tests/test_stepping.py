@@ -1,4 +1,4 @@
-"""pf.step and SGD: against plain SGD with float64 autograd of Eq. 2, and against its own two paths."""
+"""pf.step with SGD: against plain SGD with float64 autograd of Eq. 2."""
 
 import copy
 import warnings

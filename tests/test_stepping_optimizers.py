@@ -84,7 +84,9 @@ def test_a_removed_handle_leaves_a_plain_optimizer() -> None:
     handle = attach(optimizer, scales, Polarization(LAM, T))
     handle.remove()
     handle.remove()
-    expected = [p.detach() - 0.1 * g for p, g in zip(params, task_gradients(params, 1), strict=True)]
+    expected = [
+        p.detach() - 0.1 * g for p, g in zip(params, task_gradients(params, 1), strict=True)
+    ]
     set_gradients(params, 1)
     optimizer.step()
     assert_same(params, expected, 1e-15)

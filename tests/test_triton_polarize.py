@@ -9,18 +9,15 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from triton_harness import (  # noqa: E402
-    DEEPHOYER,
-    DEVICE,
-    KINDS,
-    L1,
-    POLARIZATION,
-    random_rows,
-    subgradient,
-    table_of,
-)
+from triton_harness import DEVICE, KINDS, random_rows, subgradient, table_of  # noqa: E402
 
 from polarfast.kernels import polarize_triton  # noqa: E402
+from polarfast.kernels.polarize_ref import (  # noqa: E402
+    KIND_DEEPHOYER,
+    KIND_L1,
+    KIND_POLARIZATION,
+)
+from polarfast.kernels.table import ScaleTable  # noqa: E402
 
 SIZES = [3, 64, 1500, 1]  # one row longer than a block, one of a single factor
 WEIGHTS = [1.0, 0.5, 2.0, 1.25]
@@ -78,7 +75,7 @@ def test_equal_factors_feel_only_the_l1_term(plan):
     """γ_i = 0.3 everywhere: the float64 mean is 0.3 to the last bit, and sgn(0) = 0."""
     gammas = [torch.full((n,), 0.3, device=DEVICE) for n in SIZES]
     grads = [torch.zeros_like(g) for g in gammas]
-    add_subgradient(gammas, grads, POLARIZATION, 0.5, 1.5, False)
+    add_subgradient(gammas, grads, KIND_POLARIZATION, 0.5, 1.5, False)
     assert all(torch.equal(g, torch.full_like(g, 0.75)) for g in grads)
 
 
@@ -87,11 +84,11 @@ def test_frozen_rows_count_and_stay(plan):
     grads = [torch.zeros_like(g) for g in gammas]
     before = [g.clone() for g in gammas]
     live = [grads[0], None, grads[2], None]
-    want = subgradient(gammas, WEIGHTS, POLARIZATION, 1.2, False)
-    add_subgradient(gammas, live, POLARIZATION, 1.0, 1.2, False, WEIGHTS)
+    want = subgradient(gammas, WEIGHTS, KIND_POLARIZATION, 1.2, False)
+    add_subgradient(gammas, live, KIND_POLARIZATION, 1.0, 1.2, False, WEIGHTS)
     torch.testing.assert_close(grads[2].double().cpu(), want[2], rtol=0, atol=2e-6)
     table = table_of(gammas, live, weights=WEIGHTS)
-    sgd_step(table, POLARIZATION, False, upper=0.1)
+    sgd_step(table, KIND_POLARIZATION, False, upper=0.1)
     polarize_triton.clamp_(table, 0.1)
     for row in (1, 3):
         assert torch.equal(gammas[row], before[row])
@@ -102,18 +99,19 @@ def test_frozen_rows_count_and_stay(plan):
 def test_grad_scale_multiplies_the_subgradient(plan):
     gammas = random_rows(SIZES, torch.float32)
     plain, scaled = ([torch.zeros_like(g) for g in gammas] for _ in range(2))
-    add_subgradient(gammas, plain, POLARIZATION, 1e-4, 1.2, False)
+    add_subgradient(gammas, plain, KIND_POLARIZATION, 1e-4, 1.2, False)
     scale = torch.tensor(1024.0, device=DEVICE)
-    add_subgradient(gammas, scaled, POLARIZATION, 1e-4, 1.2, False, grad_scale=scale)
+    add_subgradient(gammas, scaled, KIND_POLARIZATION, 1e-4, 1.2, False, grad_scale=scale)
     assert all(torch.equal(s, 1024 * p) for p, s in zip(plain, scaled, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # of inf / inf, in the interpreter
 def test_rows_without_direction_under_deephoyer():
     """All γ = 0 in a layer: no subgradient; an infinite γ elsewhere does not leak into it."""
     gammas = [torch.zeros(5, device=DEVICE), torch.ones(3, device=DEVICE)]
     gammas[1][0] = float("inf")
     grads = [torch.ones_like(g) for g in gammas]
-    add_subgradient(gammas, grads, DEEPHOYER, 1.0, 1.0, False)
+    add_subgradient(gammas, grads, KIND_DEEPHOYER, 1.0, 1.0, False)
     assert torch.equal(grads[0], torch.ones_like(grads[0]))
 
 
@@ -121,7 +119,7 @@ def test_infinite_factor_under_l1():
     """A term that L1 does not have must not be computed as 0 · inf."""
     gammas = [torch.tensor([float("inf"), -1.0], device=DEVICE)]
     grads = [torch.zeros(2, device=DEVICE)]
-    add_subgradient(gammas, grads, L1, 0.5, 1.0, False)
+    add_subgradient(gammas, grads, KIND_L1, 0.5, 1.0, False)
     assert grads[0].tolist() == [0.5, -0.5]
 
 
@@ -162,10 +160,10 @@ def test_sgd_steps_are_those_of_torch(options, dtype, plan):
         grads = random_rows(SIZES, dtype, seed=step + 1)
         given_grads = [g.clone() for g in grads]
         table = table_of(gammas, grads, momenta, WEIGHTS)
-        sgd_step(table, POLARIZATION, False, first_step=step == 0, **options)
+        sgd_step(table, KIND_POLARIZATION, False, first_step=step == 0, **options)
         assert all(torch.equal(g, h) for g, h in zip(grads, given_grads, strict=True))
         sign = -0.02 if options.get("maximize") else 0.02
-        ascent = subgradient(oracle, WEIGHTS, POLARIZATION, 1.2, False)
+        ascent = subgradient(oracle, WEIGHTS, KIND_POLARIZATION, 1.2, False)
         for o, g, d in zip(oracle, grads, ascent, strict=True):
             o.grad = g.double().cpu() + sign * d
         optimizer.step()
@@ -203,14 +201,14 @@ def test_amp_scale_divides_and_found_inf_stops(plan):
     grads = random_rows(SIZES, torch.float32, seed=1)
     plain, scaled, stopped = ([g.clone() for g in start] for _ in range(3))
     buffers = [torch.ones_like(g) for g in start]
-    sgd_step(table_of(plain, grads), POLARIZATION, False)
+    sgd_step(table_of(plain, grads), KIND_POLARIZATION, False)
     big = [g * scale for g in grads]
     fine = torch.zeros(1, device=DEVICE)
-    sgd_step(table_of(scaled, big), POLARIZATION, False, grad_scale=scale, found_inf=fine)
+    sgd_step(table_of(scaled, big), KIND_POLARIZATION, False, grad_scale=scale, found_inf=fine)
     assert all(torch.equal(p, s) for p, s in zip(plain, scaled, strict=True))
     table = table_of(stopped, grads, buffers)
     found = torch.ones(1, device=DEVICE)
-    sgd_step(table, POLARIZATION, False, momentum=0.9, upper=0.1, found_inf=found)
+    sgd_step(table, KIND_POLARIZATION, False, momentum=0.9, upper=0.1, found_inf=found)
     polarize_triton.clamp_(table, 0.1, found)
     assert all(torch.equal(p, s) for p, s in zip(stopped, start, strict=True))
     assert all(torch.equal(b, torch.ones_like(b)) for b in buffers)
@@ -230,6 +228,24 @@ def test_same_bits_every_time(plan):
     results = []
     for _ in range(2):
         gammas = random_rows(SIZES, torch.float32)
-        sgd_step(table_of(gammas, random_rows(SIZES, torch.float32, 1)), POLARIZATION, False)
+        sgd_step(table_of(gammas, random_rows(SIZES, torch.float32, 1)), KIND_POLARIZATION, False)
         results.append(torch.cat(gammas))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("kind", "per_layer"), KINDS)
+def test_both_backends_of_the_table_agree(kind, per_layer):
+    results = []
+    for backend, device in (("cpu", "cpu"), ("triton", DEVICE)):
+        params = [torch.nn.Parameter(row.to(device)) for row in random_rows(SIZES, torch.float32)]
+        for param, grad in zip(params, random_rows(SIZES, torch.float32, seed=1), strict=True):
+            param.grad = grad.to(device)
+        params[1].requires_grad_(False)
+        table = ScaleTable(list("abcd"), params, WEIGHTS, backend=backend)
+        table.add_subgradient_(kind, 0.1, 1.2, per_layer)
+        table.sgd_step_(kind, 0.1, 1.2, per_layer, lr=0.5, weight_decay=0.01, upper=0.9)
+        table.clamp_(0.8)
+        results.append([x.detach().cpu() for p in params for x in (p, p.grad)])
+        results[-1] += [x.cpu() for x in table.valley()]
+    for cpu, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, cpu, rtol=0, atol=1e-6, equal_nan=True)

@@ -25,7 +25,7 @@ def oracle(gamma):
     counts, edges = np.histogram(x, bins=100, range=(0, 1))
     d = np.diff(counts)
     threshold = next((edges[i + 1] for i in range(98) if d[i] <= 0 <= d[i + 1]), math.nan)
-    kept = x.size if math.isnan(threshold) else (x > threshold).sum()
+    kept = x.size if math.isnan(threshold) else int((gamma.double() > threshold).sum())
     return float(threshold), float(kept), float((~np.isfinite(x)).sum()), counts
 
 

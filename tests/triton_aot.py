@@ -23,9 +23,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
-from triton_harness import KINDS, Rows, random_rows, table_of
+from triton_harness import KINDS, random_rows, table_of
 
 from polarfast.kernels import polarize_triton, valley_triton
+from polarfast.kernels.device_table import DeviceTable
 from polarfast.kernels.triton_common import TRITON_DTYPES
 
 TARGETS = {
@@ -86,7 +87,7 @@ def spilled_bytes(compiled: Any) -> int:
     return sum(int(re.search(rf"{field}:(\d+)", line)[1]) for field in ("STACK", "LOCAL"))
 
 
-def calls(table: Rows, scalar: Tensor | None) -> dict[str, Callable[[], object]]:
+def calls(table: DeviceTable, scalar: Tensor | None) -> dict[str, Callable[[], object]]:
     """Every launcher × kind; `scalar` serves as grad_scale and found_inf."""
     step, add = polarize_triton.sgd_step_, polarize_triton.add_subgradient_
     found: dict[str, Callable[[], object]] = {

@@ -6,35 +6,20 @@ The kernels run on the GPU where there is one, else in Triton's interpreter (con
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from polarfast.kernels.device_table import DeviceTable
+from polarfast.kernels.polarize_ref import KIND_DEEPHOYER, KIND_L1, KIND_POLARIZATION
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-POLARIZATION, L1, DEEPHOYER = 0, 1, 2
 KINDS = [
-    (POLARIZATION, False),
-    (POLARIZATION, True),
-    (L1, False),
-    (DEEPHOYER, False),
+    (KIND_POLARIZATION, False),
+    (KIND_POLARIZATION, True),
+    (KIND_L1, False),
+    (KIND_DEEPHOYER, False),
 ]  # (kind, per_layer)
-
-
-@dataclass
-class Rows:
-    """A table of addresses built straight from lists of tensors: all that a launcher reads."""
-
-    addresses: Tensor
-    sizes: Tensor
-    starts: Tensor
-    weights: Tensor
-    row_of: Tensor
-    scratch: Tensor
-    dtype: torch.dtype
-    device: torch.device
-    numel: int
-    owners: list[list[Tensor | None]]  # keeps alive what the addresses point to
 
 
 def table_of(
@@ -42,23 +27,15 @@ def table_of(
     grads: Sequence[Tensor | None],
     momenta: Sequence[Tensor] | None = None,
     weights: Sequence[float] | None = None,
-) -> Rows:
+) -> DeviceTable:
     """A row whose gradient is None is frozen. Without `momenta` that part of the table is stale."""
     owners: list[list[Tensor | None]] = [list(gammas), list(grads), list(momenta or gammas)]
-    sizes = torch.tensor([g.numel() for g in gammas])
+    sizes = [g.numel() for g in gammas]
     addresses = [[0 if x is None else x.data_ptr() for x in owner] for owner in owners]
-    return Rows(
-        addresses=torch.tensor(addresses).to(DEVICE),
-        sizes=sizes.to(DEVICE),
-        starts=(sizes.cumsum(0) - sizes).to(DEVICE),
-        weights=torch.tensor(weights or [1.0] * len(gammas), dtype=torch.float64).to(DEVICE),
-        row_of=torch.repeat_interleave(torch.arange(len(gammas)), sizes).int().to(DEVICE),
-        scratch=torch.full((4, len(gammas)), float("nan"), dtype=torch.float64, device=DEVICE),
-        dtype=gammas[0].dtype,
-        device=DEVICE,
-        numel=int(sizes.sum()),
-        owners=owners,
-    )
+    table = DeviceTable(sizes, weights or [1.0] * len(gammas), gammas[0].dtype, DEVICE)
+    table.set_addresses(addresses)
+    table.owners = owners  # type: ignore[attr-defined]  # keeps alive what the addresses point to
+    return table
 
 
 def random_rows(sizes: Sequence[int], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -72,9 +49,9 @@ def penalty(
     gammas: Sequence[Tensor], weights: Sequence[float], kind: int, t: float, per_layer: bool
 ) -> Tensor:
     """R(γ; w) as the paper prints it (Eq. 2), or the rival's penalty."""
-    if kind == L1:
+    if kind == KIND_L1:
         terms = [w * g.abs().sum() for g, w in zip(gammas, weights, strict=True)]
-    elif kind == DEEPHOYER:
+    elif kind == KIND_DEEPHOYER:
         terms = [
             w * g.abs().sum() ** 2 / (g**2).sum() for g, w in zip(gammas, weights, strict=True)
         ]

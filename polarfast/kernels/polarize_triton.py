@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from polarfast.kernels import polarize_triton_kernels as kernels
+from polarfast.kernels.device_table import DeviceTable
 from polarfast.kernels.triton_common import (
     FIRST_STEP,
     MOMENTUM,
@@ -19,7 +20,6 @@ from polarfast.kernels.triton_common import (
     ROW_BLOCK_SIZE,
     ROW_NUM_WARPS,
     TRITON_DTYPES,
-    PointerTable,
     on_device_of,
 )
 
@@ -44,7 +44,7 @@ class SgdScalars(NamedTuple):
 
 
 def _launch(
-    table: PointerTable,
+    table: DeviceTable,
     kind: int,
     lam: float,
     t: float,
@@ -94,7 +94,7 @@ def _launch(
 
 
 def add_subgradient_(
-    table: PointerTable,
+    table: DeviceTable,
     kind: int,
     lam: float,
     t: float,
@@ -105,7 +105,7 @@ def add_subgradient_(
     _launch(table, kind, lam, t, per_layer, grad_scale, None, None)
 
 
-def clamp_(table: PointerTable, upper: float, found_inf: Tensor | None = None) -> None:
+def clamp_(table: DeviceTable, upper: float, found_inf: Tensor | None = None) -> None:
     """Clamp the factors that have a gradient to [0, upper], unless `found_inf` is not 0."""
     if table.numel == 0:
         return
@@ -123,7 +123,7 @@ def clamp_(table: PointerTable, upper: float, found_inf: Tensor | None = None) -
 
 
 def sgd_step_(
-    table: PointerTable,
+    table: DeviceTable,
     kind: int,
     lam: float,
     t: float,

@@ -22,6 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from polarfast.kernels.polarize_ref import KIND_DEEPHOYER, KIND_POLARIZATION
 from polarfast.kernels.triton_common import (
     clamped,
     like,
@@ -35,9 +36,8 @@ from polarfast.kernels.triton_common import (
     unless_found_inf,
 )
 
-POLARIZATION = tl.constexpr(0)
-L1 = tl.constexpr(1)
-DEEPHOYER = tl.constexpr(2)
+POLARIZATION = tl.constexpr(KIND_POLARIZATION)
+DEEPHOYER = tl.constexpr(KIND_DEEPHOYER)
 
 # Compiled once for all their values, 1 and multiples of 16 included.
 _RUNTIME_INTEGERS = ["rows", "n", "flags"]

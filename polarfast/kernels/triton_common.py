@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the table of addresses they read, and element-wise arithmetic."""
+"""What the Triton kernels share: sizes, reading through the table of addresses, arithmetic."""
 
 # Triton kernels take blocks, pointers and scalars, for which Python has no types.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from polarfast.kernels.device_table import DeviceTable
 
 # One program per row; a row longer than this is walked in blocks. Four factors to a thread: with
 # eight, some target spills (tests/test_triton_compile.py).
@@ -31,26 +31,7 @@ TRITON_DTYPES = {
 }
 
 
-class PointerTable(Protocol):
-    """What the launchers read of a table of scaling factors; a row is one γ tensor.
-
-    ``addresses`` int64 [3, rows] holds the addresses of γ, of its gradient and of its momentum
-    buffer, 0 for none; ``sizes``, ``starts`` int64 [rows]; ``weights`` float64 [rows]; ``row_of``
-    int32 [numel], the row of each element; ``scratch`` float64 [4, rows].
-    """
-
-    addresses: Tensor
-    sizes: Tensor
-    starts: Tensor
-    weights: Tensor
-    row_of: Tensor
-    scratch: Tensor
-    dtype: torch.dtype
-    device: torch.device
-    numel: int
-
-
-def on_device_of(table: PointerTable) -> AbstractContextManager[object]:
+def on_device_of(table: DeviceTable) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the one that holds the factors."""
     if table.device.type == "cuda":
         return torch.cuda.device(table.device)

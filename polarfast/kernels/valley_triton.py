@@ -10,16 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from polarfast.kernels import valley_ref
+from polarfast.kernels.device_table import DeviceTable
 from polarfast.kernels.triton_common import (
     ROW_BLOCK_SIZE,
     ROW_NUM_WARPS,
     TRITON_DTYPES,
-    PointerTable,
     load_scales,
     on_device_of,
 )
 
-BINS = tl.constexpr(100)
+BINS = tl.constexpr(valley_ref.BINS)
 # tl.histogram and tl.arange want a power of two; values that are in no bin are counted in the last.
 BINS_PADDED = tl.constexpr(128)
 
@@ -78,20 +79,20 @@ def _valley_kernel(
     bin = tl.arange(0, BINS_PADDED)
     tl.store(counts_ptr + row * BINS + bin, counts.to(tl.int64), mask=bin < BINS)
     valley = _first_valley(counts, bin)
-    threshold = tl.where(valley < BINS, _edge(valley + 1), float("nan"))
+    threshold = tl.where(valley < BINS, _edge(valley + 1), float("nan")).to(tl.float64)
 
     kept = tl.zeros([BLOCK_SIZE], tl.int32)
     for start in range(0, size, BLOCK_SIZE):
         offsets = start + tl.arange(0, BLOCK_SIZE)
         mask = offsets < size
-        gamma = load_scales(address, offsets, mask, DTYPE).to(tl.float32)
+        gamma = load_scales(address, offsets, mask, DTYPE).to(tl.float64)
         kept += (mask & ((gamma > threshold) | (valley == BINS))).to(tl.int32)
-    tl.store(summary_ptr + row * 3, threshold.to(tl.float64))
+    tl.store(summary_ptr + row * 3, threshold)
     tl.store(summary_ptr + row * 3 + 1, tl.sum(kept, axis=0).to(tl.float64))
     tl.store(summary_ptr + row * 3 + 2, (size - tl.sum(finite, axis=0)).to(tl.float64))
 
 
-def valley(table: PointerTable) -> tuple[Tensor, Tensor]:
+def valley(table: DeviceTable) -> tuple[Tensor, Tensor]:
     """Valley threshold of each row of the table.
 
     Returns:

@@ -45,7 +45,7 @@ class Build(cpp_extension.BuildExtension):
         super().build_extensions()
 
 
-SOURCES = ["schemas", "simd", "rows", "polarize", "valley", "gather", "table", "module"]
+SOURCES = ["schemas", "simd", "rows", "coefficients", "polarize", "valley", "gather", "table", "module"]
 setup(
     ext_modules=[
         Extension(

@@ -4,150 +4,11 @@
 // One thread: the γ of a ResNet-50 (26,560) take a few microseconds a pass, which is less than waking a second thread.
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-#include <limits>
-#include <type_traits>
-
-#include "rows.h"
-#include "simd.h"
+#include "coefficients.h"
 
 namespace polarfast {
 
 namespace {
-
-// float64 γ are computed in double, all others in float.
-template <class T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// ∂R/∂γ_j = a·sgn(γ_j) + b·γ_j + c·sgn(γ_j − mean) + k, the coefficients being those of γ_j's row.
-struct Coefficients {
-  double a = 0, b = 0, c = 0, k = 0, mean = 0;
-};
-
-// Coefficients in the type that the loop computes in. x > mean iff x > below, x < mean iff x < above, both exact:
-// below and above are mean rounded down and up, so the float loop compares as if in double.
-template <class C>
-struct Subgradient {
-  C a, b, c, k, below, above;
-
-  Subgradient(const Coefficients& from, double scale)
-      : a(static_cast<C>(from.a * scale)),
-        b(static_cast<C>(from.b * scale)),
-        c(static_cast<C>(from.c * scale)),
-        k(static_cast<C>(from.k * scale)),
-        below(static_cast<C>(from.mean)),
-        above(static_cast<C>(from.mean)) {
-    constexpr C inf = std::numeric_limits<C>::infinity();
-    if (below > from.mean) below = std::nextafter(below, -inf);
-    if (above < from.mean) above = std::nextafter(above, inf);
-  }
-
-  POLARFAST_INLINE C operator()(C x) const {
-    const C linear = b == C(0) ? C(0) : b * x;  // 0 · ∞ would be NaN
-    return a * (C(x > C(0)) - C(x < C(0))) + linear + c * (C(x > below) - C(x < above)) + k;
-  }
-};
-
-template <class T>
-double sum(const void* x, int64_t n) {
-  double total = 0;
-  vectorized([&]() POLARFAST_INLINE {
-    total = lane_sum(static_cast<const T*>(x), n, [](T v) POLARFAST_INLINE { return double(Compute<T>(v)); });
-  });
-  return total;
-}
-
-template <class T>
-double sum_of_magnitudes(const void* x, int64_t n) {
-  double total = 0;
-  vectorized([&]() POLARFAST_INLINE {
-    total = lane_sum(static_cast<const T*>(x), n, [](T v) POLARFAST_INLINE { return std::abs(double(Compute<T>(v))); });
-  });
-  return total;
-}
-
-template <class T>
-double sum_of_squares(const void* x, int64_t n) {
-  double total = 0;
-  vectorized([&]() POLARFAST_INLINE {
-    total = lane_sum(static_cast<const T*>(x), n, [](T v) POLARFAST_INLINE {
-      const double wide = Compute<T>(v);
-      return wide * wide;
-    });
-  });
-  return total;
-}
-
-template <class T, class C>
-POLARFAST_INLINE inline int64_t count_signs(const T* x, int64_t n, C below, C above) {
-  int32_t total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) {
-    const C v = static_cast<C>(x[i]);
-    total += (v > below ? 1 : 0) - (v < above ? 1 : 0);
-  }
-  return total;
-}
-
-// Σ sgn(γ_i − mean) over a row: an integer, hence exact in any order.
-template <class T>
-int64_t sign_sum(const void* x, int64_t n, double mean) {
-  Coefficients at_mean;
-  at_mean.mean = mean;
-  const Subgradient<Compute<T>> bounds(at_mean, 1.0);
-  int64_t total = 0;
-  vectorized([&]() POLARFAST_INLINE {
-    total = count_signs(static_cast<const T*>(x), n, bounds.below, bounds.above);
-  });
-  return total;
-}
-
-template <class T>
-void polarization_coefficients(const Rows& rows, const Penalty& penalty, std::vector<Coefficients>& found) {
-  const int64_t count = rows.count();
-  int64_t n = 0;
-  double total = 0;
-  for (int64_t l = 0; l < count; ++l) {
-    const double row_total = sum<T>(rows.gammas[l], rows.sizes[l]);
-    found[l].mean = row_total / rows.sizes[l];
-    n += rows.sizes[l];
-    total += row_total;
-  }
-  double weighted_signs = 0;
-  for (int64_t l = 0; l < count; ++l) {
-    Coefficients& row = found[l];
-    if (!penalty.per_layer) row.mean = total / n;
-    const double signs = rows.weights[l] * sign_sum<T>(rows.gammas[l], rows.sizes[l], row.mean);
-    weighted_signs += signs;
-    row.a = penalty.lam * penalty.t * rows.weights[l];
-    row.c = -penalty.lam * rows.weights[l];
-    row.k = penalty.lam * signs / rows.sizes[l];
-  }
-  if (penalty.per_layer) return;
-  for (Coefficients& row : found) row.k = penalty.lam * weighted_signs / n;
-}
-
-template <class T>
-std::vector<Coefficients> coefficients(const Rows& rows, const Penalty& penalty) {
-  std::vector<Coefficients> found(rows.count());
-  if (penalty.kind == Kind::polarization) {
-    polarization_coefficients<T>(rows, penalty, found);
-    return found;
-  }
-  for (int64_t l = 0; l < rows.count(); ++l) {
-    const double strength = penalty.lam * rows.weights[l];
-    if (penalty.kind == Kind::l1) {
-      found[l].a = strength;
-      continue;
-    }
-    const double norm = sum_of_magnitudes<T>(rows.gammas[l], rows.sizes[l]);
-    const double squares = sum_of_squares<T>(rows.gammas[l], rows.sizes[l]);
-    if (squares == 0) continue;  // ‖γ‖₁²/‖γ‖₂² has no derivative at 0; 0 leaves such a layer where it is
-    found[l].a = 2 * strength * norm / squares;
-    found[l].b = -2 * strength * norm * norm / (squares * squares);
-  }
-  return found;
-}
 
 template <class T, class C>
 POLARFAST_INLINE inline void add_row(const T* gamma, T* grad, int64_t n, const Subgradient<C> subgradient) {
@@ -231,9 +92,9 @@ void sgd_rows(const Rows& rows, const std::vector<Coefficients>& found, const Sg
 }  // namespace
 
 void add_subgradient(const Rows& rows, const Penalty& penalty, double grad_scale) {
+  const std::vector<Coefficients> found = coefficients(rows, penalty);
   dispatch(rows.dtype, [&](auto element) {
     using T = decltype(element);
-    const std::vector<Coefficients> found = coefficients<T>(rows, penalty);
     for (int64_t l = 0; l < rows.count(); ++l) {
       if (rows.grads[l] == nullptr) continue;
       auto* gamma = static_cast<const T*>(rows.gammas[l]);
@@ -256,15 +117,15 @@ void clamp(const Rows& rows, double upper) {
 }
 
 void sgd_step(const Rows& rows, const Penalty& penalty, const Sgd& sgd) {
+  for (int64_t l = 0; l < rows.count() && sgd.momentum != 0; ++l) {
+    STD_TORCH_CHECK(
+        rows.grads[l] == nullptr || rows.momenta[l] != nullptr || rows.sizes[l] == 0,
+        "polarfast: scaling factor ", l, " has no momentum buffer");
+  }
+  const std::vector<Coefficients> found = coefficients(rows, penalty);
   dispatch(rows.dtype, [&](auto element) {
     using T = decltype(element);
-    const std::vector<Coefficients> found = coefficients<T>(rows, penalty);
     if (sgd.momentum == 0) return sgd_rows<Buffer::none, T>(rows, found, sgd);
-    for (int64_t l = 0; l < rows.count(); ++l) {
-      STD_TORCH_CHECK(
-          rows.grads[l] == nullptr || rows.momenta[l] != nullptr || rows.sizes[l] == 0,
-          "polarfast: scaling factor ", l, " has no momentum buffer");
-    }
     if (sgd.first_step) return sgd_rows<Buffer::first, T>(rows, found, sgd);
     sgd_rows<Buffer::running, T>(rows, found, sgd);
   });

@@ -1,0 +1,114 @@
+#include "coefficients.h"
+
+namespace polarfast {
+
+namespace {
+
+template <class T>
+double sum(const void* x, int64_t n) {
+  double total = 0;
+  vectorized([&]() POLARFAST_INLINE {
+    total = lane_sum(static_cast<const T*>(x), n, [](T v) POLARFAST_INLINE { return double(Compute<T>(v)); });
+  });
+  return total;
+}
+
+template <class T>
+double sum_of_magnitudes(const void* x, int64_t n) {
+  double total = 0;
+  vectorized([&]() POLARFAST_INLINE {
+    total = lane_sum(static_cast<const T*>(x), n, [](T v) POLARFAST_INLINE { return std::abs(double(Compute<T>(v))); });
+  });
+  return total;
+}
+
+template <class T>
+double sum_of_squares(const void* x, int64_t n) {
+  double total = 0;
+  vectorized([&]() POLARFAST_INLINE {
+    total = lane_sum(static_cast<const T*>(x), n, [](T v) POLARFAST_INLINE {
+      const double wide = Compute<T>(v);
+      return wide * wide;
+    });
+  });
+  return total;
+}
+
+template <class T, class C>
+POLARFAST_INLINE inline int64_t count_signs(const T* x, int64_t n, C below, C above) {
+  int32_t total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < n; ++i) {
+    const C v = static_cast<C>(x[i]);
+    total += (v > below ? 1 : 0) - (v < above ? 1 : 0);
+  }
+  return total;
+}
+
+// Σ sgn(γ_i − mean) over a row: an integer, hence exact in any order.
+template <class T>
+int64_t sign_sum(const void* x, int64_t n, double mean) {
+  Coefficients at_mean;
+  at_mean.mean = mean;
+  const Subgradient<Compute<T>> bounds(at_mean, 1.0);
+  int64_t total = 0;
+  vectorized([&]() POLARFAST_INLINE {
+    total = count_signs(static_cast<const T*>(x), n, bounds.below, bounds.above);
+  });
+  return total;
+}
+
+template <class T>
+void polarization_coefficients(const Rows& rows, const Penalty& penalty, std::vector<Coefficients>& found) {
+  const int64_t count = rows.count();
+  int64_t n = 0;
+  double total = 0;
+  for (int64_t l = 0; l < count; ++l) {
+    const double row_total = sum<T>(rows.gammas[l], rows.sizes[l]);
+    found[l].mean = row_total / rows.sizes[l];
+    n += rows.sizes[l];
+    total += row_total;
+  }
+  double weighted_signs = 0;
+  for (int64_t l = 0; l < count; ++l) {
+    Coefficients& row = found[l];
+    if (!penalty.per_layer) row.mean = total / n;
+    const double signs = rows.weights[l] * sign_sum<T>(rows.gammas[l], rows.sizes[l], row.mean);
+    weighted_signs += signs;
+    row.a = penalty.lam * penalty.t * rows.weights[l];
+    row.c = -penalty.lam * rows.weights[l];
+    row.k = penalty.lam * signs / rows.sizes[l];
+  }
+  if (penalty.per_layer) return;
+  for (Coefficients& row : found) row.k = penalty.lam * weighted_signs / n;
+}
+
+template <class T>
+void deephoyer_coefficients(const Rows& rows, const Penalty& penalty, std::vector<Coefficients>& found) {
+  for (int64_t l = 0; l < rows.count(); ++l) {
+    const double strength = penalty.lam * rows.weights[l];
+    const double norm = sum_of_magnitudes<T>(rows.gammas[l], rows.sizes[l]);
+    const double squares = sum_of_squares<T>(rows.gammas[l], rows.sizes[l]);
+    if (squares == 0) continue;  // ‖γ‖₁²/‖γ‖₂² has no derivative at 0; 0 leaves such a layer where it is
+    found[l].a = 2 * strength * norm / squares;
+    found[l].b = -2 * strength * norm * norm / (squares * squares);
+  }
+}
+
+}  // namespace
+
+std::vector<Coefficients> coefficients(const Rows& rows, const Penalty& penalty) {
+  std::vector<Coefficients> found(rows.count());
+  if (penalty.kind == Kind::l1) {
+    for (int64_t l = 0; l < rows.count(); ++l) found[l].a = penalty.lam * rows.weights[l];
+    return found;
+  }
+  dispatch(rows.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (penalty.kind == Kind::polarization) return polarization_coefficients<T>(rows, penalty, found);
+    deephoyer_coefficients<T>(rows, penalty, found);
+  });
+  return found;
+}
+
+}  // namespace polarfast

@@ -1,1 +1,59 @@
-"""polarfast: polarization pruning of convolutional networks while they train."""
+"""polarfast: polarization pruning of convolutional networks while they train.
+
+Zhuang et al., "Neuron-level Structured Pruning using Polarization Regularizer", NeurIPS 2020.
+"""
+
+from .errors import (
+    ArgumentError,
+    BuildError,
+    FileFormatError,
+    PlanError,
+    PolarfastError,
+    ScalingFactorError,
+    StepError,
+    ThresholdError,
+    TracingError,
+    VerificationError,
+)
+from .files import load, load_plan, save
+from .planning import plan
+from .plans import PruningPlan
+from .regularizers import L1, DeepHoyer, Polarization, Regularizer
+from .scaling import ScalingFactors, init_scales, scaling_factors
+from .slimming import slim
+from .stepping import attach, step
+from .thresholding import thresholds
+from .verification import Report, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "L1",
+    "ArgumentError",
+    "BuildError",
+    "DeepHoyer",
+    "FileFormatError",
+    "PlanError",
+    "PolarfastError",
+    "Polarization",
+    "PruningPlan",
+    "Regularizer",
+    "Report",
+    "ScalingFactorError",
+    "ScalingFactors",
+    "StepError",
+    "ThresholdError",
+    "TracingError",
+    "VerificationError",
+    "attach",
+    "init_scales",
+    "load",
+    "load_plan",
+    "plan",
+    "save",
+    "scaling_factors",
+    "slim",
+    "step",
+    "thresholds",
+    "verify",
+]

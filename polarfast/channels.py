@@ -1,12 +1,12 @@
 """From a traced graph to channel classes: which channels stay or go together, and whose γ decides."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .tracing import PIN, Graph, NormCall
+from .tracing import PIN, Graph, NormCall, ProjectionCall
 
 #: What may happen to channels that meet in an addition.
 RESIDUAL_MODES = ("keep", "expand", "couple")
@@ -33,7 +33,7 @@ class Channels:
         pinned: γ name -> why it does not take part.
     """
 
-    def __init__(self, graph: Graph, residual: str) -> None:
+    def __init__(self, graph: Graph, residual: str, can_put_back: Callable[[str], bool]) -> None:
         self.graph, self.residual = graph, residual
         self._raw = graph.labels()
         self.calls: dict[str, NormCall] = {}
@@ -41,7 +41,7 @@ class Channels:
             if call.weight is not None:
                 self.calls.setdefault(call.weight, call)
         self._alone = {name for name, call in self.calls.items() if self._reads_alone(name, call)}
-        self.boundaries = self._find_boundaries() if residual == "expand" else frozenset()
+        self.boundaries = self._find_boundaries(can_put_back) if residual == "expand" else frozenset()
         self.label = self._classes()
         self.layers: dict[str, Tensor] = {}
         self.pinned: dict[str, str] = {}
@@ -87,7 +87,7 @@ class Channels:
         me = names.index(name)
         return bool((self._written[labels] & (low[labels] == me) & (high[labels] == me)).all())
 
-    def _find_boundaries(self) -> frozenset[str]:
+    def _find_boundaries(self, can_put_back: Callable[[str], bool]) -> frozenset[str]:
         """Norms that end a branch: what they write is the deeper operand of an addition."""
         deeper = torch.zeros(self.graph.count, dtype=torch.bool)
         for add in self.graph.additions:
@@ -97,8 +97,24 @@ class Channels:
                 deeper[self._raw[add.right]] = True
         deeper[PIN] = False
         return frozenset(
-            name for name in self._alone if bool(deeper[self._raw[self.calls[name].outputs]].any())
+            name
+            for name in self._alone
+            if bool(deeper[self._raw[self.calls[name].outputs]].any()) and can_put_back(name)
         )
+
+    def in_classes(self, labels: Iterable[int]) -> Tensor:
+        """bool [graph.count]: the ids of the given classes."""
+        mask = torch.zeros(self.graph.count, dtype=torch.bool)
+        mask[list(labels)] = True
+        return mask[self.label]
+
+    def sole_norm(self, call: ProjectionCall) -> NormCall | None:
+        """The normalization that alone reads everything a call writes, if there is one."""
+        for name in self._alone:
+            norm = self.calls[name]
+            if torch.equal(norm.inputs, call.outputs):
+                return norm
+        return None
 
     # --- classes ------------------------------------------------------------------------------------------------------
 
@@ -126,8 +142,7 @@ class Channels:
         """In a network with additions, the first norms stay, unless they are coupled with others."""
         if not self.graph.additions:
             return set()
-        self._stem = {name for name, call in self.calls.items() if call.depth <= 1 and not self._meets[call.outputs].any()}
-        return self._stem
+        return {name for name, call in self.calls.items() if call.depth <= 1 and not self._meets[call.outputs].any()}
 
     def _pin_uncovered(self, edges: list[Tensor]) -> Tensor:
         """Pin classes into which something without a γ adds.
@@ -203,6 +218,3 @@ class Channels:
 
 def _to_pin(ids: Tensor) -> Tensor:
     return torch.stack((torch.full_like(ids, PIN), ids))
-
-
-Reason = Callable[[str, NormCall], str | None]

@@ -71,6 +71,14 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating point parameter or buffer."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own model inside DistributedDataParallel, DataParallel and torch.compile."""
     while True:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ArgumentError
-
-#: What may happen to channels that meet in an addition.
-RESIDUAL_MODES = ("keep", "expand", "couple")
+from .channels import RESIDUAL_MODES, Channels
+from .errors import ArgumentError, TracingError
+from .inputs import unwrap
+from .modules import can_put_back
+from .tracing import trace
 
 
 class ScalingFactors(Mapping[str, nn.Parameter]):
@@ -30,8 +31,7 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         others: Mapping[str, nn.Parameter] | None = None,
         residual: str = "keep",
     ) -> None:
-        if residual not in RESIDUAL_MODES:
-            raise ArgumentError(f"residual={residual!r}: choose one of {', '.join(map(repr, RESIDUAL_MODES))}")
+        _check_residual(residual)
         self._params = dict(params)
         self.pinned = dict(pinned or {})
         self.others = dict(others or {})
@@ -73,6 +73,50 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
             f"ScalingFactors({len(self)} layers, {self.numel()} channels, residual={self.residual!r}, "
             f"{len(self.pinned)} layers pinned)"
         )
+
+
+def _check_residual(residual: str) -> None:
+    if residual not in RESIDUAL_MODES:
+        raise ArgumentError(f"residual={residual!r}: choose one of {', '.join(map(repr, RESIDUAL_MODES))}")
+
+
+def analyze(model: nn.Module, example_inputs: Any, residual: str) -> Channels:
+    """Trace an (unwrapped) model and sort its channels into classes."""
+
+    def putting_back(name: str) -> bool:
+        return can_put_back(model.get_submodule(name.rpartition(".")[0]))
+
+    return Channels(trace(model, example_inputs), residual, putting_back)
+
+
+def scaling_factors(model: nn.Module, example_inputs: Any, residual: str = "keep") -> ScalingFactors:
+    """Find the scaling factors γ that take part: BatchNorm weights whose norm alone reads the channels that it normalizes.
+
+    Args:
+        model: any eager network; left exactly as found (modes, buffers, gradients, random state). Data-parallel and compiled
+            wrappers are looked through: names are those of the model inside.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs, e.g. `torch.randn(1, 3, 224, 224)`.
+        residual: what happens to channels that meet in an addition. "keep": they are left alone. "expand": the last
+            convolution of a branch is pruned and what remains is put back at its places (the paper's ResNets and MobileNetV2).
+            "couple": channels that are added together are kept or removed together.
+
+    Raises:
+        ArgumentError: `residual` is none of these.
+        TracingError: the model is scripted, does not run on the inputs, or has no normalization whose γ can take part.
+    """
+    _check_residual(residual)
+    model = unwrap(model)
+    channels = analyze(model, example_inputs, residual)
+    params = dict(model.named_parameters())
+    if not channels.layers:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(channels.pinned.items())[:3])
+        raise TracingError(
+            "no scaling factor can take part: "
+            + (why or "the network has no BatchNorm with weights; put gates (a factor per channel) where γ is missing")
+        )
+    taking_part = {name: params[name] for name in channels.layers}
+    others = {name: params[name] for name in channels.calls if name not in taking_part}
+    return ScalingFactors(taking_part, pinned=channels.pinned, others=others, residual=residual)
 
 
 def init_scales(scales: Mapping[str, nn.Parameter], value: float = 0.5) -> None:

@@ -1,0 +1,138 @@
+"""A fold written into the full-size tensors of a network, before anything is gathered."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .channels import Channels
+from .folding import Fold
+from .layout import Layout
+from .tracing import ProjectionCall
+
+#: From a tensor's name, its full-size float64 copy to be edited in place.
+Editor = Callable[[str], Tensor]
+
+
+@dataclass
+class Edits:
+    """Tensors to gather instead of the model's own.
+
+    Attributes:
+        tensors: name -> full-size tensor (float64 where numbers changed).
+        biases: reader's weight name -> bias to create, float64 [C_out].
+        blank: tensor name -> positions along a dimension whose optimizer state starts at 0 (constant channels).
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    blank: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
+
+
+def new_biases(channels: Channels, fold: Fold, alive: Tensor) -> dict[str, int]:
+    """Reader's weight name -> length of the bias that the fold creates."""
+    found = {}
+    for index, reader in fold.readers.items():
+        call = channels.graph.projections[index]
+        if reader.shift is not None and _sink(channels, call) == "new":
+            found[call.weight] = int(alive[call.outputs].sum())
+    return found
+
+
+def _sink(channels: Channels, call: ProjectionCall) -> str | None:
+    """Where a constant added to a call's output goes: a tensor's name, "new" (a bias to create), or None (it is cancelled).
+
+    A norm that alone reads the output takes it into its running mean: a bias there would be cancelled in training.
+    """
+    norm = channels.sole_norm(call)
+    if norm is not None:
+        return norm.mean
+    return call.bias or "new"
+
+
+def write_edits(model: nn.Module, channels: Channels, fold: Fold) -> Edits:
+    """The fold's numbers, in the model's own full-size tensors."""
+    edits = Edits()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    def edit(name: str) -> Tensor:
+        if name not in edits.tensors:
+            edits.tensors[name] = tensors[name].detach().double().clone()
+        return edits.tensors[name]
+
+    shifted: dict[str, Tensor] = {}
+    for index, reader in fold.readers.items():
+        call = channels.graph.projections[index]
+        if reader.shift is not None:
+            sink = _sink(channels, call)
+            key = call.weight if sink == "new" else sink
+            if key is not None and key in shifted and not torch.equal(shifted[key], reader.shift):
+                reader.note = "is called twice and reads different constants: the first call's are folded"
+            elif key is not None and key not in shifted:
+                shifted[key] = reader.shift
+                if sink == "new":
+                    edits.biases[call.weight] = reader.shift
+                elif sink == call.bias:
+                    edit(key).add_(reader.shift.to(tensors[key].device))
+                else:
+                    edit(key).sub_(reader.shift.to(tensors[key].device))
+    if fold.constant:
+        _silence(edits, channels, channels.in_classes(fold.constant), edit)
+    for index, reader in fold.readers.items():
+        for carrier, (positions, multiple) in reader.columns.items():
+            call = channels.graph.projections[index]
+            _carry(call, carrier, positions, multiple, edit(call.weight), tensors[call.weight].detach().double())
+    return edits
+
+
+def _silence(edits: Edits, channels: Channels, wanted: Tensor, edit: Editor) -> None:
+    """Make constant channels: nothing comes in, γ = 0, β = 1 at the first norm that writes them and 0 at others; nobody reads them.
+
+    The norm's output is then its β, and no gradient reaches γ or the producer's rows, so that they stay 0 in fine-tuning.
+
+    Args:
+        wanted: bool [graph.count], the ids of constant channels.
+    """
+    values: dict[str | None, float] = {}
+    for call in channels.graph.projections:
+        values |= {call.weight: 0.0, call.bias: 0.0}
+    written = torch.zeros_like(wanted)
+    ones: dict[str, Tensor] = {}
+    for name in channels.layers:
+        norm = channels.calls[name]
+        values |= {norm.weight: 0.0, norm.bias: 0.0, norm.mean: 0.0, norm.var: 1.0}
+        mine = channels.label[norm.inputs]
+        ones[str(norm.bias)] = wanted[norm.inputs] & ~written[mine]
+        written[mine] = True
+    for (tensor, dim), axis in channels.graph.axes.items():
+        if tensor in values and bool(wanted[axis].any()):
+            places = wanted[axis].nonzero().flatten()
+            full = edit(tensor)
+            full.index_fill_(dim, places.to(full.device), values[tensor])
+            if tensor in ones:
+                full[ones[tensor].to(full.device)] = 1.0
+            edits.blank.setdefault(tensor, []).append((dim, places))
+
+
+def _carry(
+    call: ProjectionCall, carrier: int, positions: Tensor, multiple: Tensor, full: Tensor, original: Tensor
+) -> None:
+    """Outgoing weights of a constant channel: the sum of the removed channels' own, each times its multiple."""
+    multiple, positions = multiple.to(full.device), positions.to(full.device)
+    if call.transposed:
+        full[carrier] = torch.tensordot(multiple, original[positions], 1)
+        return
+    per_group = call.inputs.numel() // call.groups
+    rows = full.shape[0] // call.groups
+    group = slice(carrier // per_group * rows, (carrier // per_group + 1) * rows)
+    full[group, carrier % per_group] = torch.einsum("c,oc...->o...", multiple, original[group][:, positions % per_group])
+
+
+def gather_state(layout: Layout, edits: Edits, name: str, tensor: Tensor) -> Tensor:
+    """Optimizer state (of a parameter's shape) for the slim parameter."""
+    if name in edits.blank:
+        tensor = tensor.clone()
+        for dim, places in edits.blank[name]:
+            tensor.index_fill_(dim, places.to(tensor.device), 0)
+    return layout.gather(name, tensor)

@@ -1,0 +1,109 @@
+"""`save` and `load`: one file with the tensors, the plan and the slim model's structure; no pickled code."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .errors import FileFormatError, PlanError
+from .inputs import unwrap
+from .plans import PruningPlan
+from .slimming import SlimInfo
+from .structure import Structure, blank
+
+FORMAT = "polarfast-model"
+VERSION = 1
+
+
+def save(slim: nn.Module, plan: PruningPlan, path: str | os.PathLike[str]) -> None:
+    """Write a slim model: its tensors, its plan and its structure, atomically (a crash leaves the old file or none).
+
+    Args:
+        slim: a model made by `slim` or `load`, fine-tuned or not; data-parallel and compiled wrappers are looked through.
+        plan: its plan.
+        path: the file. It is read back with `load`, which runs no code from it (`torch.load(weights_only=True)`).
+
+    Raises:
+        FileFormatError: `slim` was not made by polarfast.
+    """
+    slim = unwrap(slim)
+    info = getattr(slim, "polarfast_info", None)
+    if not isinstance(info, SlimInfo):
+        raise FileFormatError("this model was not made by polarfast.slim or polarfast.load: save it with torch.save(model.state_dict(), …)")
+    data = {
+        "format": FORMAT,
+        "version": VERSION,
+        "plan": plan.to_json(),
+        "info": json.dumps({"structure": info.structure.to_data(), "fold": info.fold, "inexact": info.inexact}),
+        "tensors": slim.state_dict(),
+    }
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Module:
+    """Rebuild a saved slim model.
+
+    Args:
+        path: a file written by `save`.
+        build: makes the *original* network, e.g. ``lambda: torchvision.models.resnet50()``; its weights do not matter.
+
+    Returns:
+        The slim model on the device and in the mode in which `build` made the network.
+
+    Raises:
+        FileFormatError: not a polarfast file, damaged, or of a newer version.
+        PlanError: `build` makes another network than the one that was pruned.
+    """
+    data = _read(path)
+    try:
+        info = json.loads(data["info"])
+        structure = Structure.from_data(info["structure"])
+        loaded = SlimInfo(structure, info["fold"], info["inexact"])
+        tensors = data["tensors"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{path} is damaged ({error}): save it again or take a copy") from error
+    model = unwrap(build())
+    structure.apply(model, blank(structure.shapes))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise PlanError(f"build() makes another network than the one saved in {path}: {error}") from error
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        # As saved: a model in bfloat16 comes back in bfloat16.
+        if tensor.dtype != tensors[name].dtype:
+            tensor.data = tensor.data.to(tensors[name].dtype).copy_(tensors[name])
+    model.polarfast_info = loaded  # type: ignore[assignment]
+    return model
+
+
+def load_plan(path: str | os.PathLike[str]) -> PruningPlan:
+    """The plan in a file written by `save`."""
+    return PruningPlan.from_json(_read(path)["plan"])
+
+
+def _read(path: str | os.PathLike[str]) -> dict:  # type: ignore[type-arg]
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # noqa: BLE001  torch.load raises a dozen types on files that are not its own
+        raise FileFormatError(f"{path} is not a polarfast model file, or is damaged: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise FileFormatError(f"{path} is not a polarfast model file")
+    if data.get("version") != VERSION:
+        raise FileFormatError(f"{path} has format version {data.get('version')!r}, this polarfast reads version {VERSION}: upgrade")
+    return data

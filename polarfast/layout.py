@@ -1,0 +1,122 @@
+"""Which positions of every tensor stay when some channels go, and what the slim model costs."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .channels import Channels
+from .kernels.gather import gather_channels
+from .structure import ModuleChange, Structure
+from .tracing import ProjectionCall
+
+
+class Layout:
+    """The slim model's sizes, given the channels that stay.
+
+    Attributes:
+        alive: bool [graph.count], the ids that stay (a constant channel stays).
+    """
+
+    def __init__(self, channels: Channels, alive: Tensor) -> None:
+        self.channels, self.graph, self.alive = channels, channels.graph, alive
+        self._index: dict[str, dict[int, Tensor]] = {}
+        for (name, dim), ids in self.graph.axes.items():
+            stays = alive[ids]
+            if not bool(stays.all()):
+                self._index.setdefault(name, {})[dim] = stays.nonzero().flatten()
+
+    def index(self, name: str) -> dict[int, Tensor]:
+        """Dimension -> positions kept, for the dimensions of a tensor that lose any."""
+        return self._index.get(name, {})
+
+    def changed(self) -> list[str]:
+        """Names of all tensors that lose positions."""
+        return list(self._index)
+
+    def gather(self, name: str, tensor: Tensor) -> Tensor:
+        """The kept positions of a tensor shaped like the one of that name."""
+        index = self.index(name)
+        if index.keys() & {0, 1}:
+            tensor = gather_channels(tensor, index.get(0), index.get(1))
+        for dim in index.keys() - {0, 1}:
+            tensor = tensor.index_select(dim, index[dim].to(tensor.device))
+        return tensor
+
+    def _sizes(self, call: ProjectionCall) -> tuple[int, int]:
+        return int(self.alive[call.inputs].sum()), int(self.alive[call.outputs].sum())
+
+    def macs(self) -> int:
+        """Multiply-accumulates of convolutions and linear layers on the example inputs."""
+        return sum(call.macs(*self._sizes(call)) for call in self.graph.projections)
+
+    def params(self, model: nn.Module, new_biases: Mapping[str, int]) -> int:
+        """Number of parameters, created biases included."""
+        total = sum(new_biases.values())
+        for name, param in model.named_parameters():
+            shape = list(param.shape)
+            for dim, kept in self.index(name).items():
+                shape[dim] = kept.numel()
+            total += int(torch.Size(shape).numel())
+        return total
+
+    def structure(self, model: nn.Module, new_biases: Mapping[str, int]) -> Structure:
+        """The slim model's shape, as data.
+
+        Args:
+            model: the original.
+            new_biases: projection weight -> length of the bias to create.
+        """
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        structure = Structure()
+        for name in self.changed():
+            shape = list(tensors[name].shape)
+            for dim, kept in self.index(name).items():
+                shape[dim] = kept.numel()
+            structure.shapes[name] = shape
+        for call in self.graph.projections:
+            self._projection(structure, model, call, new_biases.get(call.weight))
+        for norm in self.graph.norms:
+            for name in (norm.weight, norm.mean):
+                if name in structure.shapes:
+                    self._norm(structure, model, name, norm.weight in self.channels.boundaries, norm.inputs)
+        for name in structure.shapes:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, nn.PReLU):
+                _change(structure, name).attributes["num_parameters"] = structure.shapes[name][0]
+        return structure
+
+    def _projection(self, structure: Structure, model: nn.Module, call: ProjectionCall, bias: int | None) -> None:
+        module = model.get_submodule(call.weight.rpartition(".")[0])
+        n_in, n_out = self._sizes(call)
+        if bias is not None:
+            _change(structure, call.weight).bias = True
+            structure.shapes[f"{call.weight.rpartition('.')[0]}.bias".lstrip(".")] = [bias]
+        if n_in == call.inputs.numel() and n_out == call.outputs.numel():
+            return
+        change = _change(structure, call.weight)
+        change.silent = not (n_in and n_out)
+        if isinstance(module, nn.modules.conv._ConvNd):
+            change.attributes = {"in_channels": n_in, "out_channels": n_out}
+            if call.depthwise:
+                change.attributes["groups"] = n_in
+        elif isinstance(module, nn.Linear):
+            change.attributes = {"in_features": n_in, "out_features": n_out}
+
+    def _norm(self, structure: Structure, model: nn.Module, name: str, boundary: bool, ids: Tensor) -> None:
+        module = model.get_submodule(name.rpartition(".")[0])
+        change = _change(structure, name)
+        kept = int(self.alive[ids].sum())
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            change.attributes = {"num_features": kept}
+        if boundary:
+            change.put_back = ids.numel()
+            prefix = name.rpartition(".")[0]
+            structure.shapes[f"{prefix}.put_back_index"] = [kept]
+            structure.shapes[f"{prefix}.put_back_constant"] = [ids.numel()]
+        else:
+            change.silent = kept == 0
+
+
+def _change(structure: Structure, tensor_name: str) -> ModuleChange:
+    return structure.modules.setdefault(tensor_name.rpartition(".")[0], ModuleChange())

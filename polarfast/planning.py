@@ -1,0 +1,164 @@
+"""`plan`: from thresholds to the channels that stay, and what that saves."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .channels import Channels
+from .edits import new_biases
+from .errors import ArgumentError, PlanError
+from .folding import Fold, fold_constants
+from .inputs import describe, unwrap
+from .layout import Layout
+from .modules import can_be_silent
+from .plans import LayerPlan, PruningPlan
+from .scaling import ScalingFactors, analyze
+from .selection import Selection
+from .thresholding import thresholds
+
+FOLDS = ("exact", "bias", "none")
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    scales: ScalingFactors,
+    method: str = "valley",
+    round_to: int = 1,
+    min_channels: int = 1,
+    *,
+    value: float | None = None,
+    fold: str = "exact",
+) -> PruningPlan:
+    """Choose the channels that stay (Sec. 3.3). The model is left as found.
+
+    Args:
+        model: the trained network that `scales` was traced from.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; MACs are counted on these.
+        scales: the scaling factors that may lose channels; their residual mode is used.
+        method: "valley" (the paper's), "fixed" or "percentile", as in `thresholds`.
+        round_to: widths become multiples of this; channels are added back in order of γ, never removed for it.
+        min_channels: no layer that stays is narrower.
+        value: the threshold for "fixed", the share of all channels to remove for "percentile".
+        fold: what becomes of the removed channels' constants ("exact", "bias", "none"); sizes are predicted for this one.
+
+    Raises:
+        ArgumentError: an argument is out of range.
+        PlanError: `scales` does not belong to `model`.
+        ThresholdError: no threshold can be chosen for some layer's γ.
+        TracingError: the model does not run on the example inputs.
+    """
+    _check(round_to, min_channels, fold)
+    model = unwrap(model)
+    channels = analyze(model, example_inputs, scales.residual)
+    _check_belongs(model, channels, scales)
+    limits = thresholds(scales, method, value)
+    choice = Selection(channels, scales)
+    choice.cut({name: gamma.detach().abs().float().cpu() for name, gamma in scales.items()}, limits)
+    vanishing = can_vanish(model, channels)
+    choice.keep_paths(vanishing if min_channels == 1 else lambda mask: False)
+    choice.limit(min_channels, 1, {})
+    unread = choice.drop_unread(vanishing)
+    spec = describe(example_inputs)
+    folded = _fold(model, channels, choice, spec, fold, ())
+    before = choice.stays.clone()
+    choice.limit(min_channels, round_to, {name: len(found) for name, found in constant_channels(choice, folded).items()})
+    if not torch.equal(before, choice.stays):
+        folded = _fold(model, channels, choice, spec, fold, folded.constant)
+    return _write(model, channels, choice, folded, limits, unread, spec=spec, method=method, fold=fold)
+
+
+def _check(round_to: int, min_channels: int, fold: str) -> None:
+    for name, number in (("round_to", round_to), ("min_channels", min_channels)):
+        if not isinstance(number, int) or number < 1:
+            raise ArgumentError(f"{name}={number!r}: give a whole number of channels, at least 1")
+    if fold not in FOLDS:
+        raise ArgumentError(f"fold={fold!r}: choose one of {', '.join(map(repr, FOLDS))}")
+
+
+def _check_belongs(model: nn.Module, channels: Channels, scales: ScalingFactors) -> None:
+    params = dict(model.named_parameters())
+    for name, gamma in scales.items():
+        if params.get(name) is not gamma:
+            raise PlanError(f"scales[{name!r}] is not a parameter of this model: call scaling_factors(model, …) on the model to plan")
+        if name not in channels.layers:
+            raise PlanError(f"{name} takes no part in this model as it runs now: {channels.pinned.get(name, 'it did not run')}")
+
+
+def can_vanish(model: nn.Module, channels: Channels) -> Callable[[Tensor], bool]:
+    """Whether some classes (bool [graph.count] by label) may all go: everything around them must work on no channels at all."""
+    graph = channels.graph
+    pooled = torch.zeros(graph.count, dtype=torch.bool)
+    for ids in graph.pooled:
+        pooled[channels.label[ids]] = True
+
+    def check(mask: Tensor) -> bool:
+        if bool((pooled & mask).any()):
+            return False
+        touched = {tensor for (tensor, _), ids in graph.axes.items() if bool(mask[channels.label[ids]].any())}
+        return all(can_be_silent(model.get_submodule(tensor.rpartition(".")[0])) for tensor in touched)
+
+    return check
+
+
+def kept_channels(choice: Selection) -> dict[str, Tensor]:
+    """γ name -> sorted kept channels."""
+    return {name: choice.stays[labels].nonzero().flatten() for name, labels in choice.layers.items()}
+
+
+def constant_channels(choice: Selection, folded: Fold) -> dict[str, list[int]]:
+    """γ name -> the layer's constant channels."""
+    return {
+        name: [place for place, label in enumerate(labels.tolist()) if label in folded.constant]
+        for name, labels in choice.layers.items()
+    }
+
+
+def _fold(
+    model: nn.Module, channels: Channels, choice: Selection, spec: dict[str, Any], mode: str, forced: Iterable[int]
+) -> Fold:
+    return fold_constants(model, channels, kept_channels(choice), choice.alive(), spec, mode, forced)
+
+
+def _write(
+    model: nn.Module,
+    channels: Channels,
+    choice: Selection,
+    folded: Fold,
+    limits: dict[str, float | None],
+    unread: list[str],
+    *,
+    spec: dict[str, Any],
+    method: str,
+    fold: str,
+) -> PruningPlan:
+    alive = choice.alive()
+    alive |= channels.in_classes(folded.constant)
+    layout = Layout(channels, alive)
+    whole = Layout(channels, torch.ones_like(alive))
+    kept = kept_channels(choice)
+    constant = constant_channels(choice, folded)
+    layers = {}
+    for name, gone in kept.items():
+        notes = list(choice.notes[name])
+        if name in unread:
+            notes.append("nothing reads it any more")
+        if not gone.numel():
+            notes.append("branch is constant" if constant[name] else "branch disappears")
+        layers[name] = LayerPlan(choice.layers[name].numel(), limits[name], "; ".join(notes), constant[name])
+    return PruningPlan(
+        kept=kept,
+        layers=layers,
+        pinned=dict(channels.pinned),
+        residual=channels.residual,
+        method=method,
+        fold=fold,
+        inputs=spec,
+        macs_before=whole.macs(),
+        macs=layout.macs(),
+        params_before=whole.params(model, {}),
+        params=layout.params(model, new_biases(channels, folded, alive)),
+        inexact=folded.notes(),
+    )

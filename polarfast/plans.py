@@ -1,0 +1,171 @@
+"""The pruning plan: what is kept, what it saves, as a table for people and as a stable text format."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import PlanError
+
+FORMAT = "polarfast-plan"
+VERSION = 1
+
+
+@dataclass
+class LayerPlan:
+    """One layer of a plan.
+
+    Attributes:
+        channels: number of channels before.
+        threshold: γ at or under it is removed; None: the layer has no threshold.
+        note: what a reader of the plan should know; empty if nothing.
+        constant: removed channels that stay as constant channels, to carry what the removed ones leave behind.
+    """
+
+    channels: int
+    threshold: float | None
+    note: str = ""
+    constant: list[int] = field(default_factory=list)
+
+
+@dataclass
+class PruningPlan:
+    """Which channels stay.
+
+    Attributes:
+        kept: γ name -> sorted int64 [K] of kept channels.
+        layers: γ name -> `LayerPlan`.
+        pinned: BatchNorm weight -> why it takes no part.
+        residual, method, fold: how the plan was made.
+        inputs: description of the example inputs (JSON data).
+        macs_before, macs: multiply-accumulates of convolutions and linear layers on the example inputs.
+        params_before, params: number of parameters.
+        inexact: reader's weight name -> why removed channels are not folded into it exactly.
+    """
+
+    kept: dict[str, Tensor]
+    layers: dict[str, LayerPlan]
+    pinned: dict[str, str]
+    residual: str
+    method: str
+    fold: str
+    inputs: dict[str, Any]
+    macs_before: int
+    macs: int
+    params_before: int
+    params: int
+    inexact: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def flops_reduction(self) -> float:
+        """The share of multiply-accumulates cut: 1 − macs / macs_before (the paper's F)."""
+        return 1.0 - self.macs / self.macs_before
+
+    def to_json(self) -> str:
+        """The plan as text. Kept channels are written as ranges; the format carries a version."""
+        data = {
+            "format": FORMAT,
+            "version": VERSION,
+            "residual": self.residual,
+            "method": self.method,
+            "fold": self.fold,
+            "inputs": self.inputs,
+            "macs_before": self.macs_before,
+            "macs": self.macs,
+            "params_before": self.params_before,
+            "params": self.params,
+            "layers": {
+                name: {
+                    "channels": layer.channels,
+                    "kept": _ranges(self.kept[name].tolist()),
+                    "threshold": layer.threshold,
+                    "constant": layer.constant,
+                    "note": layer.note,
+                }
+                for name, layer in self.layers.items()
+            },
+            "pinned": self.pinned,
+            "inexact": self.inexact,
+        }
+        return json.dumps(data, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "PruningPlan":
+        """The inverse of `to_json`.
+
+        Raises:
+            PlanError: not a plan, damaged, or written by a newer polarfast.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"this is not a pruning plan: {error}") from error
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise PlanError(f'this is not a pruning plan (no "format": "{FORMAT}")')
+        if data.get("version") != VERSION:
+            raise PlanError(
+                f"the plan has format version {data.get('version')!r}, this polarfast reads version {VERSION}: upgrade polarfast"
+            )
+        try:
+            return _from_data(data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+
+    def __str__(self) -> str:
+        return table(self)
+
+
+def _from_data(data: Mapping[str, Any]) -> PruningPlan:
+    kept, layers = {}, {}
+    for name, layer in data["layers"].items():
+        indices = [i for first, last in layer["kept"] for i in range(first, last + 1)]
+        if indices != sorted(set(indices)) or any(not 0 <= i < layer["channels"] for i in indices):
+            raise ValueError(f"kept channels of {name} are not ascending numbers below {layer['channels']}")
+        kept[name] = torch.tensor(indices, dtype=torch.long)
+        layers[name] = LayerPlan(layer["channels"], layer["threshold"], layer["note"], layer["constant"])
+    names = ("residual", "method", "fold", "inputs", "macs_before", "macs", "params_before", "params", "pinned", "inexact")
+    return PruningPlan(kept=kept, layers=layers, **{name: data[name] for name in names})
+
+
+def _ranges(indices: list[int]) -> list[list[int]]:
+    """Ascending numbers as [first, last] pairs."""
+    pairs: list[list[int]] = []
+    for i in indices:
+        if pairs and pairs[-1][1] == i - 1:
+            pairs[-1][1] = i
+        else:
+            pairs.append([i, i])
+    return pairs
+
+
+def table(plan: PruningPlan) -> str:
+    """A plan as people read it: one line a layer, then the totals."""
+    width = max((len(name) for name in plan.layers), default=5)
+    lines = [f"{'layer':<{width}}  channels   kept            threshold  note"]
+    for name, layer in plan.layers.items():
+        kept = plan.kept[name].numel()
+        bar = "█" * round(8 * kept / layer.channels) + "░" * (8 - round(8 * kept / layer.channels))
+        threshold = "—" if layer.threshold is None else f"{layer.threshold:.3g}"
+        shown = f"{kept}+{len(layer.constant)}" if layer.constant else f"{kept}"
+        lines.append(f"{name:<{width}}  {layer.channels:>8}  {shown:>6} {bar} {threshold:>9}  {layer.note}".rstrip())
+    channels = sum(layer.channels for layer in plan.layers.values())
+    kept_all = sum(kept.numel() for kept in plan.kept.values())
+    lines += [
+        "",
+        f"channels  {channels:,} → {kept_all:,}  (−{1 - kept_all / max(channels, 1):.1%})",
+        f"MACs      {plan.macs_before:,} → {plan.macs:,}  (−{plan.flops_reduction:.1%})",
+        f"params    {plan.params_before:,} → {plan.params:,}  (−{1 - plan.params / max(plan.params_before, 1):.1%})",
+        f"method={plan.method}, residual={plan.residual}, fold={plan.fold}; '+1' is a constant channel",
+    ]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in plan.pinned.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append(f"takes no part: {some}: {reason}")
+    for name, why in plan.inexact.items():
+        lines.append(f"not exact: {name}: {why}")
+    return "\n".join(lines)

@@ -1,0 +1,171 @@
+"""`slim`: a new, smaller, dense model from a plan."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .channels import Channels
+from .edits import Edits, new_biases, write_edits
+from .errors import ArgumentError, PlanError
+from .folding import fold_constants
+from .inputs import device_of, dtype_of, generate, unwrap
+from .layout import Layout
+from .migration import migrate_optimizer
+from .planning import FOLDS, can_vanish, kept_channels
+from .plans import PruningPlan
+from .scaling import analyze
+from .selection import Selection
+from .structure import Structure
+from .verification import check_slim
+
+
+@dataclass
+class SlimInfo:
+    """What a slim model remembers of its making, as its attribute `polarfast_info`.
+
+    Attributes:
+        structure: its differences in shape from the original.
+        fold: what became of the removed channels' constants.
+        inexact: reader's weight name -> why its fold is not exact.
+    """
+
+    structure: Structure
+    fold: str
+    inexact: dict[str, str]
+
+
+def slim(
+    model: nn.Module,
+    plan: PruningPlan,
+    fold: str | None = None,
+    verify: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> nn.Module:
+    """Build the slim model of a plan: same class, same forward, fewer channels. `model` is untouched.
+
+    Args:
+        model: the network the plan was made for, or one built alike (an EMA copy, a newly constructed one with weights loaded).
+        plan: which channels stay.
+        fold: what becomes of the removed channels' constants: "exact", "bias" or "none"; by default as planned.
+        verify: compare the result with `model` (γ of removed channels zeroed) in float64 before handing it over.
+        optimizer: an optimizer of `model`'s parameters; its groups and state are cut to the slim model's, in place and last.
+
+    Returns:
+        A new module on the same device, in the same modes, dtypes and memory format, with `requires_grad` and hooks as in `model`.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        VerificationError: the slim model does not equal what it claims; nothing was changed.
+    """
+    fold = plan.fold if fold is None else fold
+    if fold not in FOLDS:
+        raise ArgumentError(f"fold={fold!r}: choose one of {', '.join(map(repr, FOLDS))}")
+    model = unwrap(model)
+    channels, choice = _fit(model, plan)
+    blueprint = _draw(model, plan, channels, choice, fold)
+    if verify:
+        _check(model, plan, channels, choice, blueprint)
+    small = blueprint.build(model)
+    if optimizer is not None:
+        migrate_optimizer(optimizer, model, small, blueprint.layout, blueprint.edits)
+    return small
+
+
+@dataclass
+class _Blueprint:
+    """Everything that a slim model is built from, apart from the model."""
+
+    channels: Channels
+    layout: Layout
+    edits: Edits
+    info: SlimInfo
+
+    @torch.no_grad()
+    def build(self, model: nn.Module) -> nn.Module:
+        """Copy the model with cut tensors in place of the full ones, then give it its structure."""
+        tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        memo: dict[int, Any] = {}
+        for name in {*self.layout.changed(), *self.edits.tensors}:
+            original = tensors[name]
+            cut = self.layout.gather(name, self.edits.tensors.get(name, original.detach()).to(original.dtype))
+            if isinstance(original, nn.Parameter):
+                cut = nn.Parameter(cut, requires_grad=original.requires_grad)
+            memo[id(original)] = cut
+        small = copy.deepcopy(model, memo)
+        new = _new_tensors(tensors, self.channels, self.layout, self.edits, self.info.fold)
+        self.info.structure.apply(small, lambda name, old: new[name])
+        for param in small.parameters():
+            param.grad = None
+        small.polarfast_info = self.info  # type: ignore[assignment]
+        return small
+
+
+def _check(model: nn.Module, plan: PruningPlan, channels: Channels, choice: Selection, blueprint: _Blueprint) -> None:
+    """Build in float64, where only the algebra can be wrong, and compare with the masked original."""
+    fold, inexact = blueprint.info.fold, blueprint.info.inexact
+    double = copy.deepcopy(model).double()
+    check_slim(double, blueprint.build(double), plan, fold, exact=not inexact)
+    if inexact and fold != "none":
+        # What was gathered must be right even where a constant could not be folded exactly.
+        plain = _draw(double, plan, channels, choice, "none")
+        check_slim(double, plain.build(double), plan, "none", exact=not plain.info.inexact)
+
+
+def _fit(model: nn.Module, plan: PruningPlan) -> tuple[Channels, Selection]:
+    """Trace the model and take over the plan's channels."""
+    inputs = generate(plan.inputs, device=device_of(model), dtype=dtype_of(model), seed=0)
+    channels = analyze(model, inputs, plan.residual)
+    for name, layer in plan.layers.items():
+        if name not in channels.layers:
+            why = channels.pinned.get(name, "it has no such scaling factor")
+            raise PlanError(f"the plan does not fit this model: {name} takes no part ({why})")
+        if channels.layers[name].numel() != layer.channels:
+            raise PlanError(
+                f"the plan does not fit this model: {name} has {channels.layers[name].numel()} channels, the plan says "
+                f"{layer.channels}; was the model already pruned?"
+            )
+    choice = Selection(channels, plan.layers)
+    choice.adopt(plan.kept)
+    choice.drop_unread(can_vanish(model, channels))
+    return channels, choice
+
+
+def _draw(model: nn.Module, plan: PruningPlan, channels: Channels, choice: Selection, fold: str) -> _Blueprint:
+    alive = choice.alive()
+    forced: set[int] = set()
+    if fold == plan.fold:
+        forced = {int(channels.layers[name][place]) for name, layer in plan.layers.items() for place in layer.constant}
+    folded = fold_constants(model, channels, kept_channels(choice), alive, plan.inputs, fold, forced)
+    alive |= channels.in_classes(folded.constant)
+    layout = Layout(channels, alive)
+    edits = write_edits(model, channels, folded)
+    structure = layout.structure(model, new_biases(channels, folded, alive))
+    return _Blueprint(channels, layout, edits, SlimInfo(structure, fold, folded.notes()))
+
+
+def _outputs(channels: Channels, edits: Edits) -> dict[str, Tensor]:
+    return {call.weight: call.outputs for call in channels.graph.projections if call.weight in edits.biases}
+
+
+def _new_tensors(
+    tensors: dict[str, Tensor], channels: Channels, layout: Layout, edits: Edits, fold: str
+) -> dict[str, Tensor]:
+    """Created biases, and what norms need to put their channels back."""
+    new: dict[str, Tensor] = {}
+    for weight, ids in _outputs(channels, edits).items():
+        like = tensors[weight]
+        name = f"{weight.rpartition('.')[0]}.bias".lstrip(".")
+        new[name] = edits.biases[weight][layout.alive[ids]].to(like.device, like.dtype)
+    for weight in channels.boundaries:
+        norm = channels.calls[weight]
+        alive = layout.alive[norm.inputs]
+        gamma, prefix = tensors[weight], weight.rpartition(".")[0]
+        constant = torch.zeros_like(gamma)
+        if fold != "none" and norm.bias is not None:
+            constant = torch.where(alive.to(gamma.device), constant, tensors[norm.bias].detach())
+        new[f"{prefix}.put_back_index"] = alive.nonzero().flatten().to(gamma.device)
+        new[f"{prefix}.put_back_constant"] = constant.detach().clone()
+    return new

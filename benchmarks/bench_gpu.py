@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from polarfast.kernels.polarize_ref import KIND_POLARIZATION
 from polarfast.kernels.table import ScaleTable
 
 LAM, T = 1e-4, 1.2
-Params = list[torch.nn.Parameter]
+Params = list[Tensor]
 
 # Factors of each layer of ResNet-50: bn1 and bn2 of each block, as in the paper, and all BNs.
 _BLOCKS = [(3, 64), (4, 128), (6, 256), (3, 512)]
@@ -43,7 +44,8 @@ def foreach_form(params: Params) -> None:
     gammas = torch.cat(params)
     side = torch.sign(gammas - gammas.mean())
     subgradient = LAM * (T * torch.sign(gammas) - side + side.mean())
-    torch._foreach_add_([p.grad for p in params], subgradient.split([p.numel() for p in params]))
+    grads = [p.grad for p in params if p.grad is not None]
+    torch._foreach_add_(grads, subgradient.split([p.numel() for p in params]))
     torch._foreach_clamp_min_(params, 0)
     torch._foreach_clamp_max_(params, 1)
 
@@ -67,11 +69,12 @@ def fused_form(params: Params) -> Callable[[], None]:
     """Subgradient, SGD with momentum and weight decay, and clamp."""
     table = table_of(params)
     state = {p: {"momentum_buffer": torch.zeros_like(p)} for p in params}
-    sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "upper": 1.0}
 
     def step() -> None:
         table.refresh(state)
-        table.sgd_step_(KIND_POLARIZATION, LAM, T, False, **sgd)
+        table.sgd_step_(
+            KIND_POLARIZATION, LAM, T, False, lr=0.1, momentum=0.9, weight_decay=1e-4, upper=1.0
+        )
 
     return step
 
@@ -114,7 +117,7 @@ FORMS: dict[str, Callable[[Params], Callable[[], None]]] = {
 
 
 def factors(sizes: list[int]) -> Params:
-    params = [torch.nn.Parameter(torch.rand(n, device="cuda")) for n in sizes]
+    params: Params = [torch.nn.Parameter(torch.rand(n, device="cuda")) for n in sizes]
     for p in params:
         p.grad = torch.randn_like(p) * 1e-3
     return params

@@ -78,15 +78,15 @@ def _valley_kernel(
         finite += (mask & (tl.abs(gamma) < float("inf"))).to(tl.int32)
     bin = tl.arange(0, BINS_PADDED)
     tl.store(counts_ptr + row * BINS + bin, counts.to(tl.int64), mask=bin < BINS)
-    valley = _first_valley(counts, bin)
-    threshold = tl.where(valley < BINS, _edge(valley + 1), float("nan")).to(tl.float64)
+    first = _first_valley(counts, bin)
+    threshold = tl.where(first < BINS, _edge(first + 1), float("nan")).to(tl.float64)
 
     kept = tl.zeros([BLOCK_SIZE], tl.int32)
     for start in range(0, size, BLOCK_SIZE):
         offsets = start + tl.arange(0, BLOCK_SIZE)
         mask = offsets < size
         gamma = load_scales(address, offsets, mask, DTYPE).to(tl.float64)
-        kept += (mask & ((gamma > threshold) | (valley == BINS))).to(tl.int32)
+        kept += (mask & ((gamma > threshold) | (first == BINS))).to(tl.int32)
     tl.store(summary_ptr + row * 3, threshold)
     tl.store(summary_ptr + row * 3 + 1, tl.sum(kept, axis=0).to(tl.float64))
     tl.store(summary_ptr + row * 3 + 2, (size - tl.sum(finite, axis=0)).to(tl.float64))

@@ -68,7 +68,6 @@ def test_digits_are_normalized_by_the_training_images_alone() -> None:
     assert digits.train.images.mean().abs() < 1e-4
     assert abs(float(digits.train.images.std()) - 1) < 1e-4
     assert digits.background == pytest.approx(float(digits.train.images.min()))
-    assert digits.train.images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_test_seed_changes_the_split_and_only_it() -> None:

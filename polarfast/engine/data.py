@@ -14,7 +14,7 @@ DIGITS_TRAIN = 1000  # of the 1,797 images; the other 797 are the test set
 
 @dataclass(frozen=True)
 class Images:
-    """Normalized float32 images ``[N, C, H, W]`` (channels_last) and int64 labels ``[N]``."""
+    """Normalized float32 images ``[N, C, H, W]`` and int64 labels ``[N]``."""
 
     images: Tensor
     labels: Tensor
@@ -58,7 +58,7 @@ def digits(device: torch.device, test_seed: int = 0) -> DataSet:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(test_seed))
     images, labels = images[order], torch.from_numpy(bundled.target).long()[order]
     mean, std = images[:DIGITS_TRAIN].mean(), images[:DIGITS_TRAIN].std()
-    images = ((images - mean) / std).to(device, memory_format=torch.channels_last)
+    images = ((images - mean) / std).to(device)
     labels = labels.to(device)
     return DataSet(
         name="digits",
@@ -90,17 +90,16 @@ def random_shift(images: Tensor, pixels: int, fill: float, generator: torch.Gene
     """
     if pixels == 0:
         return images
-    count, _, height, width = images.shape
-    padded = F.pad(images, (pixels,) * 4, value=fill).permute(0, 2, 3, 1)
-    shape, device = (count, 1), images.device
-    offsets = 2 * pixels + 1
-    rows = torch.randint(offsets, shape, generator=generator, device=device)
-    columns = torch.randint(offsets, shape, generator=generator, device=device)
-    rows = rows + torch.arange(height, device=device)
+    count, channels, height, width = images.shape
+    padded = F.pad(images, (pixels,) * 4, value=fill)
+    device, offsets = images.device, 2 * pixels + 1
+    rows = torch.randint(offsets, (count, 1, 1, 1), generator=generator, device=device)
+    columns = torch.randint(offsets, (count, 1, 1, 1), generator=generator, device=device)
+    rows = rows + torch.arange(height, device=device)[:, None]
     columns = columns + torch.arange(width, device=device)
-    each = torch.arange(count, device=device)[:, None, None]
-    # Gathered as NHWC, so that the result is channels_last without a copy.
-    return padded[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    each = torch.arange(count, device=device)[:, None, None, None]
+    channel = torch.arange(channels, device=device)[:, None, None]
+    return padded[each, channel, rows, columns]
 
 
 def batches(

@@ -81,14 +81,14 @@ class Run:
 
     def dense(self) -> nn.Module:
         """The dense network as it is after sparsity training."""
-        model = self._place(self.build())
+        model = self.build().to(self.device)
         weights = torch.load(self.folder / DENSE, map_location=self.device, weights_only=True)
         model.load_state_dict(weights)
         return model
 
     def slim(self, name: str = SLIM) -> nn.Module:
         """The slim network: fine-tuned, or as it was right after pruning (``PRUNED``)."""
-        return self._place(pf.load(self.folder / name, build=self.build))
+        return pf.load(self.folder / name, build=self.build).to(self.device)
 
     def plan(self) -> pf.PruningPlan:
         """Which channels stay."""
@@ -103,13 +103,10 @@ class Run:
         """One test image, to trace with and to count the MACs of."""
         return self.data.test.images[:1]
 
-    def _place(self, model: nn.Module) -> nn.Module:
-        return model.to(self.device, memory_format=torch.channels_last)
-
     def _sparsity_training(self) -> None:
         sparsity = self.recipe.sparsity
         torch.manual_seed(self.recipe.seed)
-        model = self._place(self.build())
+        model = self.build().to(self.device)
         scales = self.scales(model)
         pf.init_scales(scales, sparsity.init)
         regularizer = pf.Polarization(lam=sparsity.lam, t=sparsity.t, upper=sparsity.upper)

@@ -106,7 +106,7 @@ class Binding:
         """The address table of all γ with the layer weights of `reg`."""
         table = self._table
         if table is None or self._table_weights is not reg.weights or _moved(table, self.params[0]):
-            weights = None if reg.weights is None else reg.weights_of(dict.fromkeys(self.names))
+            weights = None if reg.weights is None else reg.weights_of(self.names)
             table = self._table = ScaleTable(self.names, self.params, weights)
             self._table_weights = reg.weights
         return table

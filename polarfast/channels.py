@@ -1,4 +1,4 @@
-"""From a traced graph to channel classes: which channels stay or go together, and whose γ decides."""
+"""From a traced graph to channel classes: what stays or goes together, and whose γ decides."""
 
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -22,14 +22,16 @@ MEETS = {
 class Channels:
     """The channel classes of a graph under one residual mode.
 
-    A class is a set of ids that must be kept or removed together. A normalization *takes part* iff it alone reads every channel
+    A class is a set of ids that must be kept or removed together. A normalization *takes part* iff
+    it alone reads every channel
     that it normalizes: then γ = 0 makes the channel a constant, and its class can go.
 
     Attributes:
         graph, residual: what this was made from.
         boundaries: weights of norms whose output is put back to full width ("expand").
         label: int64 [graph.count], the class of each id; PIN: must stay.
-        layers: γ name -> class of each of its channels, int64 [C]; the norms that take part, in order of execution.
+        layers: γ name -> class of each of its channels, int64 [C]; the norms that take part, in
+            order of execution.
         pinned: γ name -> why it does not take part.
     """
 
@@ -41,7 +43,9 @@ class Channels:
             if call.weight is not None:
                 self.calls.setdefault(call.weight, call)
         self._alone = {name for name, call in self.calls.items() if self._reads_alone(name, call)}
-        self.boundaries = self._find_boundaries(can_put_back) if residual == "expand" else frozenset()
+        self.boundaries = (
+            self._find_boundaries(can_put_back) if residual == "expand" else frozenset()
+        )
         self.label = self._classes()
         self.layers: dict[str, Tensor] = {}
         self.pinned: dict[str, str] = {}
@@ -52,7 +56,7 @@ class Channels:
             else:
                 self.pinned[name] = reason
 
-    # --- who reads and writes what ------------------------------------------------------------------------------------
+    # --- who reads and writes what
 
     @cached_property
     def _readers(self) -> tuple[Tensor, Tensor, list[str]]:
@@ -61,8 +65,12 @@ class Channels:
         number: dict[str, int] = {}
         low = torch.full((self.graph.count,), len(self.graph.projections) + len(self.graph.norms))
         high = torch.full((self.graph.count,), -1)
-        for call in (*self.graph.projections, *self.graph.norms):
-            name = call.weight or f"a normalization without weights over {call.inputs.numel()} channels"
+        calls: list[ProjectionCall | NormCall] = [*self.graph.projections, *self.graph.norms]
+        for call in calls:
+            name = (
+                call.weight
+                or f"a normalization without weights over {call.inputs.numel()} channels"
+            )
             if name not in number:
                 number[name] = len(names)
                 names.append(name)
@@ -116,7 +124,7 @@ class Channels:
                 return norm
         return None
 
-    # --- classes ------------------------------------------------------------------------------------------------------
+    # --- classes
 
     def _classes(self) -> Tensor:
         graph = self.graph
@@ -125,7 +133,9 @@ class Channels:
             edges += graph.addition_edges()
         else:
             edges += [
-                torch.stack((torch.full_like(ids, PIN), ids)) for add in graph.additions for ids in (add.left, add.right)
+                torch.stack((torch.full_like(ids, PIN), ids))
+                for add in graph.additions
+                for ids in (add.left, add.right)
             ]
         self._meets = self._in_addition()
         edges += [_to_pin(self.calls[name].inputs) for name in self._stems(graph.labels(edges))]
@@ -139,16 +149,20 @@ class Channels:
         return meets[label]
 
     def _stems(self, label: Tensor) -> set[str]:
-        """In a network with additions, the first norms stay, unless they are coupled with others."""
+        """In a network with additions the first norms stay, unless coupled with others."""
         if not self.graph.additions:
             return set()
-        return {name for name, call in self.calls.items() if call.depth <= 1 and not self._meets[call.outputs].any()}
+        return {
+            name
+            for name, call in self.calls.items()
+            if call.depth <= 1 and not self._meets[call.outputs].any()
+        }
 
     def _pin_uncovered(self, edges: list[Tensor]) -> Tensor:
         """Pin classes into which something without a γ adds.
 
-        A class joined by multiplications may go iff one of its factors is wholly decided by γ; within one factor, everything
-        that is added must be.
+        A class joined by multiplications may go iff one of its factors is wholly decided by γ;
+        within one factor, everything that is added must be.
         """
         graph = self.graph
         factor, joined = graph.labels(edges), graph.labels(edges, graph.gates)
@@ -172,7 +186,7 @@ class Channels:
         wanted[labels] = True
         return wanted[self._raw]
 
-    # --- reasons ------------------------------------------------------------------------------------------------------
+    # --- reasons
 
     def _why_not(self, name: str, call: NormCall) -> str | None:
         """Why a norm does not take part; None if it does."""
@@ -188,17 +202,28 @@ class Channels:
     def _unwritten(self, name: str, call: NormCall) -> str | None:
         if bool(self._written[self._raw[call.inputs]].all()):
             return None
-        if any(len(c.inputs) == len(call.inputs) and c.depthwise and torch.equal(c.outputs, call.inputs) for c in self.graph.projections):
+        if any(
+            len(c.inputs) == len(call.inputs)
+            and c.depthwise
+            and torch.equal(c.outputs, call.inputs)
+            for c in self.graph.projections
+        ):
             return "its channels are those of the layer before the depthwise convolution"
-        return "normalizes channels that no single convolution or linear layer writes (a sum, or the network's input)"
+        return "normalizes what no single convolution or linear layer writes (a sum, or the input)"
 
     def _shared(self, name: str, call: NormCall) -> str | None:
         if name in self._alone:
             return None
         low, high, names = self._readers
         labels = self._raw[call.inputs]
-        others = {names[i] for i in (*low[labels].tolist(), *high[labels].tolist()) if names[i] != name}
-        return f"its channels are read by others too ({', '.join(sorted(others)[:2])})" if others else None
+        others = {
+            names[i] for i in (*low[labels].tolist(), *high[labels].tolist()) if names[i] != name
+        }
+        return (
+            f"its channels are read by others too ({', '.join(sorted(others)[:2])})"
+            if others
+            else None
+        )
 
     def _pin_reason(self, name: str, call: NormCall) -> str | None:
         label = self.graph.labels(self.graph.links(self.boundaries), self.graph.gates)

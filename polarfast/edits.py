@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .channels import Channels
-from .folding import Fold
+from .fields import Fold
 from .layout import Layout
 from .tracing import ProjectionCall
 
@@ -22,7 +22,8 @@ class Edits:
     Attributes:
         tensors: name -> full-size tensor (float64 where numbers changed).
         biases: reader's weight name -> bias to create, float64 [C_out].
-        blank: tensor name -> positions along a dimension whose optimizer state starts at 0 (constant channels).
+        blank: tensor name -> positions along a dimension whose optimizer state starts at 0
+            (constant channels).
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -41,9 +42,11 @@ def new_biases(channels: Channels, fold: Fold, alive: Tensor) -> dict[str, int]:
 
 
 def _sink(channels: Channels, call: ProjectionCall) -> str | None:
-    """Where a constant added to a call's output goes: a tensor's name, "new" (a bias to create), or None (it is cancelled).
+    """Where a constant added to a call's output goes: a tensor's name, "new" (a bias to create), or
+    None (it is cancelled).
 
-    A norm that alone reads the output takes it into its running mean: a bias there would be cancelled in training.
+    A norm that alone reads the output takes it into its running mean: a bias there would be
+        cancelled in training.
     """
     norm = channels.sole_norm(call)
     if norm is not None:
@@ -68,7 +71,9 @@ def write_edits(model: nn.Module, channels: Channels, fold: Fold) -> Edits:
             sink = _sink(channels, call)
             key = call.weight if sink == "new" else sink
             if key is not None and key in shifted and not torch.equal(shifted[key], reader.shift):
-                reader.note = "is called twice and reads different constants: the first call's are folded"
+                reader.note = (
+                    "is called twice and reads different constants: the first call's are folded"
+                )
             elif key is not None and key not in shifted:
                 shifted[key] = reader.shift
                 if sink == "new":
@@ -82,14 +87,23 @@ def write_edits(model: nn.Module, channels: Channels, fold: Fold) -> Edits:
     for index, reader in fold.readers.items():
         for carrier, (positions, multiple) in reader.columns.items():
             call = channels.graph.projections[index]
-            _carry(call, carrier, positions, multiple, edit(call.weight), tensors[call.weight].detach().double())
+            _carry(
+                call,
+                carrier,
+                positions,
+                multiple,
+                edit(call.weight),
+                tensors[call.weight].detach().double(),
+            )
     return edits
 
 
 def _silence(edits: Edits, channels: Channels, wanted: Tensor, edit: Editor) -> None:
-    """Make constant channels: nothing comes in, γ = 0, β = 1 at the first norm that writes them and 0 at others; nobody reads them.
+    """Make constant channels: nothing comes in, γ = 0, β = 1 at the first norm that writes them and
+    0 at others; nobody reads them.
 
-    The norm's output is then its β, and no gradient reaches γ or the producer's rows, so that they stay 0 in fine-tuning.
+    The norm's output is then its β, and no gradient reaches γ or the producer's rows, so that they
+    stay 0 in fine-tuning.
 
     Args:
         wanted: bool [graph.count], the ids of constant channels.
@@ -116,9 +130,16 @@ def _silence(edits: Edits, channels: Channels, wanted: Tensor, edit: Editor) -> 
 
 
 def _carry(
-    call: ProjectionCall, carrier: int, positions: Tensor, multiple: Tensor, full: Tensor, original: Tensor
+    call: ProjectionCall,
+    carrier: int,
+    positions: Tensor,
+    multiple: Tensor,
+    full: Tensor,
+    original: Tensor,
 ) -> None:
-    """Outgoing weights of a constant channel: the sum of the removed channels' own, each times its multiple."""
+    """Outgoing weights of a constant channel: the sum of the removed channels' own, each times its
+    multiple.
+    """
     multiple, positions = multiple.to(full.device), positions.to(full.device)
     if call.transposed:
         full[carrier] = torch.tensordot(multiple, original[positions], 1)
@@ -126,7 +147,9 @@ def _carry(
     per_group = call.inputs.numel() // call.groups
     rows = full.shape[0] // call.groups
     group = slice(carrier // per_group * rows, (carrier // per_group + 1) * rows)
-    full[group, carrier % per_group] = torch.einsum("c,oc...->o...", multiple, original[group][:, positions % per_group])
+    full[group, carrier % per_group] = torch.einsum(
+        "c,oc...->o...", multiple, original[group][:, positions % per_group]
+    )
 
 
 def gather_state(layout: Layout, edits: Edits, name: str, tensor: Tensor) -> Tensor:

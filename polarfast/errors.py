@@ -14,7 +14,7 @@ class TracingError(PolarfastError):
 
 
 class ScalingFactorError(PolarfastError):
-    """A scaling factor cannot be used as it stands: dtype, device, layout, or not in the optimizer."""
+    """A scaling factor cannot be used: its dtype, device, layout, or not in the optimizer."""
 
 
 class StepError(PolarfastError, RuntimeError):
@@ -38,4 +38,6 @@ class FileFormatError(PolarfastError):
 
 
 class BuildError(PolarfastError):
-    """Part of the installation that is needed here is missing (compiled extension, Triton, an extra)."""
+    """Part of the installation that is needed here is missing (compiled extension, Triton, an
+    extra).
+    """

@@ -1,10 +1,13 @@
-"""`save` and `load`: one file with the tensors, the plan and the slim model's structure; no pickled code."""
+"""`save` and `load`: one file with the tensors, the plan and the slim model's structure; no pickled
+code.
+"""
 
 import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +23,15 @@ VERSION = 1
 
 
 def save(slim: nn.Module, plan: PruningPlan, path: str | os.PathLike[str]) -> None:
-    """Write a slim model: its tensors, its plan and its structure, atomically (a crash leaves the old file or none).
+    """Write a slim model: its tensors, its plan and its structure, atomically (a crash leaves the
+    old file or none).
 
     Args:
-        slim: a model made by `slim` or `load`, fine-tuned or not; data-parallel and compiled wrappers are looked through.
+        slim: a model made by `slim` or `load`, fine-tuned or not; data-parallel and compiled
+            wrappers are looked through.
         plan: its plan.
-        path: the file. It is read back with `load`, which runs no code from it (`torch.load(weights_only=True)`).
+        path: the file. It is read back with `load`, which runs no code from it
+            (`torch.load(weights_only=True)`).
 
     Raises:
         FileFormatError: `slim` was not made by polarfast.
@@ -33,12 +39,17 @@ def save(slim: nn.Module, plan: PruningPlan, path: str | os.PathLike[str]) -> No
     slim = unwrap(slim)
     info = getattr(slim, "polarfast_info", None)
     if not isinstance(info, SlimInfo):
-        raise FileFormatError("this model was not made by polarfast.slim or polarfast.load: save it with torch.save(model.state_dict(), …)")
+        raise FileFormatError(
+            "this model was not made by polarfast.slim or polarfast.load: save it with "
+            "torch.save(model.state_dict(), …)"
+        )
     data = {
         "format": FORMAT,
         "version": VERSION,
         "plan": plan.to_json(),
-        "info": json.dumps({"structure": info.structure.to_data(), "fold": info.fold, "inexact": info.inexact}),
+        "info": json.dumps(
+            {"structure": info.structure.to_data(), "fold": info.fold, "inexact": info.inexact}
+        ),
         "tensors": slim.state_dict(),
     }
     path = Path(path)
@@ -59,7 +70,8 @@ def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Mod
 
     Args:
         path: a file written by `save`.
-        build: makes the *original* network, e.g. ``lambda: torchvision.models.resnet50()``; its weights do not matter.
+        build: makes the *original* network, e.g. ``lambda: torchvision.models.resnet50()``; its
+            weights do not matter.
 
     Returns:
         The slim model on the device and in the mode in which `build` made the network.
@@ -75,13 +87,17 @@ def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Mod
         loaded = SlimInfo(structure, info["fold"], info["inexact"])
         tensors = data["tensors"]
     except (KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(f"{path} is damaged ({error}): save it again or take a copy") from error
+        raise FileFormatError(
+            f"{path} is damaged ({error}): save it again or take a copy"
+        ) from error
     model = unwrap(build())
     structure.apply(model, blank(structure.shapes))
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise PlanError(f"build() makes another network than the one saved in {path}: {error}") from error
+        raise PlanError(
+            f"build() makes another network than the one saved in {path}: {error}"
+        ) from error
     for name, tensor in model.state_dict(keep_vars=True).items():
         # As saved: a model in bfloat16 comes back in bfloat16.
         if tensor.dtype != tensors[name].dtype:
@@ -95,15 +111,20 @@ def load_plan(path: str | os.PathLike[str]) -> PruningPlan:
     return PruningPlan.from_json(_read(path)["plan"])
 
 
-def _read(path: str | os.PathLike[str]) -> dict:  # type: ignore[type-arg]
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # noqa: BLE001  torch.load raises a dozen types on files that are not its own
-        raise FileFormatError(f"{path} is not a polarfast model file, or is damaged: {error}") from error
+        raise FileFormatError(
+            f"{path} is not a polarfast model file, or is damaged: {error}"
+        ) from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FileFormatError(f"{path} is not a polarfast model file")
     if data.get("version") != VERSION:
-        raise FileFormatError(f"{path} has format version {data.get('version')!r}, this polarfast reads version {VERSION}: upgrade")
+        raise FileFormatError(
+            f"{path} has format version {data.get('version')!r}, this polarfast reads version "
+            f"{VERSION}: upgrade"
+        )
     return data

@@ -17,7 +17,10 @@ def describe(inputs: Any) -> Spec:
         ArgumentError: something else is among the inputs.
     """
     if isinstance(inputs, Tensor):
-        spec: Spec = {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
+        spec: Spec = {
+            "shape": list(inputs.shape),
+            "dtype": str(inputs.dtype).removeprefix("torch."),
+        }
         if not inputs.is_floating_point():
             spec["range"] = [int(inputs.min()), int(inputs.max())] if inputs.numel() else [0, 0]
         return spec
@@ -28,20 +31,25 @@ def describe(inputs: Any) -> Spec:
     if inputs is None or isinstance(inputs, (bool, int, float, str)):
         return {"value": inputs}
     raise ArgumentError(
-        f"example_inputs holds a {type(inputs).__name__}: pass a tensor, a tuple of positional inputs or a dict of keyword "
+        f"example_inputs holds a {type(inputs).__name__}: pass a tensor, a tuple of positional "
+        "inputs or a dict of keyword "
         "inputs, made of tensors and plain numbers"
     )
 
 
 def generate(spec: Spec, *, device: torch.device, dtype: torch.dtype | None, seed: int) -> Any:
-    """Random inputs of the described form; floating point ones standard normal and in `dtype`, where given."""
+    """Random inputs of the described form; floating point ones standard normal and in `dtype`,
+    where given.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def make(part: Spec) -> Any:
         if "shape" in part:
             own = getattr(torch, part["dtype"])
             if own.is_floating_point:
-                return torch.randn(part["shape"], generator=generator, dtype=torch.float64).to(device, dtype or own)
+                return torch.randn(part["shape"], generator=generator, dtype=torch.float64).to(
+                    device, dtype or own
+                )
             low, high = part["range"]
             return torch.randint(low, high + 1, part["shape"], generator=generator).to(device, own)
         if "items" in part:

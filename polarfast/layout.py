@@ -77,16 +77,19 @@ class Layout:
         for call in self.graph.projections:
             self._projection(structure, model, call, new_biases.get(call.weight))
         for norm in self.graph.norms:
-            for name in (norm.weight, norm.mean):
-                if name in structure.shapes:
-                    self._norm(structure, model, name, norm.weight in self.channels.boundaries, norm.inputs)
+            norm_name = norm.weight or norm.mean or ""
+            if norm_name in structure.shapes:
+                boundary = norm.weight in self.channels.boundaries
+                self._norm(structure, model, norm_name, boundary, norm.inputs)
         for name in structure.shapes:
             owner = model.get_submodule(name.rpartition(".")[0])
             if isinstance(owner, nn.PReLU):
                 _change(structure, name).attributes["num_parameters"] = structure.shapes[name][0]
         return structure
 
-    def _projection(self, structure: Structure, model: nn.Module, call: ProjectionCall, bias: int | None) -> None:
+    def _projection(
+        self, structure: Structure, model: nn.Module, call: ProjectionCall, bias: int | None
+    ) -> None:
         module = model.get_submodule(call.weight.rpartition(".")[0])
         n_in, n_out = self._sizes(call)
         if bias is not None:
@@ -103,7 +106,9 @@ class Layout:
         elif isinstance(module, nn.Linear):
             change.attributes = {"in_features": n_in, "out_features": n_out}
 
-    def _norm(self, structure: Structure, model: nn.Module, name: str, boundary: bool, ids: Tensor) -> None:
+    def _norm(
+        self, structure: Structure, model: nn.Module, name: str, boundary: bool, ids: Tensor
+    ) -> None:
         module = model.get_submodule(name.rpartition(".")[0])
         change = _change(structure, name)
         kept = int(self.alive[ids].sum())

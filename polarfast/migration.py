@@ -12,23 +12,34 @@ from .layout import Layout
 
 @torch.no_grad()
 def migrate_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, layout: Layout, edits: Edits
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    small: nn.Module,
+    layout: Layout,
+    edits: Edits,
 ) -> None:
-    """Point every parameter group at the slim parameters and cut every state tensor with them, in place.
+    """Point every parameter group at the slim parameters and cut every state tensor with them, in
+    place.
 
-    Created biases join the group of the weight beside them. Parameters of other models are left alone.
+    Created biases join the group of the weight beside them. Parameters of other models are left
+    alone.
 
     Raises:
-        PlanError: a state tensor has neither its parameter's shape nor a single element; the optimizer is unchanged.
+        PlanError: a state tensor has neither its parameter's shape nor a single element; the
+            optimizer is unchanged.
     """
-    names = {param: name for name, param in model.named_parameters()}
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
     slim_params = dict(small.named_parameters())
     created = [name for name in slim_params if name not in set(names.values())]
     groups: list[list[nn.Parameter]] = []
     for group in optimizer.param_groups:
-        params = [slim_params[names[param]] if param in names else param for param in group["params"]]
+        params = [
+            slim_params[names[param]] if param in names else param for param in group["params"]
+        ]
         mine = {names[param] for param in group["params"] if param in names}
-        params += [slim_params[name] for name in created if f"{name.removesuffix('bias')}weight" in mine]
+        params += [
+            slim_params[name] for name in created if f"{name.removesuffix('bias')}weight" in mine
+        ]
         groups.append(params)
     state: dict[Tensor, Any] = {}
     for param, values in optimizer.state.items():
@@ -36,7 +47,9 @@ def migrate_optimizer(
         if name is None:
             state[param] = values
         else:
-            state[slim_params[name]] = {key: _cut(name, param, key, value, layout, edits) for key, value in values.items()}
+            state[slim_params[name]] = {
+                key: _cut(name, param, key, value, layout, edits) for key, value in values.items()
+            }
     for group, params in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = params
     optimizer.state.clear()
@@ -48,7 +61,8 @@ def _cut(name: str, param: Tensor, key: str, value: Any, layout: Layout, edits: 
         return value
     if value.shape != param.shape:
         raise PlanError(
-            f"the optimizer's state {key!r} of {name} has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}: this "
+            f"the optimizer's state {key!r} of {name} has shape {tuple(value.shape)}, the "
+            f"parameter {tuple(param.shape)}: this "
             "optimizer's state cannot be cut; call slim without optimizer= and make a new one"
         )
     return gather_state(layout, edits, name, value)

@@ -1,6 +1,8 @@
-"""Modules of a slim network that plain torch has not: put-back normalizations, and layers without channels.
+"""Modules of a slim network that plain torch has not: put-back normalizations, and layers without
+channels.
 
-Each is a mixin over the torch class it stands in for, so that `isinstance` and parameter names stay as they were.
+Each is a mixin over the torch class it stands in for, so that `isinstance` and parameter names stay
+as they were.
 """
 
 import math
@@ -14,7 +16,8 @@ class PutBackMixin:
 
     Buffers:
         put_back_index: int64 [kept], the place of each kept channel in the output.
-        put_back_constant: [width], what the removed channels are: their β, or 0 where β was dropped.
+        put_back_constant: [width], what the removed channels are: their β, or 0 where β was
+            dropped.
     """
 
     put_back_index: Tensor
@@ -34,7 +37,11 @@ class PutBackMixin:
         full = constant.to(kept.dtype).view(1, width, *[1] * (kept.dim() - 2)).expand(shape)
         if not index.numel():
             return full.contiguous()  # memory of its own: networks add onto a branch in place
-        if kept.dim() == 4 and kept.is_contiguous(memory_format=torch.channels_last) and not kept.is_contiguous():
+        if (
+            kept.dim() == 4
+            and kept.is_contiguous(memory_format=torch.channels_last)
+            and not kept.is_contiguous()
+        ):
             full = full.contiguous(memory_format=torch.channels_last)
         return torch.index_copy(full, 1, index, kept)
 
@@ -79,16 +86,24 @@ class SilentSyncBatchNorm(_SilentNormMixin, nn.SyncBatchNorm):
 
 
 class _SilentConvMixin:
-    """A convolution without input or without output channels: no multiplication, the output's shape and the bias."""
+    """A convolution without input or without output channels: no multiplication, the output's shape
+    and the bias.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         assert isinstance(self, nn.modules.conv._ConvNd)
         if isinstance(self.padding, str):
             raise NotImplementedError("padding given as a string")  # excluded when the plan is made
-        geometry = zip(input.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        geometry = zip(
+            input.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True
+        )
         space = [math.floor((n + 2 * p - d * (k - 1) - 1) / s) + 1 for n, k, s, p, d in geometry]
         out = input.new_zeros((input.shape[0], self.out_channels, *space))
-        return out if self.bias is None else out + self.bias.to(out.dtype).view(1, -1, *[1] * len(space))
+        return (
+            out
+            if self.bias is None
+            else out + self.bias.to(out.dtype).view(1, -1, *[1] * len(space))
+        )
 
 
 class SilentConv1d(_SilentConvMixin, nn.Conv1d):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from .channels import Channels
 from .edits import new_biases
 from .errors import ArgumentError, PlanError
-from .folding import Fold, fold_constants
+from .fields import Fold
+from .folding import fold_constants
 from .inputs import describe, unwrap
 from .layout import Layout
 from .modules import can_be_silent
@@ -36,13 +37,16 @@ def plan(
 
     Args:
         model: the trained network that `scales` was traced from.
-        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; MACs are counted on these.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; MACs are
+            counted on these.
         scales: the scaling factors that may lose channels; their residual mode is used.
         method: "valley" (the paper's), "fixed" or "percentile", as in `thresholds`.
-        round_to: widths become multiples of this; channels are added back in order of γ, never removed for it.
+        round_to: widths become multiples of this; channels are added back in order of γ, never
+            removed for it.
         min_channels: no layer that stays is narrower.
         value: the threshold for "fixed", the share of all channels to remove for "percentile".
-        fold: what becomes of the removed channels' constants ("exact", "bias", "none"); sizes are predicted for this one.
+        fold: what becomes of the removed channels' constants ("exact", "bias", "none"); sizes are
+            predicted for this one.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -64,10 +68,16 @@ def plan(
     spec = describe(example_inputs)
     folded = _fold(model, channels, choice, spec, fold, ())
     before = choice.stays.clone()
-    choice.limit(min_channels, round_to, {name: len(found) for name, found in constant_channels(choice, folded).items()})
+    choice.limit(
+        min_channels,
+        round_to,
+        {name: len(found) for name, found in constant_channels(choice, folded).items()},
+    )
     if not torch.equal(before, choice.stays):
         folded = _fold(model, channels, choice, spec, fold, folded.constant)
-    return _write(model, channels, choice, folded, limits, unread, spec=spec, method=method, fold=fold)
+    return _write(
+        model, channels, choice, folded, limits, unread, spec=spec, method=method, fold=fold
+    )
 
 
 def _check(round_to: int, min_channels: int, fold: str) -> None:
@@ -82,13 +92,21 @@ def _check_belongs(model: nn.Module, channels: Channels, scales: ScalingFactors)
     params = dict(model.named_parameters())
     for name, gamma in scales.items():
         if params.get(name) is not gamma:
-            raise PlanError(f"scales[{name!r}] is not a parameter of this model: call scaling_factors(model, …) on the model to plan")
+            raise PlanError(
+                f"scales[{name!r}] is not a parameter of this model: call scaling_factors(model, "
+                "…) on the model to plan"
+            )
         if name not in channels.layers:
-            raise PlanError(f"{name} takes no part in this model as it runs now: {channels.pinned.get(name, 'it did not run')}")
+            raise PlanError(
+                f"{name} takes no part in this model as it runs now: "
+                f"{channels.pinned.get(name, 'it did not run')}"
+            )
 
 
 def can_vanish(model: nn.Module, channels: Channels) -> Callable[[Tensor], bool]:
-    """Whether some classes (bool [graph.count] by label) may all go: everything around them must work on no channels at all."""
+    """Whether some classes (bool [graph.count] by label) may all go: everything around them must
+    work on no channels at all.
+    """
     graph = channels.graph
     pooled = torch.zeros(graph.count, dtype=torch.bool)
     for ids in graph.pooled:
@@ -97,15 +115,23 @@ def can_vanish(model: nn.Module, channels: Channels) -> Callable[[Tensor], bool]
     def check(mask: Tensor) -> bool:
         if bool((pooled & mask).any()):
             return False
-        touched = {tensor for (tensor, _), ids in graph.axes.items() if bool(mask[channels.label[ids]].any())}
-        return all(can_be_silent(model.get_submodule(tensor.rpartition(".")[0])) for tensor in touched)
+        touched = {
+            tensor
+            for (tensor, _), ids in graph.axes.items()
+            if bool(mask[channels.label[ids]].any())
+        }
+        return all(
+            can_be_silent(model.get_submodule(tensor.rpartition(".")[0])) for tensor in touched
+        )
 
     return check
 
 
 def kept_channels(choice: Selection) -> dict[str, Tensor]:
     """γ name -> sorted kept channels."""
-    return {name: choice.stays[labels].nonzero().flatten() for name, labels in choice.layers.items()}
+    return {
+        name: choice.stays[labels].nonzero().flatten() for name, labels in choice.layers.items()
+    }
 
 
 def constant_channels(choice: Selection, folded: Fold) -> dict[str, list[int]]:
@@ -117,9 +143,16 @@ def constant_channels(choice: Selection, folded: Fold) -> dict[str, list[int]]:
 
 
 def _fold(
-    model: nn.Module, channels: Channels, choice: Selection, spec: dict[str, Any], mode: str, forced: Iterable[int]
+    model: nn.Module,
+    channels: Channels,
+    choice: Selection,
+    spec: dict[str, Any],
+    mode: str,
+    forced: Iterable[int],
 ) -> Fold:
-    return fold_constants(model, channels, kept_channels(choice), choice.alive(), spec, mode, forced)
+    return fold_constants(
+        model, channels, kept_channels(choice), choice.alive(), spec, mode, forced
+    )
 
 
 def _write(
@@ -147,7 +180,9 @@ def _write(
             notes.append("nothing reads it any more")
         if not gone.numel():
             notes.append("branch is constant" if constant[name] else "branch disappears")
-        layers[name] = LayerPlan(choice.layers[name].numel(), limits[name], "; ".join(notes), constant[name])
+        layers[name] = LayerPlan(
+            choice.layers[name].numel(), limits[name], "; ".join(notes), constant[name]
+        )
     return PruningPlan(
         kept=kept,
         layers=layers,

@@ -1,4 +1,4 @@
-"""The pruning plan: what is kept, what it saves, as a table for people and as a stable text format."""
+"""The pruning plan: what is kept and saved, as a table for people and as stable text."""
 
 import json
 from collections.abc import Mapping
@@ -22,7 +22,8 @@ class LayerPlan:
         channels: number of channels before.
         threshold: γ at or under it is removed; None: the layer has no threshold.
         note: what a reader of the plan should know; empty if nothing.
-        constant: removed channels that stay as constant channels, to carry what the removed ones leave behind.
+        constant: removed channels that stay as constant channels, to carry what the removed ones
+            leave behind.
     """
 
     channels: int
@@ -41,7 +42,8 @@ class PruningPlan:
         pinned: BatchNorm weight -> why it takes no part.
         residual, method, fold: how the plan was made.
         inputs: description of the example inputs (JSON data).
-        macs_before, macs: multiply-accumulates of convolutions and linear layers on the example inputs.
+        macs_before, macs: multiply-accumulates of convolutions and linear layers on the example
+            inputs.
         params_before, params: number of parameters.
         inexact: reader's weight name -> why removed channels are not folded into it exactly.
     """
@@ -107,7 +109,8 @@ class PruningPlan:
             raise PlanError(f'this is not a pruning plan (no "format": "{FORMAT}")')
         if data.get("version") != VERSION:
             raise PlanError(
-                f"the plan has format version {data.get('version')!r}, this polarfast reads version {VERSION}: upgrade polarfast"
+                f"the plan has format version {data.get('version')!r}, this polarfast reads "
+                f"version {VERSION}: upgrade polarfast"
             )
         try:
             return _from_data(data)
@@ -123,10 +126,25 @@ def _from_data(data: Mapping[str, Any]) -> PruningPlan:
     for name, layer in data["layers"].items():
         indices = [i for first, last in layer["kept"] for i in range(first, last + 1)]
         if indices != sorted(set(indices)) or any(not 0 <= i < layer["channels"] for i in indices):
-            raise ValueError(f"kept channels of {name} are not ascending numbers below {layer['channels']}")
+            raise ValueError(
+                f"kept channels of {name} are not ascending numbers below {layer['channels']}"
+            )
         kept[name] = torch.tensor(indices, dtype=torch.long)
-        layers[name] = LayerPlan(layer["channels"], layer["threshold"], layer["note"], layer["constant"])
-    names = ("residual", "method", "fold", "inputs", "macs_before", "macs", "params_before", "params", "pinned", "inexact")
+        layers[name] = LayerPlan(
+            layer["channels"], layer["threshold"], layer["note"], layer["constant"]
+        )
+    names = (
+        "residual",
+        "method",
+        "fold",
+        "inputs",
+        "macs_before",
+        "macs",
+        "params_before",
+        "params",
+        "pinned",
+        "inexact",
+    )
     return PruningPlan(kept=kept, layers=layers, **{name: data[name] for name in names})
 
 
@@ -150,15 +168,18 @@ def table(plan: PruningPlan) -> str:
         bar = "█" * round(8 * kept / layer.channels) + "░" * (8 - round(8 * kept / layer.channels))
         threshold = "—" if layer.threshold is None else f"{layer.threshold:.3g}"
         shown = f"{kept}+{len(layer.constant)}" if layer.constant else f"{kept}"
-        lines.append(f"{name:<{width}}  {layer.channels:>8}  {shown:>6} {bar} {threshold:>9}  {layer.note}".rstrip())
+        line = f"{name:<{width}}  {layer.channels:>8}  {shown:>6} {bar} {threshold:>9}  {layer.note}"
+        lines.append(line.rstrip())
     channels = sum(layer.channels for layer in plan.layers.values())
     kept_all = sum(kept.numel() for kept in plan.kept.values())
     lines += [
         "",
         f"channels  {channels:,} → {kept_all:,}  (−{1 - kept_all / max(channels, 1):.1%})",
         f"MACs      {plan.macs_before:,} → {plan.macs:,}  (−{plan.flops_reduction:.1%})",
-        f"params    {plan.params_before:,} → {plan.params:,}  (−{1 - plan.params / max(plan.params_before, 1):.1%})",
-        f"method={plan.method}, residual={plan.residual}, fold={plan.fold}; '+1' is a constant channel",
+        f"params    {plan.params_before:,} → {plan.params:,}  "
+        f"(−{1 - plan.params / max(plan.params_before, 1):.1%})",
+        f"method={plan.method}, residual={plan.residual}, fold={plan.fold}; '+1' is a constant "
+        "channel",
     ]
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.pinned.items():

@@ -4,7 +4,7 @@ Polarization: "Neuron-level Structured Pruning using Polarization Regularizer" (
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -104,21 +104,21 @@ class Regularizer:
     def weights(self, value: Mapping[str, float] | None) -> None:
         self._weights = _layer_weights(value)
 
-    def weights_of(self, scales: Mapping[str, Tensor]) -> tuple[float, ...] | None:
-        """w_l of each layer, in the order of `scales`; None where every layer weighs 1.
+    def weights_of(self, names: Collection[str]) -> tuple[float, ...] | None:
+        """w_l of each layer, in the order of `names`; None where every layer weighs 1.
 
         Raises:
-            ArgumentError: a weight is given for a name that is not among `scales`.
+            ArgumentError: a weight is given for a name that is not among `names`.
         """
         if self._weights is None:
             return None
-        unknown = [name for name in self._weights if name not in scales]
+        unknown = [name for name in self._weights if name not in names]
         if unknown:
             raise ArgumentError(
                 f"weights[{unknown[0]!r}]: no such scaling factor here; "
-                f"names look like {', '.join(map(repr, list(scales)[:2]))}"
+                f"names look like {', '.join(map(repr, list(names)[:2]))}"
             )
-        return tuple(self._weights.get(name, 1.0) for name in scales)
+        return tuple(self._weights.get(name, 1.0) for name in names)
 
     def value(self, scales: Mapping[str, Tensor]) -> Tensor:
         """λ·R_s(γ), for logging: the penalty itself, in the unit of the loss.

@@ -15,11 +15,13 @@ from .tracing import trace
 
 
 class ScalingFactors(Mapping[str, nn.Parameter]):
-    """The scaling factors γ of a network, one tensor per layer, by name and in the order in which the layers run.
+    """The scaling factors γ of a network, one tensor per layer, by name and in the order in which
+    the layers run.
 
     Attributes:
         pinned: names of BatchNorm weights that cannot take part -> the reason.
-        others: BatchNorm weights of the network that are not in this mapping (clamped too with ``clamp="all"``).
+        others: BatchNorm weights of the network that are not in this mapping (clamped too with
+            ``clamp="all"``).
         residual: "keep", "expand" or "couple": what happens to channels that meet in an addition.
     """
 
@@ -36,7 +38,9 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         self.pinned = dict(pinned or {})
         self.others = dict(others or {})
         self.residual = residual
-        self._tables: dict[Any, Any] = {}  # address tables of these factors, kept by the training step
+        self._tables: dict[
+            Any, Any
+        ] = {}  # address tables of these factors, kept by the training step
 
     def __getitem__(self, name: str) -> nn.Parameter:
         return self._params[name]
@@ -52,7 +56,8 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         return sum(param.numel() for param in self._params.values())
 
     def select(self, pattern: str) -> "ScalingFactors":
-        """The factors whose name matches a regular expression (`re.search`), e.g. to regularize fewer than are pruned.
+        """The factors whose name matches a regular expression (`re.search`), e.g. to regularize
+        fewer than are pruned.
 
         Raises:
             ArgumentError: nothing matches, or the pattern is not a regular expression.
@@ -60,24 +65,33 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         try:
             regex = re.compile(pattern)
         except re.error as error:
-            raise ArgumentError(f"pattern={pattern!r} is not a regular expression: {error}") from error
+            raise ArgumentError(
+                f"pattern={pattern!r} is not a regular expression: {error}"
+            ) from error
         chosen = {name: param for name, param in self._params.items() if regex.search(name)}
         if not chosen:
             known = ", ".join(list(self._params)[:4])
-            raise ArgumentError(f"pattern={pattern!r} matches no scaling factor; names look like: {known}, …")
+            raise ArgumentError(
+                f"pattern={pattern!r} matches no scaling factor; names look like: {known}, …"
+            )
         rest = {name: param for name, param in self._params.items() if name not in chosen}
-        return ScalingFactors(chosen, pinned=self.pinned, others={**rest, **self.others}, residual=self.residual)
+        return ScalingFactors(
+            chosen, pinned=self.pinned, others={**rest, **self.others}, residual=self.residual
+        )
 
     def __repr__(self) -> str:
         return (
-            f"ScalingFactors({len(self)} layers, {self.numel()} channels, residual={self.residual!r}, "
+            f"ScalingFactors({len(self)} layers, {self.numel()} channels, "
+            f"residual={self.residual!r}, "
             f"{len(self.pinned)} layers pinned)"
         )
 
 
 def _check_residual(residual: str) -> None:
     if residual not in RESIDUAL_MODES:
-        raise ArgumentError(f"residual={residual!r}: choose one of {', '.join(map(repr, RESIDUAL_MODES))}")
+        raise ArgumentError(
+            f"residual={residual!r}: choose one of {', '.join(map(repr, RESIDUAL_MODES))}"
+        )
 
 
 def analyze(model: nn.Module, example_inputs: Any, residual: str) -> Channels:
@@ -89,20 +103,27 @@ def analyze(model: nn.Module, example_inputs: Any, residual: str) -> Channels:
     return Channels(trace(model, example_inputs), residual, putting_back)
 
 
-def scaling_factors(model: nn.Module, example_inputs: Any, residual: str = "keep") -> ScalingFactors:
-    """Find the scaling factors γ that take part: BatchNorm weights whose norm alone reads the channels that it normalizes.
+def scaling_factors(
+    model: nn.Module, example_inputs: Any, residual: str = "keep"
+) -> ScalingFactors:
+    """Find the scaling factors γ that take part: BatchNorm weights whose norm alone reads the
+    channels that it normalizes.
 
     Args:
-        model: any eager network; left exactly as found (modes, buffers, gradients, random state). Data-parallel and compiled
+        model: any eager network; left exactly as found (modes, buffers, gradients, random state).
+            Data-parallel and compiled
             wrappers are looked through: names are those of the model inside.
-        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs, e.g. `torch.randn(1, 3, 224, 224)`.
-        residual: what happens to channels that meet in an addition. "keep": they are left alone. "expand": the last
-            convolution of a branch is pruned and what remains is put back at its places (the paper's ResNets and MobileNetV2).
-            "couple": channels that are added together are kept or removed together.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs, e.g.
+            `torch.randn(1, 3, 224, 224)`.
+        residual: what happens to channels that meet in an addition. "keep": they are left alone.
+            "expand": the last convolution of a branch is pruned and what remains is put back at its
+            places (the paper's ResNets and MobileNetV2). "couple": channels that are added together
+            are kept or removed together.
 
     Raises:
         ArgumentError: `residual` is none of these.
-        TracingError: the model is scripted, does not run on the inputs, or has no normalization whose γ can take part.
+        TracingError: the model is scripted, does not run on the inputs, or has no normalization
+            whose γ can take part.
     """
     _check_residual(residual)
     model = unwrap(model)
@@ -112,7 +133,11 @@ def scaling_factors(model: nn.Module, example_inputs: Any, residual: str = "keep
         why = "; ".join(f"{name}: {reason}" for name, reason in list(channels.pinned.items())[:3])
         raise TracingError(
             "no scaling factor can take part: "
-            + (why or "the network has no BatchNorm with weights; put gates (a factor per channel) where γ is missing")
+            + (
+                why
+                or "the network has no BatchNorm with weights; "
+                "put gates (a factor per channel) where γ is missing"
+            )
         )
     taking_part = {name: params[name] for name in channels.layers}
     others = {name: params[name] for name in channels.calls if name not in taking_part}
@@ -122,14 +147,16 @@ def scaling_factors(model: nn.Module, example_inputs: Any, residual: str = "keep
 def init_scales(scales: Mapping[str, nn.Parameter], value: float = 0.5) -> None:
     """Set every scaling factor to `value` in place (Sec. 3.2: all are initialized to 0.5).
 
-    For networks trained from scratch: in a *trained* network this overwrites what the γ have learned; start such a network
-    from gates, or train on from the γ it has.
+    For networks trained from scratch: in a *trained* network this overwrites what the γ have
+    learned; start such a network from gates, or train on from the γ it has.
 
     Raises:
         ArgumentError: `value` is not a finite number >= 0.
     """
     if not 0.0 <= value < float("inf"):
-        raise ArgumentError(f"value={value!r}: scaling factors start from a finite number >= 0 (0.5 in the paper)")
+        raise ArgumentError(
+            f"value={value!r}: scaling factors start from a finite number >= 0 (0.5 in the paper)"
+        )
     with torch.no_grad():
         for param in scales.values():
             param.fill_(value)

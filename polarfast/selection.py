@@ -11,7 +11,8 @@ from .tracing import PIN
 
 
 class Selection:
-    """The classes that stay, under the limits asked for. Channels are only ever added back, never dropped by a limit.
+    """The classes that stay, under the limits asked for. Channels are only ever added back, never
+    dropped by a limit.
 
     Attributes:
         stays: bool [graph.count] by class label.
@@ -27,7 +28,8 @@ class Selection:
         self.stays = torch.ones(self.graph.count, dtype=torch.bool)
 
     def cut(self, scores: Mapping[str, Tensor], thresholds: Mapping[str, float | None]) -> None:
-        """Remove the classes all of whose γ are at or under their layer's threshold (None: the layer loses nothing).
+        """Remove the classes all of whose γ are at or under their layer's threshold (None: the
+        layer loses nothing).
 
         Args:
             scores: γ name -> float [C] on the CPU, what is compared with the threshold.
@@ -51,7 +53,8 @@ class Selection:
         """Keep exactly the channels of a plan.
 
         Raises:
-            PlanError: the plan keeps a channel in one layer and removes it in another that it is coupled with.
+            PlanError: the plan keeps a channel in one layer and removes it in another that it is
+                coupled with.
         """
         stays = torch.ones(self.graph.count, dtype=torch.bool)
         for labels in self.layers.values():
@@ -63,7 +66,8 @@ class Selection:
         for name in self.layers:
             if self.count(name) != kept[name].numel():
                 raise PlanError(
-                    f"the plan removes channels of {name} that must stay, or that it keeps in a layer they are coupled with: "
+                    f"the plan removes channels of {name} that must stay, or that it keeps in a "
+                    "layer they are coupled with: "
                     "make the plan anew for this model"
                 )
 
@@ -81,7 +85,9 @@ class Selection:
         return int(gone[self.strength[gone].argmax()]) if gone.numel() else None
 
     def restore(self, name: str, wanted: int) -> bool:
-        """Add back a layer's strongest removed channels until `wanted` stay; whether that changed anything."""
+        """Add back a layer's strongest removed channels until `wanted` stay; whether that changed
+        anything.
+        """
         changed = False
         while self.count(name) < wanted and (label := self._strongest_removed(name)) is not None:
             self.stays[label] = True
@@ -89,7 +95,9 @@ class Selection:
         return changed
 
     def keep_paths(self, can_vanish: Callable[[Tensor], bool]) -> None:
-        """Give its strongest channel back to every layer without which the input would not reach an output."""
+        """Give its strongest channel back to every layer without which the input would not reach an
+        output.
+        """
         emptied = [name for name in self.layers if self.count(name) == 0]
         for name in emptied:
             if not can_vanish(self._mask(name)) and self.restore(name, 1):
@@ -98,9 +106,14 @@ class Selection:
         # Strongest first, so that of several parallel ways the one that matters most is kept open.
         emptied.sort(key=lambda name: -float(self.strength[self.layers[name]].max()))
         for name in emptied:
-            others = {self.channels.calls[other].node for other in emptied if other != name and self.count(other) == 0}
+            others = {
+                self.channels.calls[other].node
+                for other in emptied
+                if other != name and self.count(other) == 0
+            }
             if not self.graph.reachable({self.channels.calls[name].node}) or (
-                not self.graph.reachable(others | {self.channels.calls[name].node}) and self.graph.reachable(others)
+                not self.graph.reachable(others | {self.channels.calls[name].node})
+                and self.graph.reachable(others)
             ):
                 self._restore_one(name)
         for name in emptied:
@@ -139,7 +152,9 @@ class Selection:
                     self.notes[name].append(f"{self.count(name) - kept} added back for the limits")
 
     def drop_unread(self, can_vanish: Callable[[Tensor], bool]) -> list[str]:
-        """Remove what only emptied layers read (the front of a branch that disappears); names of the layers concerned."""
+        """Remove what only emptied layers read (the front of a branch that disappears); names of
+        the layers concerned.
+        """
         dropped: list[str] = []
         boundary_in = torch.zeros(self.graph.count, dtype=torch.bool)
         for name in self.channels.boundaries:

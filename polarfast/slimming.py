@@ -44,17 +44,23 @@ def slim(
     verify: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module:
-    """Build the slim model of a plan: same class, same forward, fewer channels. `model` is untouched.
+    """Build the slim model of a plan: same class, same forward, fewer channels. `model` is
+    untouched.
 
     Args:
-        model: the network the plan was made for, or one built alike (an EMA copy, a newly constructed one with weights loaded).
+        model: the network the plan was made for, or one built alike (an EMA copy, a newly
+            constructed one with weights loaded).
         plan: which channels stay.
-        fold: what becomes of the removed channels' constants: "exact", "bias" or "none"; by default as planned.
-        verify: compare the result with `model` (γ of removed channels zeroed) in float64 before handing it over.
-        optimizer: an optimizer of `model`'s parameters; its groups and state are cut to the slim model's, in place and last.
+        fold: what becomes of the removed channels' constants: "exact", "bias" or "none"; by default
+            as planned.
+        verify: compare the result with `model` (γ of removed channels zeroed) in float64 before
+            handing it over.
+        optimizer: an optimizer of `model`'s parameters; its groups and state are cut to the slim
+            model's, in place and last.
 
     Returns:
-        A new module on the same device, in the same modes, dtypes and memory format, with `requires_grad` and hooks as in `model`.
+        A new module on the same device, in the same modes, dtypes and memory format, with
+        `requires_grad` and hooks as in `model`.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -86,11 +92,16 @@ class _Blueprint:
     @torch.no_grad()
     def build(self, model: nn.Module) -> nn.Module:
         """Copy the model with cut tensors in place of the full ones, then give it its structure."""
-        tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        tensors: dict[str, Tensor] = {
+            **dict(model.named_parameters()),
+            **dict(model.named_buffers()),
+        }
         memo: dict[int, Any] = {}
         for name in {*self.layout.changed(), *self.edits.tensors}:
             original = tensors[name]
-            cut = self.layout.gather(name, self.edits.tensors.get(name, original.detach()).to(original.dtype))
+            cut = self.layout.gather(
+                name, self.edits.tensors.get(name, original.detach()).to(original.dtype)
+            )
             if isinstance(original, nn.Parameter):
                 cut = nn.Parameter(cut, requires_grad=original.requires_grad)
             memo[id(original)] = cut
@@ -103,8 +114,14 @@ class _Blueprint:
         return small
 
 
-def _check(model: nn.Module, plan: PruningPlan, channels: Channels, choice: Selection, blueprint: _Blueprint) -> None:
-    """Build in float64, where only the algebra can be wrong, and compare with the masked original."""
+def _check(
+    model: nn.Module,
+    plan: PruningPlan,
+    channels: Channels,
+    choice: Selection,
+    blueprint: _Blueprint,
+) -> None:
+    """Build in float64, where only algebra can be wrong; compare with the masked original."""
     fold, inexact = blueprint.info.fold, blueprint.info.inexact
     double = copy.deepcopy(model).double()
     check_slim(double, blueprint.build(double), plan, fold, exact=not inexact)
@@ -124,7 +141,8 @@ def _fit(model: nn.Module, plan: PruningPlan) -> tuple[Channels, Selection]:
             raise PlanError(f"the plan does not fit this model: {name} takes no part ({why})")
         if channels.layers[name].numel() != layer.channels:
             raise PlanError(
-                f"the plan does not fit this model: {name} has {channels.layers[name].numel()} channels, the plan says "
+                f"the plan does not fit this model: {name} has {channels.layers[name].numel()} "
+                "channels, the plan says "
                 f"{layer.channels}; was the model already pruned?"
             )
     choice = Selection(channels, plan.layers)
@@ -133,12 +151,20 @@ def _fit(model: nn.Module, plan: PruningPlan) -> tuple[Channels, Selection]:
     return channels, choice
 
 
-def _draw(model: nn.Module, plan: PruningPlan, channels: Channels, choice: Selection, fold: str) -> _Blueprint:
+def _draw(
+    model: nn.Module, plan: PruningPlan, channels: Channels, choice: Selection, fold: str
+) -> _Blueprint:
     alive = choice.alive()
     forced: set[int] = set()
     if fold == plan.fold:
-        forced = {int(channels.layers[name][place]) for name, layer in plan.layers.items() for place in layer.constant}
-    folded = fold_constants(model, channels, kept_channels(choice), alive, plan.inputs, fold, forced)
+        forced = {
+            int(channels.layers[name][place])
+            for name, layer in plan.layers.items()
+            for place in layer.constant
+        }
+    folded = fold_constants(
+        model, channels, kept_channels(choice), alive, plan.inputs, fold, forced
+    )
     alive |= channels.in_classes(folded.constant)
     layout = Layout(channels, alive)
     edits = write_edits(model, channels, folded)
@@ -147,7 +173,11 @@ def _draw(model: nn.Module, plan: PruningPlan, channels: Channels, choice: Selec
 
 
 def _outputs(channels: Channels, edits: Edits) -> dict[str, Tensor]:
-    return {call.weight: call.outputs for call in channels.graph.projections if call.weight in edits.biases}
+    return {
+        call.weight: call.outputs
+        for call in channels.graph.projections
+        if call.weight in edits.biases
+    }
 
 
 def _new_tensors(

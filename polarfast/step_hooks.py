@@ -172,17 +172,18 @@ class StepHooks:
             found_inf=found_inf,
         )
 
-
     @torch.no_grad()
     def _clamp_others(self, upper: float) -> None:
-        others = [param for param in self.scales.others.values() if param.requires_grad]
+        others: list[Tensor] = [
+            param for param in self.scales.others.values() if param.requires_grad
+        ]
         if others:
             torch._foreach_clamp_min_(others, 0.0)
             torch._foreach_clamp_max_(others, upper)
 
 
 def _is_set(found_inf: Tensor | None) -> bool:
-    """Whether a step is known to be skipped; not asked of a GPU, which would have to synchronize."""
+    """Whether this step is known to be skipped; a GPU is not asked: that would synchronize."""
     return found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf)
 
 

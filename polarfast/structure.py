@@ -1,4 +1,6 @@
-"""The shape of a slim model, apart from its numbers: enough to rebuild it from the original constructor."""
+"""The shape of a slim model, apart from its numbers: enough to rebuild it from the original
+constructor.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,7 +18,8 @@ class ModuleChange:
     """What differs in one module.
 
     Attributes:
-        attributes: sizes that the module keeps beside its tensors (`in_channels`, `groups`, `num_features`, …).
+        attributes: sizes that the module keeps beside its tensors (`in_channels`, `groups`,
+            `num_features`, …).
         put_back: output width, where the module's channels are put back at their places.
         silent: the module has no channels at all.
         bias: a bias is created.
@@ -33,7 +36,8 @@ class Structure:
     """Differences in shape between a slim model and the original.
 
     Attributes:
-        shapes: tensor name -> shape, of every parameter and buffer that is new or has another shape.
+        shapes: tensor name -> shape, of every parameter and buffer that is new or has another
+            shape.
         modules: module name -> what differs.
     """
 
@@ -48,14 +52,17 @@ class Structure:
     def from_data(cls, data: Mapping[str, Any]) -> "Structure":
         """The inverse of `to_data`."""
         modules = {name: ModuleChange(**change) for name, change in data["modules"].items()}
-        return cls(shapes={name: list(shape) for name, shape in data["shapes"].items()}, modules=modules)
+        return cls(
+            shapes={name: list(shape) for name, shape in data["shapes"].items()}, modules=modules
+        )
 
     def apply(self, model: nn.Module, tensor_of: Callable[[str, Tensor | None], Tensor]) -> None:
         """Give a model built like the original (or a copy of it) this structure, in place.
 
         Args:
             model: the model to change.
-            tensor_of: makes the tensor for a name of `shapes`, given the one that stands there now (None: a new one).
+            tensor_of: makes the tensor for a name of `shapes`, given the one that stands there now
+                (None: a new one).
 
         Raises:
             PlanError: the model has no such module or tensor.
@@ -70,32 +77,45 @@ class Structure:
                 _replace(model, old, tensor_of(name, old))
 
     def _change(
-        self, module: nn.Module, name: str, change: ModuleChange, tensor_of: Callable[[str, Tensor | None], Tensor]
+        self,
+        module: nn.Module,
+        name: str,
+        change: ModuleChange,
+        tensor_of: Callable[[str, Tensor | None], Tensor],
     ) -> None:
         for attribute, size in change.attributes.items():
             setattr(module, attribute, size)
         table = PUT_BACK if change.put_back is not None else SILENT if change.silent else None
         if table is not None:
             if type(module) not in table:
-                raise PlanError(f"{name} is a {type(module).__name__}, but the plan was made for a plain torch layer there")
+                raise PlanError(
+                    f"{name} is a {type(module).__name__}, but the plan was made for a plain "
+                    "torch layer there"
+                )
             # The class alone changes: parameters, hooks, modes stay with the instance.
             module.__class__ = table[type(module)]
         prefix = f"{name}." if name else ""
         if change.put_back is not None:
             module.put_back(  # type: ignore[operator]
-                tensor_of(f"{prefix}put_back_index", None), tensor_of(f"{prefix}put_back_constant", None)
+                tensor_of(f"{prefix}put_back_index", None),
+                tensor_of(f"{prefix}put_back_constant", None),
             )
         if change.bias:
             weight = module.weight
             assert isinstance(weight, Tensor)
-            module.bias = nn.Parameter(tensor_of(f"{prefix}bias", None), requires_grad=weight.requires_grad)
+            module.bias = nn.Parameter(
+                tensor_of(f"{prefix}bias", None), requires_grad=weight.requires_grad
+            )
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as error:
-        raise PlanError(f"the plan changes a module {name!r} that this model has not: is it the model the plan was made for?") from error
+        raise PlanError(
+            f"the plan changes a module {name!r} that this model has not: is it the model the "
+            "plan was made for?"
+        ) from error
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

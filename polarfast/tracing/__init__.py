@@ -4,4 +4,14 @@ from .dryrun import call_model, trace
 from .graph import Addition, Graph, NormCall, Pin, ProjectionCall
 from .ids import PIN, components
 
-__all__ = ["PIN", "Addition", "Graph", "NormCall", "Pin", "ProjectionCall", "call_model", "components", "trace"]
+__all__ = [
+    "PIN",
+    "Addition",
+    "Graph",
+    "NormCall",
+    "Pin",
+    "ProjectionCall",
+    "call_model",
+    "components",
+    "trace",
+]

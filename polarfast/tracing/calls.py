@@ -11,7 +11,9 @@ from .recorder import ParameterView, Recorder, spread
 
 
 def convolution(rec: Recorder, args: tuple[Any, ...], out: Tensor) -> None:
-    """aten.convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)"""
+    """aten.convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding,
+    groups)
+    """
     x, weight, bias, _, padding, _, transposed, _, groups = args
     project(
         rec,
@@ -76,7 +78,9 @@ def project(
         out_dim, in_dim = (1, 0) if transposed else (0, 1)
         outputs = _writes(rec, view.name, out.shape[1], groups)
         _tie_groups(rec, inputs, groups)
-        rec.axis(view.name, out_dim, outputs[: outputs.numel() // groups] if transposed else outputs)
+        rec.axis(
+            view.name, out_dim, outputs[: outputs.numel() // groups] if transposed else outputs
+        )
         rec.axis(view.name, in_dim, inputs if transposed else inputs[: inputs.numel() // groups])
     if bias_view is not None:
         rec.axis(bias_view.name, 0, outputs)
@@ -112,17 +116,24 @@ def _writes(rec: Recorder, weight: str, count: int, groups: int) -> Tensor:
 
 
 def _tie_groups(rec: Recorder, ids: Tensor, groups: int) -> None:
-    """Groups stay equal in size: channels at the same place in their groups are kept or removed together."""
+    """Groups stay equal in size: channels at the same place in their groups are kept or removed
+    together.
+    """
     if groups > 1:
         rows = ids.view(groups, -1)
         rec.tie(rows[:1].expand_as(rows), rows)
 
 
 def unknown_projection(rec: Recorder, operands: tuple[Any, ...], out: Tensor) -> None:
-    """A product whose weight is not a parameter of the model: nothing that flows into it can be removed."""
+    """A product whose weight is not a parameter of the model: nothing that flows into it can be
+    removed.
+    """
     sources = [value for operand in operands if (value := rec.value(operand)) is not None]
     for value in sources:
-        rec.pin(value.ids, "read by a product whose weight is not a plain parameter (computed, or an activation)")
+        rec.pin(
+            value.ids,
+            "read by a product whose weight is not a plain parameter (computed, or an activation)",
+        )
     for operand in operands:
         rec.use_whole(operand)
     if sources:
@@ -130,28 +141,35 @@ def unknown_projection(rec: Recorder, operands: tuple[Any, ...], out: Tensor) ->
 
 
 def batch_norm(rec: Recorder, overload: str, args: tuple[Any, ...], out: Tensor) -> None:
-    """aten.native_batch_norm and its siblings: (input, weight, bias, running_mean, running_var, …)."""
+    """aten.native_batch_norm and siblings: (input, weight, bias, running_mean, running_var, …)."""
     x, tensors = args[0], list(args[1:3] if overload == "no_stats" else args[1:5])
     value = rec.value(x)
     if value is None:
         return
     views = [rec.view(tensor) for tensor in tensors]
-    if any(tensor is not None and view is None for tensor, view in zip(tensors, views, strict=True)):
+    if any(
+        tensor is not None and view is None for tensor, view in zip(tensors, views, strict=True)
+    ):
         rec.pin(value.ids, "normalized with parameters that are computed, not plain ones")
         for tensor in tensors:
             rec.use_whole(tensor)
         rec.put_pinned(out, [value])
         return
     inputs = rec.channels(value, 1)
-    names = [view.name if view else None for view in views] + [None] * (4 - len(views))
-    previous = [call for call in rec.graph.norms if names[0] is not None and call.weight == names[0]]
+    weight, bias, mean, var = names = [
+        *(view.name if view else None for view in views),
+        *[None] * (4 - len(views)),
+    ]
+    previous = [call for call in rec.graph.norms if weight is not None and call.weight == weight]
     for name in names:
         if name is not None:
             rec.axis(name, 0, inputs)
     # One id per distinct channel: a repeated input channel stays one channel on the way out.
     outputs = previous[0].outputs if previous else _renamed(rec, inputs)
     node = rec.node([value.node])
-    rec.graph.norms.append(NormCall(*names, inputs=inputs, outputs=outputs, depth=value.depth, node=node))
+    rec.graph.norms.append(
+        NormCall(weight, bias, mean, var, inputs, outputs, depth=value.depth, node=node)
+    )
     rec.put(out, spread(outputs, out.shape, 1), [value])
     rec.values[out].node = node
 

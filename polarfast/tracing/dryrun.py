@@ -1,7 +1,8 @@
 """Run a model once and write down which channels are the same channel.
 
-The real, eager forward runs under a `TorchDispatchMode`; so control flow, structured outputs and every way to write a module
-need no special case, and an operator without a rule pins the channels that flow through it.
+The real, eager forward runs under a `TorchDispatchMode`; so control flow, structured outputs and
+every way to write a module need no special case, and an operator without a rule pins the channels
+that flow through it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,11 @@ class _DryRun(TorchDispatchMode):
         self.recorder = recorder
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -35,7 +40,9 @@ class _DryRun(TorchDispatchMode):
         return out
 
 
-def record(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def record(
+    rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
     """Apply the rule for one executed operator."""
     name: str = func.overloadpacket.__name__
     plain = name.rstrip("_") if not name.startswith("__") else name
@@ -78,17 +85,21 @@ _RULES: Mapping[str, Callable[[Recorder, tuple[Any, ...], Any], None]] = {
 
 
 def trace(model: nn.Module, example_inputs: Any) -> Graph:
-    """The channels of `model`, from one forward in eval mode (and one in train mode where that reads further layers).
+    """The channels of `model`, from one forward in eval mode (and one in train mode where that
+    reads further layers).
 
     Args:
         model: any eager module; left exactly as found (modes, buffers, gradients, random state).
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
 
     Raises:
-        TracingError: the model is scripted or compiled ahead, its forward fails on these inputs, or it returns no tensor.
+        TracingError: the model is scripted or compiled ahead, its forward fails on these inputs, or
+            it returns no tensor.
     """
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
-        raise TracingError("the model is scripted (TorchScript): prune the eager model, then script the slim one")
+        raise TracingError(
+            "the model is scripted (TorchScript): prune the eager model, then script the slim one"
+        )
     recorder = Recorder(model)
     with _as_found(model):
         model.eval()
@@ -114,7 +125,9 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
 def _run(model: nn.Module, example_inputs: Any, recorder: Recorder) -> None:
     source = recorder.node([])
     recorder.graph.inputs.append(source)
-    for tensor in rules.tensors_in(example_inputs if isinstance(example_inputs, (tuple, list, dict)) else (example_inputs,)):
+    for tensor in rules.tensors_in(
+        example_inputs if isinstance(example_inputs, (tuple, list, dict)) else (example_inputs,)
+    ):
         recorder.values[tensor] = recorder.start(pinned_ids(tensor), source)
     try:
         with torch.no_grad(), _DryRun(recorder):
@@ -123,8 +136,13 @@ def _run(model: nn.Module, example_inputs: Any, recorder: Recorder) -> None:
         mode = "train" if model.training else "eval"
         raise TracingError(
             f"the model's forward failed in {mode} mode on the example inputs: {error}. "
-            "Pass example_inputs as the model takes them: a tensor, a tuple of positional or a dict of keyword inputs"
-            + (" (with a batch of 2 or more, for layers that only run in train mode)" if model.training else "")
+            "Pass example_inputs as the model takes them: a tensor, a tuple of positional or a "
+            "dict of keyword inputs"
+            + (
+                " (with a batch of 2 or more, for layers that only run in train mode)"
+                if model.training
+                else ""
+            )
         ) from error
     outputs = [value for leaf in _leaves(out) if (value := recorder.value(leaf)) is not None]
     if not outputs:
@@ -148,7 +166,13 @@ def _as_found(model: nn.Module) -> Iterator[None]:
     """Put back train/eval modes, buffers and random state."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = sorted({t.device.index or 0 for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"})
+    devices = sorted(
+        {
+            t.device.index or 0
+            for t in (*model.parameters(), *model.buffers())
+            if t.device.type == "cuda"
+        }
+    )
     with torch.random.fork_rng(devices=devices):
         try:
             yield

@@ -1,4 +1,6 @@
-"""What a dry run finds out about a model. Names and ids only: a `Graph` holds none of the model's tensors."""
+"""What a dry run finds out about a model. Names and ids only: a `Graph` holds none of the model's
+tensors.
+"""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +16,8 @@ class ProjectionCall:
 
     Attributes:
         weight, bias: parameter names.
-        inputs, outputs: channel ids, int64 [C_in], [C_out]. A depthwise convolution's outputs are its inputs' ids.
+        inputs, outputs: channel ids, int64 [C_in], [C_out]. A depthwise convolution's outputs are
+            its inputs' ids.
         groups: number of groups (of equal size, and kept so).
         depthwise: one input channel per group.
         transposed: transposed convolution (weight is [C_in, C_out / groups, ...]).
@@ -43,7 +46,8 @@ class ProjectionCall:
 
 @dataclass(frozen=True, eq=False)
 class NormCall:
-    """One execution of a batch normalization. `outputs` are new ids, linked to `inputs` unless the norm is a boundary.
+    """One execution of a batch normalization. `outputs` are new ids, linked to `inputs` unless the
+    norm is a boundary.
 
     Attributes:
         weight, bias, mean, var: names of parameters and buffers, None where there is none.
@@ -87,8 +91,10 @@ class Graph:
     Attributes:
         count: number of ids.
         projections, norms: calls in the order of execution.
-        axes: (tensor name, dimension) -> id of each index: how every parameter and buffer follows the channels.
-        ties: pairs of ids [2, E] that stand for the same channel (or must be kept or removed together).
+        axes: (tensor name, dimension) -> id of each index: how every parameter and buffer follows
+            the channels.
+        ties: pairs of ids [2, E] that stand for the same channel (or must be kept or removed
+            together).
         gates: pairs of ids that meet in a multiplication.
         additions: activations that meet in an addition.
         pins: channels that must stay.
@@ -115,11 +121,17 @@ class Graph:
     def labels(self, *edge_sets: list[Tensor]) -> Tensor:
         """Component label of every id under the ties and the given further edges, int64 [count]."""
         edges = [*self.ties, *(edge for edges in edge_sets for edge in edges)]
-        return components(self.count, torch.cat(edges, 1) if edges else torch.zeros(2, 0, dtype=torch.long))
+        return components(
+            self.count, torch.cat(edges, 1) if edges else torch.zeros(2, 0, dtype=torch.long)
+        )
 
     def links(self, boundaries: frozenset[str] = frozenset()) -> list[Tensor]:
-        """Edges from each norm's inputs to its outputs, but for norms whose weight is in `boundaries`."""
-        return [torch.stack((c.inputs, c.outputs)) for c in self.norms if c.weight not in boundaries]
+        """Edges from each norm's inputs to its outputs, but for norms whose weight is in
+        `boundaries`.
+        """
+        return [
+            torch.stack((c.inputs, c.outputs)) for c in self.norms if c.weight not in boundaries
+        ]
 
     def pin_edges(self) -> list[Tensor]:
         """Edges from PIN to every pinned id."""
@@ -130,7 +142,7 @@ class Graph:
         return [torch.stack((add.left, add.right)) for add in self.additions]
 
     def reachable(self, cut: set[int]) -> bool:
-        """Whether every output still depends on an input when the nodes in `cut` pass nothing on."""
+        """Whether every output still depends on an input when nodes in `cut` pass nothing on."""
         alive = [False] * len(self.parents)
         for node in self.inputs:
             alive[node] = True

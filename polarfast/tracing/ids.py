@@ -1,13 +1,15 @@
 """Channel ids: which channel each element of an activation belongs to.
 
-An activation's ids are an int64 CPU tensor of the activation's shape. They almost always vary along one dimension only, so they
-are kept as expanded (stride 0) views and cost a few hundred bytes; `compact` drops the repeated dimensions again.
+An activation's ids are an int64 CPU tensor of the activation's shape. They almost always vary along
+one dimension only, so they are kept as expanded (stride 0) views and cost a few hundred bytes;
+`compact` drops the repeated dimensions again.
 """
 
 import torch
 from torch import Tensor
 
-#: The id of an element whose position cannot be removed: network inputs, padding, results of unknown operators.
+#: The id of an element whose position cannot be removed: network inputs, padding, results of
+#: unknown operators.
 PIN = 0
 
 
@@ -30,7 +32,9 @@ def varying_dims(ids: Tensor) -> set[int]:
 
 
 def along(ids: Tensor, dim: int) -> Tensor | None:
-    """Ids per index of `dim`, shape [ids.shape[dim]]; None where they also vary along another dimension."""
+    """Ids per index of `dim`, shape [ids.shape[dim]]; None where they also vary along another
+    dimension.
+    """
     size = ids.shape[dim]
     if varying_dims(ids) - {dim}:
         return None
@@ -49,7 +53,8 @@ def components(count: int, edges: Tensor) -> Tensor:
         edges: int64 [2, E].
 
     Returns:
-        int64 [count]: the smallest id of each id's component (so everything joined to PIN gets label PIN).
+        int64 [count]: the smallest id of each id's component (so everything joined to PIN gets
+        label PIN).
     """
     label = torch.arange(count)
     while True:
@@ -57,6 +62,8 @@ def components(count: int, edges: Tensor) -> Tensor:
         if torch.equal(left, right):
             return label
         # Hang the larger root under the smaller one, then point every id straight at its root.
-        label = label.scatter_reduce(0, torch.maximum(left, right), torch.minimum(left, right), "amin")
+        label = label.scatter_reduce(
+            0, torch.maximum(left, right), torch.minimum(left, right), "amin"
+        )
         while not torch.equal(shorter := label[label], label):
             label = shorter

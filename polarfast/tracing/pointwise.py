@@ -1,4 +1,6 @@
-"""The rule for operators that work element by element: operands at the same place are the same channel."""
+"""The rule for operators that work element by element: operands at the same place are the same
+channel.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,9 @@ from .rules import PRODUCTS
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """One operand, or several already joined: ids in the result's shape, and the dimensions along which it is repeated."""
+    """One operand, or several already joined: ids in the result's shape, and the dimensions along
+    which it is repeated.
+    """
 
     ids: Tensor
     repeated: frozenset[int]
@@ -25,7 +29,9 @@ class Operand:
 
 
 def pointwise(rec: Recorder, name: str, args: tuple[Any, ...], out: Tensor) -> None:
-    """`out` carries its operands' channels, which become one where they meet; parameters follow the channels they meet."""
+    """`out` carries its operands' channels, which become one where they meet; parameters follow the
+    channels they meet.
+    """
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     tracked = [(tensor, value) for tensor in tensors if (value := rec.value(tensor)) is not None]
     joined = _operand(*tracked[0], out)
@@ -40,7 +46,9 @@ def pointwise(rec: Recorder, name: str, args: tuple[Any, ...], out: Tensor) -> N
 def _operand(tensor: Tensor, value: Value, out: Tensor) -> Operand:
     offset = out.dim() - tensor.dim()
     repeated = frozenset(
-        d for d in range(out.dim()) if out.shape[d] > 1 and (d < offset or tensor.shape[d - offset] == 1)
+        d
+        for d in range(out.dim())
+        if out.shape[d] > 1 and (d < offset or tensor.shape[d - offset] == 1)
     )
     return Operand(value.ids.expand(out.shape), repeated, value.depth)
 
@@ -52,21 +60,24 @@ def _join(rec: Recorder, name: str, left: Operand, right: Operand) -> Operand:
         return Operand(left.ids, repeated, depth)
     for one, other in ((left, right), (right, left)):
         if other.repeated & one.varying:
-            # One value for all channels, e.g. a spatial mask: as a factor it leaves a zero channel zero, added it would not.
+            # One value for all channels, e.g. a spatial mask: as a factor it leaves a zero channel
+            # zero, added it would not.
             if name not in PRODUCTS or other.varying:
                 rec.pin(one.ids, f"meets an activation that several of its channels share ({name})")
                 rec.pin(other.ids, f"is repeated over several channels ({name})")
             return Operand(one.ids, repeated, depth)
-    pair = torch.broadcast_tensors(*small)
+    one_ids, other_ids = torch.broadcast_tensors(*small)
     if name in PRODUCTS:
-        rec.gate(*pair)
+        rec.gate(one_ids, other_ids)
     else:
-        rec.add(*pair, left.depth, right.depth)
+        rec.add(one_ids, other_ids, left.depth, right.depth)
     return Operand(left.ids if left.varying else right.ids, repeated, depth)
 
 
 def _constant(rec: Recorder, name: str, ids: Tensor, tensor: Tensor, out: Tensor) -> None:
-    """An operand that is no activation: a parameter follows the channels; any other tensor's size is a fact of the code."""
+    """An operand that is no activation: a parameter follows the channels; any other tensor's size
+    is a fact of the code.
+    """
     offset = out.dim() - tensor.dim()
     varying = varying_dims(ids)
     view = rec.view(tensor)

@@ -1,4 +1,6 @@
-"""The state of a dry run: ids of live activations, names of parameters, and the graph being written."""
+"""The state of a dry run: ids of live activations, names of parameters, and the graph being
+written.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ from .ids import PIN, along, compact
 
 @dataclass(eq=False)
 class Value:
-    """An activation: its ids (of its own shape), its node, and the projections on the longest path to it."""
+    """An activation: its ids (of its own shape), its node, and the projections on the longest path
+    to it.
+    """
 
     ids: Tensor
     node: int
@@ -22,7 +26,9 @@ class Value:
 
 @dataclass(frozen=True)
 class ParameterView:
-    """A parameter or buffer, perhaps transposed or with dimensions of size 1 put in: `dims[i]` is its dimension at i."""
+    """A parameter or buffer, perhaps transposed or with dimensions of size 1 put in: `dims[i]` is
+    its dimension at i.
+    """
 
     name: str
     dims: tuple[int | None, ...]
@@ -40,7 +46,7 @@ class Recorder:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self.views[tensor] = ParameterView(name, tuple(range(tensor.dim())))
 
-    # --- values -------------------------------------------------------------------------------------------------------
+    # --- values
 
     def value(self, tensor: object) -> Value | None:
         return self.values.get(tensor) if isinstance(tensor, Tensor) else None
@@ -63,7 +69,7 @@ class Recorder:
         """Track a result none of whose positions can be removed."""
         self.put(tensor, pinned_ids(tensor), sources)
 
-    # --- graph --------------------------------------------------------------------------------------------------------
+    # --- graph
 
     def node(self, parents: Iterable[int]) -> int:
         self.graph.parents.append(tuple(parents))
@@ -84,7 +90,9 @@ class Recorder:
         self.graph.gates.append(torch.stack((left.reshape(-1), right.reshape(-1))))
 
     def add(self, left: Tensor, right: Tensor, left_depth: int, right_depth: int) -> None:
-        self.graph.additions.append(Addition(left.reshape(-1), right.reshape(-1), left_depth, right_depth))
+        self.graph.additions.append(
+            Addition(left.reshape(-1), right.reshape(-1), left_depth, right_depth)
+        )
 
     def pin(self, ids: Tensor, reason: str) -> None:
         ids = compact(ids).unique()
@@ -93,7 +101,9 @@ class Recorder:
             self.graph.pins.append(Pin(ids, reason))
 
     def axis(self, name: str, dim: int, ids: Tensor) -> None:
-        """Say that a parameter's dimension follows these channels. A parameter used twice ties its two uses."""
+        """Say that a parameter's dimension follows these channels. A parameter used twice ties its
+        two uses.
+        """
         self.used.add(name)
         known = self.graph.axes.setdefault((name, dim), ids)
         self.tie(known, ids)
@@ -113,7 +123,9 @@ class Recorder:
         return self.graph
 
     def channels(self, value: Value, dim: int) -> Tensor:
-        """Ids per index of `dim`. Where several channels share an index (a concatenation along the height), they are tied."""
+        """Ids per index of `dim`. Where several channels share an index (a concatenation along the
+        height), they are tied.
+        """
         line = along(value.ids, dim)
         if line is None:
             rows = compact(value.ids).movedim(dim, 0).flatten(1)

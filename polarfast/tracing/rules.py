@@ -9,26 +9,39 @@ from torch import Tensor
 from .ids import PIN, compact, varying_dims
 from .recorder import ParameterView, Recorder, Value
 
-#: The result has the first argument's shape and channels (operators torch does not tag as pointwise).
+#: The result has the first argument's shape and channels (operators torch does not tag as
+#: pointwise).
 SAME = frozenset(
-    "clone contiguous alias detach _to_copy lift_fresh hardswish hardsigmoid hardtanh relu6 celu mish "
-    "native_dropout bernoulli empty_like zeros_like ones_like full_like rand_like randn_like".split()
+    "clone contiguous alias detach _to_copy lift_fresh hardswish hardsigmoid hardtanh relu6 celu "
+    "mish native_dropout bernoulli empty_like zeros_like ones_like full_like rand_like "
+    "randn_like".split()
 )
-#: Movements that keep every channel whole whatever the number of channels: the operator itself, run on the ids.
-FREE_MOVES = frozenset("permute transpose t squeeze unsqueeze expand cat stack repeat movedim swapaxes".split())
+#: Movements that keep every channel whole whatever the number of channels: the operator itself, run
+#: on the ids.
+FREE_MOVES = frozenset(
+    "permute transpose t squeeze unsqueeze expand cat stack repeat movedim swapaxes".split()
+)
 #: Per-position operators on (N, C, ...) that leave N and C alone.
 SPATIAL = frozenset(
-    "max_pool1d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
-    "_adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d "
-    "upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
-    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
+    "max_pool1d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d "
+    "_adaptive_avg_pool2d "
+    "_adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool3d "
+    "upsample_nearest1d "
+    "upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
+    "upsample_bicubic2d upsample_trilinear3d "
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d "
+    "reflection_pad3d replication_pad1d "
     "replication_pad2d replication_pad3d".split()
 )
 #: Reductions over given dimensions.
 REDUCTIONS = frozenset("mean sum amax amin var std logsumexp".split())
-#: Operators whose result does not carry channels: shapes, and new tensors of a size given in numbers.
-FORGET = frozenset("new_zeros new_ones new_full new_empty sym_size sym_stride sym_numel is_same_size".split())
-#: Products: a factor 0 in one operand is 0 in the result. Every other combination counts as an addition.
+#: Operators whose result does not carry channels: shapes, and new tensors of a size given in
+#: numbers.
+FORGET = frozenset(
+    "new_zeros new_ones new_full new_empty sym_size sym_stride sym_numel is_same_size".split()
+)
+#: Products: a factor 0 in one operand is 0 in the result. Every other combination counts as an
+#: addition.
 PRODUCTS = frozenset("mul div".split())
 
 
@@ -56,7 +69,7 @@ def movement(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
 
 
 def view(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
-    """Reshape: dimensions may be merged; a dimension along which channels vary must not be split."""
+    """Reshape: dimensions may be merged; one along which channels vary must not be split."""
     value = rec.values[args[0]]
     if _splits_channels(value.ids, out.shape):
         rec.pin(value.ids, "a reshape splits the channels")
@@ -83,19 +96,26 @@ def _splits_channels(ids: Tensor, shape: Sequence[int]) -> bool:
 
 
 def cut(dims_of: Callable[..., Sequence[int]]) -> Callable[..., None]:
-    """A movement by constant positions along some dimensions: channels along these must stay as they are."""
+    """A movement by constant positions along some dimensions: channels along these must stay as
+    they are.
+    """
 
     def rule(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
         value = rec.values[args[0]]
         dims = {dim % max(value.ids.dim(), 1) for dim in dims_of(*args)}
         if dims & varying_dims(value.ids):
-            rec.pin(value.ids, f"cut at constant positions along the channels ({func.overloadpacket.__name__})")
+            rec.pin(
+                value.ids,
+                f"cut at constant positions along the channels ({func.overloadpacket.__name__})",
+            )
         movement(rec, func, args, out)
 
     return rule
 
 
-def _slice_dims(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> list[int]:
+def _slice_dims(
+    x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> list[int]:
     whole = (start or 0) == 0 and (end is None or end >= x.shape[dim]) and step == 1
     return [] if whole else [dim]
 
@@ -116,7 +136,9 @@ CUTS: dict[str, Callable[..., None]] = {
     "flip": cut(lambda x, dims: dims),
     "roll": cut(lambda x, shifts, dims=(): dims or range(x.dim())),
     "unfold": cut(lambda x, dim, size, step: [dim]),
-    "index": cut(lambda x, indices: [dim for dim, index in enumerate(indices) if index is not None]),
+    "index": cut(
+        lambda x, indices: [dim for dim, index in enumerate(indices) if index is not None]
+    ),
 }
 
 
@@ -127,25 +149,37 @@ def spatial(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
         opaque(rec, func, args, out)
         return
     rec.graph.pooled.append(compact(value.ids).reshape(-1))
-    rows = value.ids[(slice(None), slice(None), *[0] * (value.ids.dim() - 2))]
+    rows = value.ids
+    while rows.dim() > 2:
+        rows = rows.select(2, 0)
     rec.put(result, rows.view(*rows.shape, *[1] * (result.dim() - 2)).expand(result.shape), [value])
 
 
-def reduction(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+def reduction(
+    rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> None:
     """Reduce over dimensions along which the channel is the same (a mean over height and width)."""
     value = rec.values[args[0]]
     given = args[1] if len(args) > 1 else kwargs.get("dim")
     if isinstance(given, int) and not isinstance(given, bool):
         given = [given]
     rank = value.ids.dim()
-    dims = sorted({dim % rank for dim in given}) if isinstance(given, (list, tuple)) and given else list(range(rank))
+    dims = (
+        sorted({dim % rank for dim in given})
+        if isinstance(given, (list, tuple)) and given
+        else list(range(rank))
+    )
     if set(dims) & varying_dims(value.ids):
         opaque(rec, func, args, out)
         return
     ids = value.ids
     for dim in dims:
         ids = ids.narrow(dim, 0, 1)
-    rec.put(out, ids.reshape(out.shape) if ids.numel() == out.numel() else compact(ids).expand(out.shape), [value])
+    rec.put(
+        out,
+        ids.reshape(out.shape) if ids.numel() == out.numel() else compact(ids).expand(out.shape),
+        [value],
+    )
 
 
 def same(rec: Recorder, args: tuple[Any, ...], out: Any) -> None:
@@ -161,7 +195,11 @@ def opaque(rec: Recorder, func: Any, args: Any, out: Any) -> None:
         value = rec.value(tensor)
         if value is not None:
             sources.append(value)
-            rec.pin(value.ids, f"flows through {func.overloadpacket.__name__}, which mixes channels or is not known")
+            rec.pin(
+                value.ids,
+                f"flows through {func.overloadpacket.__name__}, which mixes channels or is not "
+                "known",
+            )
         rec.use_whole(tensor)
     for tensor in tensors_in(out):
         if sources:
@@ -169,7 +207,9 @@ def opaque(rec: Recorder, func: Any, args: Any, out: Any) -> None:
 
 
 def parameter_view(rec: Recorder, name: str, args: tuple[Any, ...], out: Any) -> bool:
-    """Follow a parameter through transposes and reshapes that only insert dimensions; False if that is not what this is."""
+    """Follow a parameter through transposes and reshapes that only insert dimensions; False if that
+    is not what this is.
+    """
     source = rec.view(args[0]) if args else None
     if source is None or not isinstance(out, Tensor):
         return False

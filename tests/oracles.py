@@ -1,0 +1,88 @@
+"""What the ops are tested against: none of it is our code.
+
+Penalties as the paper prints them, differentiated by float64 autograd; torch.optim.SGD; numpy.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+POLARIZATION, L1, DEEPHOYER = 0, 1, 2
+# (kind, per_layer)
+REGULARIZERS = [(POLARIZATION, False), (POLARIZATION, True), (L1, False), (DEEPHOYER, False)]
+
+
+def penalty(
+    gammas: Sequence[Tensor], weights: Sequence[float], kind: int, t: float, per_layer: bool = False
+) -> Tensor:
+    """R(γ; w): Eq. 2, ‖γ‖₁, or Σ ‖γ‖₁²/‖γ‖₂² over the layers."""
+    network_mean = torch.cat([gamma.flatten() for gamma in gammas]).mean()
+    total = torch.zeros((), dtype=torch.float64)
+    for gamma, weight in zip(gammas, weights, strict=True):
+        if kind == POLARIZATION:
+            mean = gamma.mean() if per_layer else network_mean
+            total = total + weight * (t * gamma.abs() - (gamma - mean).abs()).sum()
+        elif kind == L1:
+            total = total + weight * gamma.abs().sum()
+        elif gamma.detach().any():
+            total = total + weight * gamma.abs().sum() ** 2 / gamma.square().sum()
+    return total
+
+
+def subgradients(
+    gammas: Sequence[Tensor], weights: Sequence[float], kind: int, t: float, per_layer: bool = False
+) -> list[Tensor]:
+    """∂R/∂γ by autograd, float64."""
+    leaves = [gamma.detach().double().cpu().requires_grad_() for gamma in gammas]
+    value = penalty(leaves, weights, kind, t, per_layer)
+    found = torch.autograd.grad(value, leaves, allow_unused=True)
+    return [
+        torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)
+    ]
+
+
+class PlainTraining:
+    """torch.optim.SGD on float64 copies of the γ, with the subgradient added by hand before it
+    steps and the clamp by hand after. Frozen γ are in the penalty and not in the optimizer."""
+
+    def __init__(
+        self,
+        gammas: Sequence[Tensor],
+        frozen: Sequence[Tensor],
+        weights: Sequence[float],
+        kind: int,
+        lam: float,
+        t: float,
+        per_layer: bool,
+        upper: float | None,
+        **sgd: Any,
+    ) -> None:
+        self.gammas = [gamma.detach().double().cpu().clone().requires_grad_() for gamma in gammas]
+        self.frozen = [gamma.detach().double().cpu().clone() for gamma in frozen]
+        self.penalty = (weights, kind, t, per_layer)
+        self.lam = -lam if sgd.get("maximize") else lam  # R is minimized in both cases
+        self.upper = upper
+        self.optimizer = torch.optim.SGD(self.gammas, **sgd)
+
+    def step(self, grads: Sequence[Tensor]) -> None:
+        added = subgradients([*self.gammas, *self.frozen], *self.penalty)
+        for gamma, grad, extra in zip(self.gammas, grads, added, strict=False):
+            gamma.grad = grad.detach().double().cpu() + self.lam * extra
+        self.optimizer.step()
+        if self.upper is not None:
+            with torch.no_grad():
+                for gamma in self.gammas:
+                    gamma.clamp_(0, self.upper)
+
+    def momenta(self) -> list[Tensor]:
+        return [self.optimizer.state[gamma]["momentum_buffer"] for gamma in self.gammas]
+
+
+def numpy_histogram(gamma: Tensor) -> list[int]:
+    """numpy's own count of float32 γ; the caller has skipped the test where numpy is missing."""
+    import numpy
+
+    values = gamma.detach().float().cpu().numpy()
+    return numpy.histogram(values, bins=100, range=(0, 1))[0].tolist()

@@ -156,12 +156,11 @@ Tensor gather_channels_op(
   const int64_t dim = given.dim();
   STD_TORCH_CHECK(dim >= 1 && dim <= 5, "polarfast: a weight of 1 to 5 dimensions is expected, not of ", dim);
   STD_TORCH_CHECK(dim >= 2 || !in_index, "polarfast: a 1-D weight has no input channels to select");
+  const std::vector<int64_t> out = checked_index(out_index, given.size(0), "out_index");
+  const int64_t in_channels = dim >= 2 ? given.size(1) : 1;
+  const std::vector<int64_t> in = checked_index(in_index, in_channels, "in_index");
   const bool channels_last = is_channels_last(given);
   const Tensor weight = channels_last || given.is_contiguous() ? given : torch::stable::contiguous(given);
-
-  const std::vector<int64_t> out = checked_index(out_index, weight.size(0), "out_index");
-  const int64_t in_channels = dim >= 2 ? weight.size(1) : 1;
-  const std::vector<int64_t> in = checked_index(in_index, in_channels, "in_index");
 
   std::vector<int64_t> sizes(dim);
   int64_t positions = 1;

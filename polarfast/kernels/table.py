@@ -182,10 +182,12 @@ class ScaleTable:
                 f"ScaleTable: {len(self.names)} names, {len(self.params)} params and "
                 f"{len(weights)} weights; give one of each for every scaling factor"
             )
-        if len(set(map(id, self.params))) < len(self.params):
-            raise ArgumentError("ScaleTable: the same parameter is given twice")
         first = self.params[0]
+        seen: dict[int, str] = {}
         for name, param, weight in zip(self.names, self.params, weights, strict=True):
+            if id(param) in seen:
+                raise ArgumentError(f"{name} is the same parameter as {seen[id(param)]}")
+            seen[id(param)] = name
             if not math.isfinite(weight):
                 raise ArgumentError(f"{name}: its layer weight is {weight}; it must be finite")
             if param.dtype not in DTYPES:

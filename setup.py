@@ -1,4 +1,7 @@
-"""Builds polarfast._C, the CPU kernels, against libtorch's stable ABI: one build serves every torch from 2.10 on."""
+"""Builds polarfast._C, the CPU kernels, against libtorch's stable ABI.
+
+One build serves every torch from 2.10 on.
+"""
 
 import os
 import shlex
@@ -12,40 +15,50 @@ try:
     import torch
     from torch.utils import cpp_extension
 except ImportError:
-    sys.exit("polarfast: torch cannot be imported here; install torch >= 2.10 first, or build without --no-build-isolation.")
-
-STABLE_ABI = "0x020a000000000000"  # 2.10: nothing newer is used, whatever torch this is built with
+    sys.exit(
+        "polarfast: torch cannot be imported here; install torch >= 2.10 first, "
+        "or build without --no-build-isolation."
+    )
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
     sys.exit(f"polarfast: torch {torch.__version__} is too old; install torch >= 2.10.")
 
-WINDOWS = sys.platform == "win32"
-# No debug information, nothing that depends on this machine's processor (csrc/simd.h), no fused multiply-add that
-# would make results differ between processors. No trapping math: without it, comparisons do not vectorize.
-FLAGS = (
-    ["/O2", "/std:c++20", "/openmp:experimental"]
-    if WINDOWS
-    else "-O3 -g0 -std=c++20 -fopenmp-simd -ffp-contract=off -fno-trapping-math -fvisibility=hidden".split()
-)
+STABLE_ABI = "0x020a000000000000"  # 2.10: nothing newer is used, whatever torch this is built with
+
+# No debug information. Nothing that depends on this machine's processor (csrc/simd.h), and no fused
+# multiply-add, so that all processors give the same bits. Trapping math would keep comparisons from
+# being vectorized.
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    "-fopenmp-simd",
+    "-ffp-contract=off",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+]
+SOURCES = "schemas simd rows coefficients polarize valley gather table module".split()
 
 
 class Build(cpp_extension.BuildExtension):
     """torch's own build command, which first looks whether there is a compiler to call."""
 
     def build_extensions(self) -> None:
-        command = shlex.split(cpp_extension.get_cxx_compiler())
-        if shutil.which(command[0]) is None:
-            sys.exit(f"polarfast: no C++ compiler ({command[0]!r} not found); install g++ or clang, or set CXX to one.")
-        version = subprocess.run([*command, *([] if WINDOWS else ["--version"])], capture_output=True, text=True)
-        macros = {
-            "POLARFAST_COMPILER": (version.stdout or version.stderr).splitlines()[0],
+        compiler = shlex.split(cpp_extension.get_cxx_compiler())
+        if shutil.which(compiler[0]) is None:
+            sys.exit(
+                f"polarfast: no C++ compiler ({compiler[0]!r} not found); "
+                "install g++ or clang, or set CXX to one."
+            )
+        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+        told = {
+            "POLARFAST_COMPILER": version.partition("\n")[0],
             "POLARFAST_FLAGS": " ".join(FLAGS),
             "POLARFAST_TORCH": torch.__version__,
         }
-        self.extensions[0].define_macros += [(name, f'"{text}"') for name, text in macros.items()]
+        self.extensions[0].define_macros += [(name, f'"{text}"') for name, text in told.items()]
         super().build_extensions()
 
 
-SOURCES = ["schemas", "simd", "rows", "coefficients", "polarize", "valley", "gather", "table", "module"]
 setup(
     ext_modules=[
         Extension(

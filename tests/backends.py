@@ -50,7 +50,9 @@ def random_gammas(
 def table_of(
     params: list[torch.nn.Parameter], backend: str, weights: list[float] | None = None
 ) -> ScaleTable:
-    return ScaleTable([f"bn{i}.weight" for i in range(len(params))], params, weights, backend=backend)
+    return ScaleTable(
+        [f"bn{i}.weight" for i in range(len(params))], params, weights, backend=backend
+    )
 
 
 def bits(tensor: Tensor) -> bytes:

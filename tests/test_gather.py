@@ -107,7 +107,7 @@ def test_channels_last_is_kept_for_pointwise_kernels_too(rank):
 
 
 def test_transposed_convolution():
-    """Its weight is [in, out / groups, ...]: the caller swaps the indices, the gather is the same."""
+    """Its weight is [in, out / groups, ...]: the caller swaps the indices."""
     conv = torch.nn.ConvTranspose2d(6, 4, 3)
     ins, outs = torch.tensor([0, 2, 5]), torch.tensor([1, 3])
     small = torch.nn.ConvTranspose2d(3, 2, 3)

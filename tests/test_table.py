@@ -112,9 +112,7 @@ def test_bumps_versions_of_what_it_wrote(params, backend):
     def bumped(call):
         before = versions()
         call()
-        return [
-            (a > c, b > d) for (a, b), (c, d) in zip(versions(), before, strict=True)
-        ]
+        return [(a > c, b > d) for (a, b), (c, d) in zip(versions(), before, strict=True)]
 
     grads_only, factors_only = (False, True), (True, False)
     frozen = (False, False)

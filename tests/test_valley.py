@@ -41,7 +41,9 @@ def same(a: float, b: float) -> bool:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(rows=st.lists(st.lists(near_edges | anything, min_size=1, max_size=40), min_size=1, max_size=3))
+@given(
+    rows=st.lists(st.lists(near_edges | anything, min_size=1, max_size=40), min_size=1, max_size=3)
+)
 def test_counts_are_numpys_and_the_threshold_follows(backend, rows):
     pytest.importorskip("numpy")
     params = [torch.nn.Parameter(torch.tensor(row, device=device_of(backend))) for row in rows]

@@ -52,8 +52,8 @@ class DeviceTable:
     def hold_if_captured(self) -> None:
         """Keeps what a CUDA graph that is being captured will read when it is replayed.
 
-        Its kernels read the `addresses` of now, filled by the copy above if that is in the graph too. Later addresses
-        go to new memory; the old memory must stay.
+        Its kernels read the `addresses` of now, filled by the copy above if that is in the graph
+        too. Later addresses go to new memory; the old memory must stay.
         """
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             held = (self._host_addresses, self.addresses)
@@ -66,7 +66,7 @@ class DeviceTable:
 
 
 def triton_launchers() -> tuple[ModuleType, ModuleType]:
-    """The modules polarize_triton and valley_triton: imported only where they are used, as Triton is optional.
+    """The modules polarize_triton and valley_triton, imported only now: Triton is optional.
 
     Raises:
         BuildError: Triton is not installed.

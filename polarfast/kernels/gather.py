@@ -57,9 +57,7 @@ def _shape(weight: Tensor, out_index: Tensor | None, in_index: Tensor | None) ->
     return weight.new_empty_strided(sizes, _strides(torch.Size(sizes), order))
 
 
-def _gather_elsewhere(
-    weight: Tensor, out_index: Tensor | None, in_index: Tensor | None
-) -> Tensor:
+def _gather_elsewhere(weight: Tensor, out_index: Tensor | None, in_index: Tensor | None) -> Tensor:
     """On a GPU: checked first, since an index out of range there ends the whole process."""
     for d, name, index in ((0, "out_index", out_index), (1, "in_index", in_index)):
         if index is None or index.numel() == 0:

@@ -1,12 +1,14 @@
-"""The regularizers' subgradients and the steps built on them, in plain torch: the readable statement of the formula.
+"""The regularizers' subgradients and the steps built on them, in plain torch.
 
-Eq. 2 of "Neuron-level Structured Pruning using Polarization Regularizer" (NeurIPS 2020), with layer weights w and the
-mean over all γ of the network differentiated through:
+This is the readable statement of the formula: Eq. 2 of "Neuron-level Structured Pruning using
+Polarization Regularizer" (NeurIPS 2020), with layer weights w and the mean over all γ of the
+network differentiated through:
 
     R_s(γ) = Σ_i w_i (t |γ_i| − |γ_i − mean|)
     ∂R_s/∂γ_j = w_j (t sgn γ_j − sgn(γ_j − mean)) + 1/n Σ_i w_i sgn(γ_i − mean)
 
-Every regularizer is written as  a_l sgn γ_j + b_l γ_j + c_l sgn(γ_j − m_l) + k_l,  l being the layer of γ_j.
+Every regularizer's subgradient is  a_l sgn γ_j + b_l γ_j + c_l sgn(γ_j − m_l) + k_l  with l the
+layer of γ_j.
 """
 
 from collections.abc import Sequence
@@ -53,9 +55,7 @@ def coefficients_ref(
     else:
         n = sum(gamma.numel() for gamma in wide)
         mean = torch.stack([gamma.sum() for gamma in wide]).sum() / n
-        signs = [
-            w * torch.sign(gamma - mean).sum() for gamma, w in zip(wide, weights, strict=True)
-        ]
+        signs = [w * torch.sign(gamma - mean).sum() for gamma, w in zip(wide, weights, strict=True)]
         means = [mean] * len(wide)
         offsets = [torch.stack(signs).sum() / n] * len(wide)
     return [
@@ -67,7 +67,7 @@ def coefficients_ref(
 def _deephoyer(gamma: Tensor, strength: float) -> Coefficients:
     """‖γ‖₁²/‖γ‖₂² of one layer; a layer of zeros, where it has no derivative, gets 0."""
     norm, squares = gamma.abs().sum(), gamma.square().sum()
-    if gamma.numel() == 0 or not gamma.any():
+    if squares == 0:
         return Coefficients(0.0, 0.0, 0.0, 0.0, 0.0)
     a = 2 * strength * norm / squares
     return Coefficients(a, -a * norm / squares, 0.0, 0.0, 0.0)
@@ -90,7 +90,7 @@ def add_subgradient_ref(
     per_layer: bool,
     grad_scale: Tensor | None = None,
 ) -> None:
-    """grads[i] += grad_scale · λ · ∂R/∂gammas[i]. gammas beyond len(grads) are frozen ones, counted in the mean."""
+    """grads[i] += grad_scale · λ · ∂R/∂gammas[i]; gammas beyond len(grads) are frozen ones."""
     scale = 1.0 if grad_scale is None else grad_scale.double()
     found = coefficients_ref(gammas, weights, kind, lam, t, per_layer)
     for gamma, grad, at in zip(gammas, grads, found, strict=False):
@@ -127,7 +127,10 @@ def sgd_step_ref(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Subgradient, torch.optim.SGD's step and clamp, in that order. λ·R is minimized under `maximize` too."""
+    """Subgradient, torch.optim.SGD's step and clamp, in that order.
+
+    λ·R is minimized under `maximize` too.
+    """
     scale = 1.0 if grad_scale is None else grad_scale.double()
     go = None if found_inf is None else found_inf == 0
     found = coefficients_ref([*gammas, *frozen], weights, kind, lam, t, per_layer)

@@ -17,7 +17,7 @@ def edges_ref(device: torch.device | None = None) -> Tensor:
 
 
 def histogram_ref(gamma: Tensor) -> Tensor:
-    """Counts of one layer, int64 [100]: bin i holds edge[i] <= γ < edge[i+1], the last one 1 too."""
+    """Counts of one layer, int64 [100]: edge[i] <= γ < edge[i+1]; 1 is in the last bin."""
     x = gamma.detach().float().flatten()
     x = x[(x >= 0) & (x <= 1)]  # drops NaN as well
     bins = torch.bucketize(x, edges_ref(x.device), right=True) - 1
@@ -25,14 +25,14 @@ def histogram_ref(gamma: Tensor) -> Tensor:
 
 
 def first_valley_ref(counts: Tensor) -> float:
-    """Left edge of bin i+1 for the first i with d[i] <= 0 <= d[i+1], d = diff(counts); NaN if there is none."""
+    """Left edge of bin i+1, first i with d[i] <= 0 <= d[i+1], d = diff(counts); NaN: none."""
     d = counts.diff()
     found = ((d[:-1] <= 0) & (d[1:] >= 0)).nonzero()
     return edges_ref()[int(found[0]) + 1].item() if len(found) else float("nan")
 
 
 def valley_ref(gammas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Summary, float64 [L, 3] (threshold, kept, non-finite), and counts, int64 [L, 100], of all layers."""
+    """Summary, float64 [L, 3] (threshold, kept, non-finite), and counts, int64 [L, 100]."""
     counts = [histogram_ref(gamma) for gamma in gammas]
     rows = []
     for gamma, row in zip(gammas, counts, strict=True):

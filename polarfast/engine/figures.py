@@ -17,7 +17,8 @@ from polarfast.engine.checkpoint import write_atomically
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#D0D0D0"
 DPI = 200
-BINS = 50  # of every histogram
+BINS = 100  # of the histogram, as for the thresholds
+RIDGE_BINS = 50
 RIDGES = 16
 ROOT_TICKS = (1, 5, 20, 50, 100, 200, 350, 500, 1000, 2000, 3500, 5000, 10000, 20000, 35000)
 
@@ -74,12 +75,12 @@ def gamma_over_epochs(path: Path, histograms: Sequence[Tensor], epochs: Sequence
         epochs: the numbers of those epochs.
     """
     chosen = np.unique(np.linspace(0, len(histograms) - 1, RIDGES).round().astype(int))
-    rows = np.sqrt(np.array([histograms[i].reshape(BINS, -1).sum(1).numpy() for i in chosen]))
+    rows = np.sqrt(np.array([histograms[i].reshape(RIDGE_BINS, -1).sum(1).numpy() for i in chosen]))
     # The first epochs are one spike at the initial value; it must not flatten what comes of it.
     top = np.median(rows.max(axis=1))
     heights = np.minimum(rows / top, 1.2) * 3.0
     figure, axes = _figure(6.0, 4.6)
-    edges = np.linspace(0, 1, BINS + 1)
+    edges = np.linspace(0, 1, RIDGE_BINS + 1)
     colours = colormaps["cividis"](np.linspace(0.0, 0.92, len(chosen)))
     for row, (index, colour) in enumerate(zip(chosen, colours, strict=True)):
         base = len(chosen) - 1 - row

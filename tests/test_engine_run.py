@@ -10,6 +10,7 @@ from rich.console import Console
 
 import polarfast as pf
 from polarfast.engine import demo as engine_demo
+from polarfast.engine.checkpoint import save_checkpoint
 from polarfast.engine.events import Epoch
 from polarfast.engine.recipe import Recipe, Sparsity, Stage
 from polarfast.engine.results import Results
@@ -96,6 +97,12 @@ def test_pruning_removed_something(finished: Path) -> None:
     assert 0 < plan.flops_reduction < 1
 
 
+def write_unfinished(folder: Path) -> None:
+    folder.mkdir()
+    state = {"recipe": RECIPE.to_dict(), "stage": "sparsity training", "trainer": None}
+    save_checkpoint(folder / "checkpoint.pt", state)
+
+
 @pytest.mark.parametrize("index", [1, 3, 4, 5])
 def test_interrupted_run_ends_as_the_whole_one(
     finished: Path, tmp_path: Path, index: int, monkeypatch: pytest.MonkeyPatch
@@ -130,8 +137,13 @@ def test_which_checkpoint_is_gone_on_from(finished: Path, tmp_path: Path) -> Non
     assert find_checkpoint(finished, RECIPE) is None  # finished: a new run starts
     assert find_checkpoint(finished, RECIPE, must=True) is not None
     assert find_checkpoint(finished, other) is None
-    with pytest.raises(ArgumentError, match="other settings"):
+    with pytest.raises(ArgumentError, match=r"finished run .* other settings \(seed\)"):
         find_checkpoint(finished, other, must=True)
+    write_unfinished(tmp_path / "half")
+    assert find_checkpoint(tmp_path / "half", RECIPE) is not None
+    other = replace(RECIPE, train=replace(RECIPE.train, lr=0.3))
+    with pytest.raises(ArgumentError, match=r"unfinished run .* other settings \(train.lr\)"):
+        find_checkpoint(tmp_path / "half", other)
     with pytest.raises(ArgumentError, match="nothing to resume"):
         find_checkpoint(tmp_path, RECIPE, must=True)
     assert progress(tmp_path) is None

@@ -99,14 +99,14 @@ def gamma_over_epochs(path: Path, histograms: Sequence[Tensor], epochs: Sequence
 def channels_kept(path: Path, kept: Mapping[str, int], widths: Mapping[str, int]) -> None:
     """Channels that stay in each layer, in front of the layer's full width."""
     names = [name.removesuffix(".weight") for name in widths]
-    full = np.array(list(widths.values()))
-    left = np.array([kept[name] for name in widths])
+    full = list(widths.values())
+    left = [kept[name] for name in widths]
     figure, axes = _figure(max(6.0, 0.36 * len(names)), 3.4)
-    places = np.arange(len(names))
-    axes.bar(places, full, 0.78, color=GREY, label=f"before ({full.sum():,})")
-    axes.bar(places, left, 0.78, color=BLUE, label=f"kept ({left.sum():,})")
+    places = range(len(names))
+    axes.bar(places, full, 0.78, color=GREY, label=f"before ({sum(full):,})")
+    axes.bar(places, left, 0.78, color=BLUE, label=f"kept ({sum(left):,})")
     for place, count in zip(places, left, strict=True):
-        axes.text(place, count + full.max() * 0.012, str(count), ha="center", fontsize=7.5)
+        axes.text(place, count + max(full) * 0.012, str(count), ha="center", fontsize=7.5)
     axes.set_xticks(places, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set(xlim=(-0.7, len(names) - 0.3), ylabel="channels")
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)

@@ -96,6 +96,18 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     return _build(Recipe, values, "")
 
 
+def differing_settings(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Dotted names of the settings that two recipes' dicts do not share."""
+    names = []
+    for key in sorted(first.keys() | second.keys()):
+        mine, other = first.get(key), second.get(key)
+        if isinstance(mine, dict) and isinstance(other, dict):
+            names += [f"{key}.{name}" for name in differing_settings(mine, other)]
+        elif mine != other:
+            names.append(key)
+    return names
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe from a YAML file, or by name from those that come with polarfast ("demo").
 

@@ -79,9 +79,11 @@ def results_table(results: Results, title: str) -> Table:
         if pair.slim > pair.dense:
             faster = f"{pair.slim / pair.dense:.2f}x slower"
         table.add_row(f"latency, batch {batch}", _ms(pair.dense), _ms(pair.slim), faster)
+    threads = f"{results.threads} thread" + "s" * (results.threads > 1)
     table.caption = (
-        f"latency: median on this machine, {results.threads} thread(s); slim equals the pruned "
-        f"dense model to a relative {results.verified_error:.0e}; {results.seconds:.0f} s in all"
+        "dense: after sparsity training; latency: median on this machine, "
+        f"{threads}; right after pruning the slim model equals the dense one with its small γ at "
+        f"0, to a relative {results.verified_error:.0e}; {results.seconds:.0f} s in all"
     )
     table.caption_justify = "left"
     return table

@@ -18,7 +18,7 @@ from polarfast.engine.checkpoint import (
     write_text,
 )
 from polarfast.engine.events import Epoch, Gammas, Observer
-from polarfast.engine.recipe import Recipe, Stage
+from polarfast.engine.recipe import Recipe, Stage, differing_settings
 from polarfast.engine.training import Trainer, evaluate, learning_rate
 from polarfast.errors import ArgumentError
 
@@ -129,7 +129,7 @@ class Run:
         model.eval()
         plan = pf.plan(model, self.example, scales, method="valley")
         slim = pf.slim(model, plan, fold="exact", verify=True)
-        report = pf.verify(model, slim, plan, self.example)
+        report = pf.verify(model, slim, plan, self.data.test.images[:64])
         self.facts["verified_error"] = float(report.rel_error)
         self.facts["accuracy_pruned"] = evaluate(slim, self.data.test)
         write_text(self.folder / "plan.txt", f"{plan}\n")
@@ -216,7 +216,8 @@ def find_checkpoint(folder: Path, recipe: Recipe, must: bool = False) -> dict[st
     A finished run is gone on from only where ``must`` is set.
 
     Raises:
-        ArgumentError: ``must``, and there is no checkpoint, or it is of another recipe.
+        ArgumentError: the checkpoint is of an unfinished run of another recipe; or ``must``, and
+            there is none of this recipe.
         FileFormatError: the checkpoint is damaged.
     """
     path = folder / CHECKPOINT
@@ -225,11 +226,14 @@ def find_checkpoint(folder: Path, recipe: Recipe, must: bool = False) -> dict[st
             raise ArgumentError(f"nothing to resume in '{folder}': it has no {CHECKPOINT}")
         return None
     state = load_checkpoint(path)
-    if state["recipe"] != recipe.to_dict():
-        if must:
-            raise ArgumentError(f"the run in '{folder}' has other settings than those asked for")
-        return None
-    return state if must or state["stage"] != DONE else None
+    finished = state["stage"] == DONE
+    other = differing_settings(state["recipe"], recipe.to_dict())
+    if other and (must or not finished):
+        raise ArgumentError(
+            f"the {'finished' if finished else 'unfinished'} run in '{folder}' has other settings "
+            f"({', '.join(other)}): name another folder, or delete its {CHECKPOINT}"
+        )
+    return state if must or not finished else None
 
 
 def progress(folder: Path) -> str | None:

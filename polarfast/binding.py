@@ -1,4 +1,4 @@
-"""What the training step knows about a set of scaling factors, and checks anew when it changes."""
+"""What is kept about a set of scaling factors between steps, and checked anew when it changes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from .kernels.table import ScaleTable
 if TYPE_CHECKING:
     from .regularizers import Regularizer
     from .scaling import ScalingFactors
-
-_UNSET = object()
 
 
 class Binding:
@@ -40,8 +38,8 @@ class Binding:
         self._ends: list[int] = []
         self._flags: list[bool] = []  # requires_grad of each γ, as of the last check
         self._table: ScaleTable | None = None
-        self._table_weights: object = _UNSET  # the mapping that the table's weights came from
-        self._warned_for: object = _UNSET
+        self._table_weights: Mapping[str, float] | None = None  # where the table's came from
+        self._warned_for: tuple[float | None, str] | None = None  # upper and clamp
 
     @staticmethod
     def of(scales: ScalingFactors) -> Binding:
@@ -102,13 +100,16 @@ class Binding:
         self.groups = sorted({group_of[id(param)] for param in trainable})
         self._members, self._ends, self._flags = members, ends, flags
 
-    def table(self, reg: Regularizer) -> ScaleTable:
-        """The address table of all γ with the layer weights of `reg`."""
-        table = self._table
-        if table is None or self._table_weights is not reg.weights or _moved(table, self.params[0]):
-            weights = None if reg.weights is None else reg.weights_of(self.names)
-            table = self._table = ScaleTable(self.names, self.params, weights)
-            self._table_weights = reg.weights
+    def table(self, reg: Regularizer | None) -> ScaleTable:
+        """The address table of all γ, with the layer weights of `reg` if they matter."""
+        table, first = self._table, self.params[0]
+        if table is not None and (table.device, table.dtype) == (first.device, first.dtype):
+            if reg is None or reg.weights is self._table_weights:
+                return table
+        # New, or moved by model.to(...), or of other weights. What else changes, a table notices.
+        weights = None if reg is None else reg.weights_of(self.names)
+        table = self._table = ScaleTable(self.names, self.params, weights)
+        self._table_weights = None if reg is None else reg.weights
         return table
 
     def warn_before_clamp(self, reg: Regularizer) -> None:
@@ -140,8 +141,3 @@ class Binding:
 def _outside(param: Tensor, upper: float) -> int:
     values = param.detach()
     return int(((values < 0) | (values > upper)).sum())
-
-
-def _moved(table: ScaleTable, first: Tensor) -> bool:
-    """Whether model.to(...) moved what the table was built for; the rest it checks by itself."""
-    return table.device != first.device or table.dtype != first.dtype

@@ -30,6 +30,7 @@ class StepHooks:
         self.reg = reg
         self._may_fuse = may_fuse
         self._options: dict[str, Any] | None = None  # SGD's, where the fused kernel moves the γ
+        self._memory: list[int] = []  # where the γ were when their addresses were read
         self._filled: list[Tensor] = []  # γ that had no gradient
         self._withheld: list[tuple[Tensor, Tensor]] = []  # γ hidden from the optimizer, their .grad
 
@@ -90,6 +91,7 @@ class StepHooks:
         lam = -reg.lam if maximize else reg.lam
         scale = _amp_scalar(optimizer, "grad_scale", table.device)
         table.add_subgradient_(reg.kind, lam, reg.t, reg.per_layer, scale)
+        self._memory = [gamma.data_ptr() for gamma in binding.params]
 
     def _fused_options(
         self, optimizer: Optimizer, groups: list[dict[str, Any]]
@@ -120,8 +122,9 @@ class StepHooks:
     def _withhold(self, gammas: Iterable[Tensor]) -> None:
         """Hide γ from the optimizer: it passes over parameters that have no gradient."""
         for gamma in gammas:
-            if gamma.grad is not None:
-                self._withheld.append((gamma, gamma.grad))
+            grad = gamma.grad
+            if grad is not None:
+                self._withheld.append((gamma, grad))
                 gamma.grad = None
 
     def put_back(self) -> None:
@@ -143,7 +146,8 @@ class StepHooks:
         if self._options is not None:
             self._fused_step(optimizer, table, self._options)
         elif reg.upper is not None:
-            table.refresh()  # some optimizers give a γ other memory (param.data = ...)
+            if self._memory != [gamma.data_ptr() for gamma in binding.params]:
+                table.refresh()  # some optimizers, and hooks, assign to param.data
             table.clamp_(reg.upper, found_inf)
         if reg.clamp == "all" and reg.upper is not None and not _is_set(found_inf):
             self._clamp_others(reg.upper)

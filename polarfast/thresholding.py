@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .binding import Binding
 from .errors import ArgumentError, ScalingFactorError, ThresholdError
-from .kernels.table import ScaleTable
 
 if TYPE_CHECKING:
     from .scaling import ScalingFactors
@@ -59,8 +59,7 @@ def thresholds(
 
 
 def _valley(scales: ScalingFactors) -> dict[str, float | None]:
-    table = ScaleTable(tuple(scales), tuple(scales.values()))
-    summary, counts = table.valley()
+    summary, counts = Binding.of(scales).table(None).valley()
     counted = counts.sum(dim=1, keepdim=True).to(summary.dtype)
     found: dict[str, float | None] = {}
     rows = torch.cat((summary, counted), dim=1).tolist()

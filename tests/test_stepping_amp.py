@@ -90,11 +90,10 @@ def test_a_skipped_step_leaves_nothing_behind(name: str, order: str, at: int) ->
     assert_same(run.params, oracle.params, 1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.*outside.*:UserWarning")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_factor_outside_the_range_is_not_clamped_by_a_skipped_step(
-    name: str, order: str
-) -> None:
+def test_a_factor_outside_the_range_is_not_clamped_by_a_skipped_step(name: str, order: str) -> None:
     run = Run(name, order)
     run.reg.upper = 0.5
     before = [param.detach().clone() for param in run.params]

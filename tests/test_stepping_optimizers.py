@@ -275,3 +275,22 @@ def test_all_batchnorm_weights_are_clamped_on_request() -> None:
             step(SGD(params, lr=0.1), scales, reg)
         assert torch.equal(other, torch.full((4,), expected))
         assert torch.equal(frozen, torch.full((4,), 3.0))
+
+
+def test_an_optimizer_that_gives_factors_other_memory() -> None:
+    """As some do (`param.data = ...`): the clamp must reach the new memory."""
+
+    class Reassigning(SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for param in self.param_groups[0]["params"]:
+                param.data = param - self.param_groups[0]["lr"] * param.grad
+
+    scales = make_scales(torch.float64)
+    params = list(scales.values())
+    optimizer, oracle = Reassigning(params, lr=1.0), Oracle(params, lambda p: SGD(p, lr=1.0))
+    for i in range(5):
+        set_gradients(params, i)
+        step(optimizer, scales, Polarization(LAM, T))
+        oracle.step(task_gradients(params, i), LAM, T)
+    assert_same(params, oracle.params, 1e-12)

@@ -13,7 +13,9 @@ from polarfast.scaling import ScalingFactors
 from polarfast.thresholding import thresholds
 
 
-def _scales(*layers: list[float] | torch.Tensor, dtype: torch.dtype = torch.float32) -> ScalingFactors:
+def _scales(
+    *layers: list[float] | torch.Tensor, dtype: torch.dtype = torch.float32
+) -> ScalingFactors:
     return ScalingFactors(
         {
             f"g{i}": nn.Parameter(torch.as_tensor(values, dtype=torch.float64).to(dtype))
@@ -49,7 +51,9 @@ def _bimodal(n: int, seed: int) -> torch.Tensor:
 
 
 def test_valley_of_every_layer() -> None:
-    scales = _scales(_bimodal(200, 0), _bimodal(37, 1), torch.rand(500), torch.full((64,), 0.5))
+    scales = _scales(
+        _bimodal(200, 0), _bimodal(37, 1), torch.linspace(0, 1, 500) ** 2, torch.full((64,), 0.5)
+    )
     found = thresholds(scales)
     assert list(found) == list(scales)
     for name, gamma in scales.items():

@@ -1,6 +1,7 @@
 """A whole run, small; interrupted at every stage; what it leaves in its folder."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,6 +140,9 @@ def test_which_checkpoint_is_gone_on_from(finished: Path, tmp_path: Path) -> Non
     assert find_checkpoint(finished, other) is None
     with pytest.raises(ArgumentError, match=r"finished run .* other settings \(seed\)"):
         find_checkpoint(finished, other, must=True)
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    (copy / "results.json").unlink()  # as when stopped while latency is measured
+    assert find_checkpoint(copy, RECIPE) is not None
     write_unfinished(tmp_path / "half")
     assert find_checkpoint(tmp_path / "half", RECIPE) is not None
     other = replace(RECIPE, train=replace(RECIPE.train, lr=0.3))

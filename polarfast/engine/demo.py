@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from polarfast.engine.latency import median_latencies
 from polarfast.engine.recipe import Recipe
 from polarfast.engine.recording import JsonLog, TensorBoardLog
 from polarfast.engine.results import BATCHES, Pair, Results, results_table
-from polarfast.engine.run import CHECKPOINT, DENSE, SLIM, Run, find_checkpoint
+from polarfast.engine.run import CHECKPOINT, DENSE, RESULTS, SLIM, Run, find_checkpoint
 
 TENSORBOARD = "tensorboard"
 LATENCY_SECONDS = 1.5  # for each batch size
@@ -36,12 +36,13 @@ def demo(
     run = Run(recipe, folder, device, state)
     if state is None:
         _clear(folder)
-    display = make_display(console)
-    observers: Sequence[Observer] = [
-        display,
+    files: list[Observer] = [
         TensorBoardLog(folder / TENSORBOARD, len(run.history)),
         JsonLog(folder / "metrics.jsonl", run.history),
     ]
+    # Last: a live display must not be left running if something above is interrupted.
+    display = make_display(console)
+    observers = [*files, display]
     run.observers = observers
     try:
         _introduce(run, display.note)
@@ -56,11 +57,12 @@ def report(run: Run, console: Console) -> Results:
     """Measure a finished run, draw its figures, write and print its table."""
     results = measure(run)
     draw(run)
-    write_text(run.folder / "results.json", json.dumps(results.to_dict(), indent=2) + "\n")
     table = results_table(results, f"{run.recipe.model} on {run.data.name}, polarization pruning")
     page = Console(width=100, file=io.StringIO(), record=True)
     page.print(table)
     write_text(run.folder / "results.txt", page.export_text())
+    # Last, since it says that the run is finished.
+    write_text(run.folder / RESULTS, json.dumps(results.to_dict(), indent=2) + "\n")
     console.print()
     console.print(table)
     console.print(f"Model, plan, figures and logs are in {run.folder}{os.sep}", highlight=False)
@@ -124,5 +126,5 @@ def _clear(folder: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
     for file in (folder / TENSORBOARD).glob("events.out.tfevents.*"):
         file.unlink()
-    for name in (CHECKPOINT, "results.json", "results.txt"):
+    for name in (CHECKPOINT, RESULTS, "results.txt"):
         (folder / name).unlink(missing_ok=True)

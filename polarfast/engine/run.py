@@ -22,13 +22,8 @@ from polarfast.engine.recipe import Recipe, Stage, differing_settings
 from polarfast.engine.training import Trainer, evaluate, learning_rate
 from polarfast.errors import ArgumentError
 
-CHECKPOINT, DENSE, PRUNED, SLIM, PLAN = (
-    "checkpoint.pt",
-    "dense.pt",
-    "pruned.pt",
-    "slim.pt",
-    "plan.json",
-)
+CHECKPOINT, PLAN, RESULTS = "checkpoint.pt", "plan.json", "results.json"
+DENSE, PRUNED, SLIM = "dense.pt", "pruned.pt", "slim.pt"
 TRAIN, FINETUNE, DONE = "sparsity training", "fine-tuning", "done"
 
 
@@ -135,10 +130,11 @@ class Run:
         write_text(self.folder / "plan.txt", f"{plan}\n")
         write_text(self.folder / PLAN, plan.to_json())
         write_atomically(self.folder / PRUNED, lambda file: pf.save(slim, plan, file))
+        without_beta = evaluate(pf.slim(model, plan, fold="none"), self.data.test)
         self._note(
             f"Pruned: {100 * plan.flops_reduction:.1f} % of the MACs cut; accuracy "
             f"{self.facts['accuracy_dense']:.2f} % before, {self.facts['accuracy_pruned']:.2f} % "
-            f"right after; slim model verified (relative error {report.rel_error:.0e})"
+            f"right after ({without_beta:.2f} % had the removed channels' β been dropped)"
         )
         self.stage = FINETUNE
         self._save(None)
@@ -226,7 +222,7 @@ def find_checkpoint(folder: Path, recipe: Recipe, must: bool = False) -> dict[st
             raise ArgumentError(f"nothing to resume in '{folder}': it has no {CHECKPOINT}")
         return None
     state = load_checkpoint(path)
-    finished = state["stage"] == DONE
+    finished = state["stage"] == DONE and (folder / RESULTS).is_file()
     other = differing_settings(state["recipe"], recipe.to_dict())
     if other and (must or not finished):
         raise ArgumentError(

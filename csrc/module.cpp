@@ -31,6 +31,7 @@ PYBIND11_MODULE(_C, m) {
       .def("refresh", &ScaleRows::refresh)
       .def("moving", &ScaleRows::moving)
       .def("grads", &ScaleRows::grads)
+      .def("without_momentum", &ScaleRows::without_momentum)
       .def_property_readonly("version", &ScaleRows::version)
       .def_property_readonly(
           "addresses",

@@ -117,11 +117,6 @@ void clamp(const Rows& rows, double upper) {
 }
 
 void sgd_step(const Rows& rows, const Penalty& penalty, const Sgd& sgd) {
-  for (int64_t l = 0; l < rows.count() && sgd.momentum != 0; ++l) {
-    STD_TORCH_CHECK(
-        rows.grads[l] == nullptr || rows.momenta[l] != nullptr || rows.sizes[l] == 0,
-        "polarfast: scaling factor ", l, " has no momentum buffer");
-  }
   const std::vector<Coefficients> found = coefficients(rows, penalty);
   dispatch(rows.dtype, [&](auto element) {
     using T = decltype(element);
@@ -173,6 +168,8 @@ void sgd_step_op(
     const std::optional<Tensor>& grad_scale,
     const std::optional<Tensor>& found_inf) {
   STD_TORCH_CHECK(grads.size() == gammas.size(), "polarfast: every γ that is stepped needs a gradient");
+  STD_TORCH_CHECK(
+      momentum == 0 || momenta.size() == gammas.size(), "polarfast: every γ that is stepped needs a momentum buffer");
   std::vector<Tensor> all = gammas;
   all.insert(all.end(), frozen.begin(), frozen.end());
   const Rows rows = rows_of(all, weights, grads, momenta);

@@ -54,6 +54,7 @@ struct Sgd {
 
 void add_subgradient(const Rows& rows, const Penalty& penalty, double grad_scale);
 void clamp(const Rows& rows, double upper);
+// With momentum, every row that has a gradient must have a momentum buffer.
 void sgd_step(const Rows& rows, const Penalty& penalty, const Sgd& sgd);
 // summary: [rows, 3] threshold, kept, non-finite; counts: [rows, 100].
 void valley(const Rows& rows, double* summary, int64_t* counts);

@@ -146,6 +146,13 @@ py::list ScaleRows::moving() const {
   return found;
 }
 
+int64_t ScaleRows::without_momentum() const {
+  for (int64_t l = 0; l < rows_.count(); ++l) {
+    if (rows_.grads[l] != nullptr && rows_.momenta[l] == nullptr) return l;
+  }
+  return -1;
+}
+
 py::list ScaleRows::grads() const {
   py::list found;
   for (const py::handle& param : moving()) found.append(read(Members::get().grad, param.ptr()));

@@ -23,6 +23,8 @@ class ScaleRows {
   // The γ that have a gradient, and those gradients.
   pybind11::list moving() const;
   pybind11::list grads() const;
+  // The first row that has a gradient and no momentum buffer; -1: there is none.
+  int64_t without_momentum() const;
 
   const Rows& rows() const { return rows_; }
   // Counts the refreshes that found another address than before.

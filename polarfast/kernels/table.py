@@ -147,7 +147,15 @@ class ScaleTable:
         Args:
             upper: γ end in [0, upper]; None: they are not clamped.
             first_step: the momentum buffers hold nothing yet; they are set to the gradient.
+
+        Raises:
+            ScalingFactorError: with momentum, a γ had no momentum buffer at the last `refresh`.
         """
+        if momentum != 0 and (row := self._rows.without_momentum()) >= 0:
+            raise ScalingFactorError(
+                f"{self.names[row]} has no momentum buffer; make one in the optimizer's state "
+                "before refresh(optimizer.state)"
+            )
         sgd = (lr, momentum, dampening, weight_decay, nesterov, maximize, upper, first_step)
         if self.device_table is not None:
             self._polarize_triton.sgd_step_(

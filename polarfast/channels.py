@@ -141,6 +141,11 @@ class Channels:
         edges += [_to_pin(self.calls[name].inputs) for name in self._stems(graph.labels(edges))]
         return self._pin_uncovered(edges)
 
+    @cached_property
+    def _residual(self) -> bool:
+        """Whether any addition joins a branch and a shortcut, which is shorter."""
+        return any(add.left_depth != add.right_depth for add in self.graph.additions)
+
     def _in_addition(self) -> Tensor:
         meets = torch.zeros(self.graph.count, dtype=torch.bool)
         label = self.graph.labels(self.graph.links(self.boundaries), self.graph.addition_edges())
@@ -149,8 +154,8 @@ class Channels:
         return meets[label]
 
     def _stems(self, label: Tensor) -> set[str]:
-        """In a network with additions the first norms stay, unless coupled with others."""
-        if not self.graph.additions:
+        """In a residual network the first norms stay, unless coupled with others."""
+        if not self._residual:
             return set()
         return {
             name
@@ -238,7 +243,7 @@ class Channels:
     def _stem_or_addition(self, name: str, call: NormCall) -> str | None:
         if bool(self._meets[call.outputs].any()):
             return MEETS[self.residual]
-        return STEM if call.depth <= 1 and self.graph.additions else None
+        return STEM if call.depth <= 1 and self._residual else None
 
 
 def _to_pin(ids: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """`plan`: from thresholds to the channels that stay, and what that saves."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,15 +66,13 @@ def plan(
     choice.limit(min_channels, 1, {})
     unread = choice.drop_unread(vanishing)
     spec = describe(example_inputs)
-    folded = _fold(model, channels, choice, spec, fold, ())
-    before = choice.stays.clone()
-    choice.limit(
-        min_channels,
-        round_to,
-        {name: len(found) for name, found in constant_channels(choice, folded).items()},
-    )
-    if not torch.equal(before, choice.stays):
-        folded = _fold(model, channels, choice, spec, fold, folded.constant)
+    while True:  # widths count constant channels, and adding channels back changes which are needed
+        folded = fold_constants(model, channels, choice.kept(), choice.alive(), spec, fold)
+        before = choice.stays.clone()
+        widths = {name: len(found) for name, found in choice.positions(folded.constant).items()}
+        choice.limit(min_channels, round_to, widths)
+        if torch.equal(before, choice.stays):
+            break
     return _write(
         model, channels, choice, folded, limits, unread, spec=spec, method=method, fold=fold
     )
@@ -127,34 +125,6 @@ def can_vanish(model: nn.Module, channels: Channels) -> Callable[[Tensor], bool]
     return check
 
 
-def kept_channels(choice: Selection) -> dict[str, Tensor]:
-    """γ name -> sorted kept channels."""
-    return {
-        name: choice.stays[labels].nonzero().flatten() for name, labels in choice.layers.items()
-    }
-
-
-def constant_channels(choice: Selection, folded: Fold) -> dict[str, list[int]]:
-    """γ name -> the layer's constant channels."""
-    return {
-        name: [place for place, label in enumerate(labels.tolist()) if label in folded.constant]
-        for name, labels in choice.layers.items()
-    }
-
-
-def _fold(
-    model: nn.Module,
-    channels: Channels,
-    choice: Selection,
-    spec: dict[str, Any],
-    mode: str,
-    forced: Iterable[int],
-) -> Fold:
-    return fold_constants(
-        model, channels, kept_channels(choice), choice.alive(), spec, mode, forced
-    )
-
-
 def _write(
     model: nn.Module,
     channels: Channels,
@@ -171,8 +141,8 @@ def _write(
     alive |= channels.in_classes(folded.constant)
     layout = Layout(channels, alive)
     whole = Layout(channels, torch.ones_like(alive))
-    kept = kept_channels(choice)
-    constant = constant_channels(choice, folded)
+    kept = choice.kept()
+    constant = choice.positions(folded.constant)
     layers = {}
     for name, gone in kept.items():
         notes = list(choice.notes[name])

@@ -75,6 +75,19 @@ class Selection:
         """bool [graph.count]: the ids that stay."""
         return self.stays[self.channels.label]
 
+    def kept(self) -> dict[str, Tensor]:
+        """γ name -> sorted kept channels."""
+        return {
+            name: self.stays[labels].nonzero().flatten() for name, labels in self.layers.items()
+        }
+
+    def positions(self, classes: set[int]) -> dict[str, list[int]]:
+        """γ name -> the layer's channels that belong to the given classes."""
+        return {
+            name: [place for place, label in enumerate(labels.tolist()) if label in classes]
+            for name, labels in self.layers.items()
+        }
+
     def count(self, name: str) -> int:
         """Channels of a layer that stay."""
         return int(self.stays[self.layers[name]].sum())

@@ -14,7 +14,7 @@ from .folding import fold_constants
 from .inputs import device_of, dtype_of, generate, unwrap
 from .layout import Layout
 from .migration import migrate_optimizer
-from .planning import FOLDS, can_vanish, kept_channels
+from .planning import FOLDS, can_vanish
 from .plans import PruningPlan
 from .scaling import analyze
 from .selection import Selection
@@ -163,7 +163,7 @@ def _draw(
             for place in layer.constant
         }
     folded = fold_constants(
-        model, channels, kept_channels(choice), alive, plan.inputs, fold, forced
+        model, channels, choice.kept(), alive, plan.inputs, fold, forced
     )
     alive |= channels.in_classes(folded.constant)
     layout = Layout(channels, alive)

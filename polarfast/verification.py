@@ -121,6 +121,11 @@ def _compare(model: nn.Module, slim: nn.Module, plan: PruningPlan, fold: str, gi
                 f"the slim model's outputs have shapes {[tuple(t.shape) for t in got]}, not "
                 f"{[tuple(t.shape) for t in wanted]}"
             )
+        if not all(bool(t.isfinite().all()) for t in wanted):
+            raise VerificationError(
+                "the original network's own output is not finite (NaN or inf), so nothing can be "
+                "compared with it: has its training diverged?"
+            )
         for a, b in zip(wanted, got, strict=True):
             difference = float((a - b).abs().max()) if a.numel() else 0.0
             worst = max(worst, difference if difference == difference else float("inf"))
@@ -130,8 +135,9 @@ def _compare(model: nn.Module, slim: nn.Module, plan: PruningPlan, fold: str, gi
         (float((b - a).max()) for a, b in zip(low, high, strict=True) if a.numel()), default=0.0
     )
     size = max((float(t.abs().max()) for t in (*low, *high) if t.numel()), default=0.0)
-    relative = worst / variation if variation > 0 else (0.0 if worst == 0 else float("inf"))
-    return Report(worst, relative, variation, worst <= share * variation + floor * size)
+    exact = worst <= share * variation + floor * size
+    relative = worst / variation if variation > 0 else 0.0 if exact else float("inf")
+    return Report(worst, relative, variation, exact)
 
 
 def _inputs(plan: PruningPlan, given: Any, device: torch.device) -> Iterator[Any]:

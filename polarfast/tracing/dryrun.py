@@ -71,7 +71,11 @@ def record(
         rules.reduction(rec, func, args, kwargs, out)
     elif plain in rules.SAME and first:
         rules.same(rec, args, out)
-    elif torch.Tag.pointwise in func.tags and isinstance(out, Tensor) and not kwargs.get("out"):
+    elif (
+        (torch.Tag.pointwise in func.tags or plain in rules.POINTWISE)
+        and isinstance(out, Tensor)
+        and not kwargs.get("out")
+    ):
         pointwise(rec, plain, args, out)
     else:
         rules.opaque(rec, func, (args, kwargs), out)

@@ -16,6 +16,8 @@ SAME = frozenset(
     "mish native_dropout bernoulli empty_like zeros_like ones_like full_like rand_like "
     "randn_like".split()
 )
+#: Element-by-element operators of several tensors that torch does not tag as pointwise.
+POINTWISE = frozenset("prelu _prelu_kernel".split())
 #: Movements that keep every channel whole whatever the number of channels: the operator itself, run
 #: on the ids.
 FREE_MOVES = frozenset(

@@ -23,8 +23,8 @@ class Channels:
     """The channel classes of a graph under one residual mode.
 
     A class is a set of ids that must be kept or removed together. A normalization *takes part* iff
-    it alone reads every channel
-    that it normalizes: then γ = 0 makes the channel a constant, and its class can go.
+    it alone reads every channel that it normalizes: then γ = 0 makes the channel a constant, and
+    its class can go.
 
     Attributes:
         graph, residual: what this was made from.
@@ -176,8 +176,10 @@ class Channels:
         for call in graph.projections:
             if not call.depthwise:
                 bare[call.outputs] = True
+        decided_by_norm = torch.zeros(graph.count, dtype=torch.bool)
         for name in self._alone:
-            bare[self._ids_of(self._raw[self.calls[name].inputs])] = False
+            decided_by_norm[self._raw[self.calls[name].inputs]] = True
+        bare &= ~decided_by_norm[self._raw]
         bare_factor = torch.zeros(graph.count, dtype=torch.bool)
         bare_factor[factor[bare]] = True
         decided = torch.zeros(graph.count, dtype=torch.bool)
@@ -185,11 +187,6 @@ class Channels:
         decided[joined[ids[covered & ~bare_factor[factor]]]] = True
         self._decided_factor = ~bare_factor[factor]
         return torch.where(decided[joined], joined, PIN)
-
-    def _ids_of(self, labels: Tensor) -> Tensor:
-        wanted = torch.zeros(self.graph.count, dtype=torch.bool)
-        wanted[labels] = True
-        return wanted[self._raw]
 
     # --- reasons
 

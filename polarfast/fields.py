@@ -53,11 +53,21 @@ class Fold:
         return {reader.weight: reader.note for reader in self.readers.values() if reader.note}
 
 
+def double_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` in float64, made without a copy in its own dtype on the way."""
+    memo: dict[int, Any] = {}
+    for param in model.parameters():
+        if param.is_floating_point():
+            double = param.detach().to(torch.float64, copy=True)
+            memo[id(param)] = nn.Parameter(double, requires_grad=param.requires_grad)
+    return copy.deepcopy(model, memo).double()
+
+
 def masked_copy(model: nn.Module, kept: dict[str, Tensor], zero_beta: bool) -> nn.Module:
     """A float64 copy of `model` in eval mode with γ (and β if `zero_beta`) zero on the removed
     channels: the reference.
     """
-    masked = copy.deepcopy(model).double().eval()
+    masked = double_copy(model).eval()
     params = dict(masked.named_parameters())
     with torch.no_grad():
         for name, keep in kept.items():

@@ -79,6 +79,10 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
             chosen, pinned=self.pinned, others={**rest, **self.others}, residual=self.residual
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Address tables belong to this process and these tensors: a copy makes its own.
+        return {**self.__dict__, "_tables": {}}
+
     def __repr__(self) -> str:
         return (
             f"ScalingFactors({len(self)} layers, {self.numel()} channels, "
@@ -111,8 +115,8 @@ def scaling_factors(
 
     Args:
         model: any eager network; left exactly as found (modes, buffers, gradients, random state).
-            Data-parallel and compiled
-            wrappers are looked through: names are those of the model inside.
+            Data-parallel and compiled wrappers are looked through: names are those of the model
+            inside.
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs, e.g.
             `torch.randn(1, 3, 224, 224)`.
         residual: what happens to channels that meet in an addition. "keep": they are left alone.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .channels import Channels
 from .edits import Edits, new_biases, write_edits
 from .errors import ArgumentError, PlanError
+from .fields import double_copy
 from .folding import fold_constants
 from .inputs import device_of, dtype_of, generate, unwrap
 from .layout import Layout
@@ -123,7 +124,7 @@ def _check(
 ) -> None:
     """Build in float64, where only algebra can be wrong; compare with the masked original."""
     fold, inexact = blueprint.info.fold, blueprint.info.inexact
-    double = copy.deepcopy(model).double()
+    double = double_copy(model)
     check_slim(double, blueprint.build(double), plan, fold, exact=not inexact)
     if inexact and fold != "none":
         # What was gathered must be right even where a constant could not be folded exactly.

@@ -1,6 +1,5 @@
 """`verify`: does the slim model equal what it claims to equal?"""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import VerificationError
-from .fields import masked_copy
+from .fields import double_copy, masked_copy
 from .inputs import convert, device_of, dtype_of, generate, unwrap
 from .plans import PruningPlan
 from .tracing import call_model
@@ -109,7 +108,7 @@ def check_slim(
 def _compare(model: nn.Module, slim: nn.Module, plan: PruningPlan, fold: str, given: Any) -> Report:
     share, floor = ROUNDING[dtype_of(slim)]
     reference = masked_copy(model, plan.kept, zero_beta=fold == "none")
-    candidate = copy.deepcopy(slim).double().eval()
+    candidate = double_copy(slim).eval()
     device = device_of(reference)
     worst = 0.0
     low: list[Tensor] = []

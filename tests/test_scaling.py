@@ -1,5 +1,8 @@
 """Which γ take part, by the paper's rules, on the paper's networks."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from nets import Bottlenecks, Residual, chain
@@ -104,5 +107,9 @@ def test_selection_and_first_values():
     for value in (-0.1, float("nan"), float("inf")):
         with pytest.raises(pf.ArgumentError, match="value="):
             pf.init_scales(scales, value)
+    scales._tables["step"] = open(__file__)  # stands for what cannot be copied
+    for again in (copy.deepcopy(scales), pickle.loads(pickle.dumps({**scales.__getstate__()}))):
+        assert not (again if isinstance(again, dict) else again.__dict__)["_tables"]
+    scales._tables.pop("step").close()
     with pytest.raises(pf.ArgumentError, match="residual"):
         ScalingFactors({}, residual="drop")

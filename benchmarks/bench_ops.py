@@ -9,6 +9,8 @@ Expected before the first measurement (2 cores, AVX-512): one pass over 26,560 f
 from L2, 3 µs; the step reads γ three times and the gradients once, 15 µs, and 53 rows of Python
 objects, 15 µs: some 40 µs in all against 4 ms. The histogram is some 10 instructions for each γ,
 30 µs against 2.5 ms. The gather moves 19 MB out of 38 MB read: as long as a copy or two of 19 MB.
+It is timed twice: into memory that the process has used before, and into fresh memory (results are
+kept), as when a model is slimmed; there the system's handing out of pages counts as well.
 
 Figures are medians over `--repeats` rounds; every round times all forms of a job one after another,
 so that what else the machine does falls on all of them.
@@ -105,9 +107,12 @@ def numpy_thresholds(scales: list[torch.nn.Parameter]) -> Callable[[], list[floa
     return lambda: [threshold(scale) for scale in scales]
 
 
-def medians(forms: dict[str, Callable[[], object]], repeats: int, seconds: float) -> list[float]:
+def medians(
+    forms: dict[str, Callable[[], object]], repeats: int, seconds: float, keep: bool
+) -> list[float]:
     """Median seconds per call of each form; each round of a form lasts about `seconds`."""
     calls = {}
+    kept: list[object] = []
     for name, form in forms.items():
         form()
         begin = time.perf_counter()
@@ -118,14 +123,18 @@ def medians(forms: dict[str, Callable[[], object]], repeats: int, seconds: float
         for name, form in forms.items():
             begin = time.perf_counter()
             for _ in range(calls[name]):
-                form()
+                result = form()
+                if keep:
+                    kept.append(result)
             times[name].append((time.perf_counter() - begin) / calls[name])
     return [statistics.median(times[name]) for name in forms]
 
 
-def report(title: str, forms: dict[str, Callable[[], object]], repeats: int) -> None:
+def report(
+    title: str, forms: dict[str, Callable[[], object]], repeats: int, keep: bool = False
+) -> None:
     """Prints each form's time, and how many times longer it takes than the first."""
-    found = medians(forms, repeats, seconds=0.01)
+    found = medians(forms, repeats, 0.0 if keep else 0.01, keep)
     print(f"\n{title}")
     for name, taken in zip(forms, found, strict=True):
         scaled = f"{taken * 1e6:10.1f} µs" if taken < 1e-3 else f"{taken * 1e3:10.2f} ms"
@@ -143,7 +152,9 @@ def bench_gather(kernel: int, repeats: int) -> None:
         "w[o][:, i]": lambda: weight[out_index][:, in_index],
         "plain copy of a tensor of the result's size": result.clone,
     }
-    report(f"Gather of half the channels of 2048×1024×{kernel}×{kernel}, float32", forms, repeats)
+    title = f"Gather of half the channels of 2048×1024×{kernel}×{kernel}, float32"
+    report(f"{title}, memory used before", forms, repeats)
+    report(f"{title}, fresh memory", forms, repeats, keep=True)
 
 
 def main() -> None:

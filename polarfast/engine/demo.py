@@ -21,7 +21,7 @@ from polarfast.engine.results import BATCHES, Pair, Results, results_table
 from polarfast.engine.run import CHECKPOINT, DENSE, RESULTS, SLIM, Run, find_checkpoint
 
 TENSORBOARD = "tensorboard"
-LATENCY_SECONDS = 1.5  # for each batch size
+LATENCY_SECONDS = 1.0  # for each batch size
 
 
 def demo(

@@ -62,7 +62,9 @@ def _mark_thresholds(axes: Axes, values: Sequence[float]) -> None:
     if not values:
         return
     low, middle, high = min(values), float(np.median(values)), max(values)
-    label = f"layers' thresholds: median {middle:.2f}\n({low:.2f} to {high:.2f})"
+    label = f"threshold {middle:.2f} in every layer"
+    if low < high:
+        label = f"layers' thresholds: median {middle:.2f}\n({low:.2f} to {high:.2f})"
     axes.axvspan(low, high, color="black", alpha=0.08, linewidth=0, zorder=0)
     axes.axvline(middle, color="black", linestyle="--", linewidth=1.2, label=label)
 
@@ -74,12 +76,12 @@ def gamma_over_epochs(path: Path, histograms: Sequence[Tensor], epochs: Sequence
         histograms: counts in equal bins over [0, 1], one of each epoch.
         epochs: the numbers of those epochs.
     """
-    chosen = np.unique(np.linspace(0, len(histograms) - 1, RIDGES).round().astype(int))
+    # Closer together at the start, where the factors part.
+    places = np.linspace(0, 1, RIDGES) ** 1.7 * (len(histograms) - 1)
+    chosen = np.unique(places.round().astype(int))
     rows = np.sqrt(np.array([histograms[i].reshape(RIDGE_BINS, -1).sum(1).numpy() for i in chosen]))
-    # The first epochs are one spike at the initial value; it must not flatten what comes of it.
-    top = np.median(rows.max(axis=1))
-    heights = np.minimum(rows / top, 1.2) * 3.0
-    figure, axes = _figure(6.0, 4.6)
+    heights = rows / rows.max() * 4.2
+    figure, axes = _figure(6.0, 5.0)
     edges = np.linspace(0, 1, RIDGE_BINS + 1)
     colours = colormaps["cividis"](np.linspace(0.0, 0.92, len(chosen)))
     for row, (index, colour) in enumerate(zip(chosen, colours, strict=True)):

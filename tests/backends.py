@@ -58,3 +58,12 @@ def table_of(
 def bits(tensor: Tensor) -> bytes:
     """For comparison to the last bit, the sign of zero included."""
     return bytes(tensor.detach().cpu().contiguous().view(torch.uint8).tolist())
+
+
+def assert_close(got, want, dtype=torch.float32):
+    """Tensor by tensor, to the tolerance of the dtype in which the kernel computed."""
+    tolerance = TOLERANCE[dtype]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(
+            a.detach().double().cpu(), b.detach().double().cpu(), rtol=tolerance, atol=tolerance
+        )

@@ -114,7 +114,7 @@ class SqueezeExcite(nn.Module):
 
 @torch.no_grad()
 def settle(model: nn.Module, *inputs: Tensor, seed: int = 0) -> nn.Module:
-    """As after training, in float64 and eval mode: random γ and β, statistics of real activations."""
+    """As trained, in float64 and eval mode: random γ and β, statistics of real activations."""
     torch.manual_seed(seed)
     model.double().train()
     for module in model.modules():

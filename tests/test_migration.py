@@ -1,4 +1,4 @@
-"""An optimizer follows its model: groups and state are cut, so that training goes on without a bump."""
+"""An optimizer follows its model: groups and state are cut, and training goes on as before."""
 
 import pytest
 import torch

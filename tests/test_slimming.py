@@ -1,4 +1,4 @@
-"""The slim model equals the original with γ (and β) zeroed on the removed channels, in every mode."""
+"""The slim model equals the original with γ (and β) zeroed on the removed channels."""
 
 import copy
 

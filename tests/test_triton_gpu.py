@@ -8,9 +8,10 @@ import torch
 pytest.importorskip("triton")
 
 import triton  # noqa: E402
+from oracles import REGULARIZERS  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
-from triton_harness import KINDS, random_rows  # noqa: E402
+from triton_harness import random_rows  # noqa: E402
 
 from polarfast.kernels.polarize_ref import KIND_L1, KIND_POLARIZATION  # noqa: E402
 from polarfast.kernels.table import ScaleTable  # noqa: E402
@@ -59,7 +60,7 @@ class Factors:
     def everything(self, lam=0.01, t=1.2):
         """Each op once, with every launch plan; returns nothing that waits."""
         self.table.refresh(self.state)
-        for kind, per_layer in KINDS:
+        for kind, per_layer in REGULARIZERS:
             self.table.add_subgradient_(kind, lam, t, per_layer)
             self.table.sgd_step_(kind, lam, t, per_layer, **SGD)
         self.table.clamp_(0.75)
@@ -77,7 +78,7 @@ def assert_agree(gpu, cpu, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("kind", "per_layer"), KINDS)
+@pytest.mark.parametrize(("kind", "per_layer"), REGULARIZERS)
 def test_cpu_backend_agrees(kind, per_layer, dtype, sizes):
     gpu, cpu = Factors(sizes, "cuda", dtype), Factors(sizes, "cpu", dtype)
     for factors in (gpu, cpu):
@@ -155,7 +156,7 @@ def device_events(work):
 
 
 @pytest.mark.parametrize("op", ["subgradient", "SGD", "clamp", "valley"])
-@pytest.mark.parametrize(("kind", "per_layer"), KINDS)
+@pytest.mark.parametrize(("kind", "per_layer"), REGULARIZERS)
 def test_launches_and_copies(op, kind, per_layer, sizes):
     """At most three kernels, one where n allows, and no copy of any kind in steady state."""
     factors = Factors(sizes, "cuda")

@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from triton_harness import DEVICE, KINDS, random_rows, subgradient, table_of  # noqa: E402
+from oracles import (
+    REGULARIZERS,  # noqa: E402
+    subgradients,  # noqa: E402
+)
+from triton_harness import DEVICE, random_rows, table_of  # noqa: E402
 
 from polarfast.kernels import polarize_triton  # noqa: E402
 from polarfast.kernels.polarize_ref import (  # noqa: E402
@@ -37,13 +41,13 @@ def add_subgradient(gammas, grads, kind, lam, t, per_layer, weights=None, grad_s
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("kind", "per_layer"), KINDS)
+@pytest.mark.parametrize(("kind", "per_layer"), REGULARIZERS)
 def test_subgradient_is_that_of_autograd(kind, per_layer, dtype, plan):
     gammas = random_rows(SIZES, dtype)
     grads = random_rows(SIZES, dtype, seed=1)
     want = [
         g.double().cpu() + 0.1 * d
-        for g, d in zip(grads, subgradient(gammas, WEIGHTS, kind, 1.2, per_layer), strict=True)
+        for g, d in zip(grads, subgradients(gammas, WEIGHTS, kind, 1.2, per_layer), strict=True)
     ]
     add_subgradient(gammas, grads, kind, 0.1, 1.2, per_layer, WEIGHTS)
     for got, expected in zip(grads, want, strict=True):
@@ -63,10 +67,10 @@ def test_subgradient_with_ties(rows, t):
     """Few distinct values: factors that equal the mean, that are 0, that are all the same."""
     gammas = [torch.tensor(row, device=DEVICE) for row in rows]
     ones = [1.0] * len(rows)
-    for kind, per_layer in KINDS[:3]:
+    for kind, per_layer in REGULARIZERS[:3]:
         grads = [torch.zeros_like(g) for g in gammas]
         add_subgradient(gammas, grads, kind, 1.0, t, per_layer)
-        want = subgradient(gammas, ones, kind, t, per_layer)
+        want = subgradients(gammas, ones, kind, t, per_layer)
         for got, expected in zip(grads, want, strict=True):
             torch.testing.assert_close(got.double().cpu(), expected, rtol=0, atol=1e-6)
 
@@ -84,7 +88,7 @@ def test_frozen_rows_count_and_stay(plan):
     grads = [torch.zeros_like(g) for g in gammas]
     before = [g.clone() for g in gammas]
     live = [grads[0], None, grads[2], None]
-    want = subgradient(gammas, WEIGHTS, KIND_POLARIZATION, 1.2, False)
+    want = subgradients(gammas, WEIGHTS, KIND_POLARIZATION, 1.2, False)
     add_subgradient(gammas, live, KIND_POLARIZATION, 1.0, 1.2, False, WEIGHTS)
     torch.testing.assert_close(grads[2].double().cpu(), want[2], rtol=0, atol=2e-6)
     table = table_of(gammas, live, weights=WEIGHTS)
@@ -163,7 +167,7 @@ def test_sgd_steps_are_those_of_torch(options, dtype, plan):
         sgd_step(table, KIND_POLARIZATION, False, first_step=step == 0, **options)
         assert all(torch.equal(g, h) for g, h in zip(grads, given_grads, strict=True))
         sign = -0.02 if options.get("maximize") else 0.02
-        ascent = subgradient(oracle, WEIGHTS, KIND_POLARIZATION, 1.2, False)
+        ascent = subgradients(oracle, WEIGHTS, KIND_POLARIZATION, 1.2, False)
         for o, g, d in zip(oracle, grads, ascent, strict=True):
             o.grad = g.double().cpu() + sign * d
         optimizer.step()
@@ -177,13 +181,13 @@ def test_sgd_steps_are_those_of_torch(options, dtype, plan):
             )
 
 
-@pytest.mark.parametrize(("kind", "per_layer"), KINDS)
+@pytest.mark.parametrize(("kind", "per_layer"), REGULARIZERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sgd_step_in_half_precision(kind, per_layer, dtype):
     gammas = random_rows(SIZES, dtype)
     grads = random_rows(SIZES, dtype, seed=1)
     momenta = random_rows(SIZES, dtype, seed=2)
-    ascent = subgradient(gammas, WEIGHTS, kind, 1.2, per_layer)
+    ascent = subgradients(gammas, WEIGHTS, kind, 1.2, per_layer)
     want = [
         g.double().cpu() - 0.1 * (0.9 * m.double().cpu() + d.double().cpu() + 0.02 * a)
         for g, d, m, a in zip(gammas, grads, momenta, ascent, strict=True)
@@ -233,7 +237,7 @@ def test_same_bits_every_time(plan):
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize(("kind", "per_layer"), KINDS)
+@pytest.mark.parametrize(("kind", "per_layer"), REGULARIZERS)
 def test_both_backends_of_the_table_agree(kind, per_layer):
     results = []
     for backend, device in (("cpu", "cpu"), ("triton", DEVICE)):

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 import triton
+from oracles import REGULARIZERS
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
-from triton_harness import KINDS, random_rows, table_of
+from triton_harness import random_rows, table_of
 
 from polarfast.kernels import polarize_triton, valley_triton
 from polarfast.kernels.device_table import DeviceTable
@@ -95,7 +96,7 @@ def calls(table: DeviceTable, scalar: Tensor | None) -> dict[str, Callable[[], o
         "valley": lambda: valley_triton.valley(table),
     }
     amp = {"grad_scale": scalar, "found_inf": scalar}
-    for kind, per_layer in KINDS:
+    for kind, per_layer in REGULARIZERS:
         regularizer = (table, kind, 1e-4, 1.2, per_layer)
         name = f"kind {kind}, per layer" if per_layer else f"kind {kind}"
         found[f"subgradient, {name}"] = lambda r=regularizer: add(*r, scalar)

@@ -1,4 +1,4 @@
-"""Tables and float64 oracles for the tests of the Triton kernels.
+"""Tables for the tests of the Triton kernels; the oracles are every backend's (oracles.py).
 
 The kernels run on the GPU where there is one, else in Triton's interpreter (conftest.py).
 """
@@ -11,15 +11,8 @@ import torch
 from torch import Tensor
 
 from polarfast.kernels.device_table import DeviceTable
-from polarfast.kernels.polarize_ref import KIND_DEEPHOYER, KIND_L1, KIND_POLARIZATION
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-KINDS = [
-    (KIND_POLARIZATION, False),
-    (KIND_POLARIZATION, True),
-    (KIND_L1, False),
-    (KIND_DEEPHOYER, False),
-]  # (kind, per_layer)
 
 
 def table_of(
@@ -43,30 +36,3 @@ def random_rows(sizes: Sequence[int], dtype: torch.dtype, seed: int = 0) -> list
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.rand(n, generator=generator, dtype=torch.float64) * 1.2 - 0.2 for n in sizes]
     return [torch.where(r.abs() < 0.02, 0.0, r).to(dtype).to(DEVICE) for r in rows]
-
-
-def penalty(
-    gammas: Sequence[Tensor], weights: Sequence[float], kind: int, t: float, per_layer: bool
-) -> Tensor:
-    """R(γ; w) as the paper prints it (Eq. 2), or the rival's penalty."""
-    if kind == KIND_L1:
-        terms = [w * g.abs().sum() for g, w in zip(gammas, weights, strict=True)]
-    elif kind == KIND_DEEPHOYER:
-        terms = [
-            w * g.abs().sum() ** 2 / (g**2).sum() for g, w in zip(gammas, weights, strict=True)
-        ]
-    else:
-        mean = torch.cat(list(gammas)).mean()
-        terms = [
-            w * (t * g.abs() - (g - (g.mean() if per_layer else mean)).abs()).sum()
-            for g, w in zip(gammas, weights, strict=True)
-        ]
-    return torch.stack(terms).sum()
-
-
-def subgradient(
-    gammas: Sequence[Tensor], weights: Sequence[float], kind: int, t: float, per_layer: bool
-) -> list[Tensor]:
-    """∂R by autograd in float64."""
-    leaves = [g.detach().double().cpu().requires_grad_() for g in gammas]
-    return list(torch.autograd.grad(penalty(leaves, weights, kind, t, per_layer), leaves))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import assert_close
 from oracles import L1, POLARIZATION
 
 from polarfast.kernels import polarize

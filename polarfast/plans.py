@@ -168,8 +168,8 @@ def table(plan: PruningPlan) -> str:
         bar = "█" * round(8 * kept / layer.channels) + "░" * (8 - round(8 * kept / layer.channels))
         threshold = "—" if layer.threshold is None else f"{layer.threshold:.3g}"
         shown = f"{kept}+{len(layer.constant)}" if layer.constant else f"{kept}"
-        line = f"{name:<{width}}  {layer.channels:>8}  {shown:>6} {bar} {threshold:>9}  {layer.note}"
-        lines.append(line.rstrip())
+        numbers = f"{layer.channels:>8}  {shown:>6} {bar} {threshold:>9}"
+        lines.append(f"{name:<{width}}  {numbers}  {layer.note}".rstrip())
     channels = sum(layer.channels for layer in plan.layers.values())
     kept_all = sum(kept.numel() for kept in plan.kept.values())
     lines += [

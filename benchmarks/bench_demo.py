@@ -3,7 +3,7 @@
     python benchmarks/bench_demo.py [--quick] [--seeds 3]
 
 Both train for the same number of epochs in all, with the same batches, optimizer and augmentation;
-the dense network's cosine spans the whole, as suits it best. Takes 3 to 4 minutes a seed on one
+the dense network's cosine spans the whole, as suits it best. Takes about 4 minutes a seed on one
 core (--quick: 1 minute).
 """
 

@@ -94,18 +94,18 @@ class Structure:
                 )
             # The class alone changes: parameters, hooks, modes stay with the instance.
             module.__class__ = table[type(module)]
+        if change.put_back is None and not change.bias:
+            return
+        weight = module.weight
+        assert isinstance(weight, Tensor)
         prefix = f"{name}." if name else ""
         if change.put_back is not None:
-            module.put_back(  # type: ignore[operator]
-                tensor_of(f"{prefix}put_back_index", None),
-                tensor_of(f"{prefix}put_back_constant", None),
-            )
+            index = tensor_of(f"{prefix}put_back_index", None).to(weight.device)
+            constant = tensor_of(f"{prefix}put_back_constant", None).to(weight.device)
+            module.put_back(index, constant)  # type: ignore[operator]
         if change.bias:
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            module.bias = nn.Parameter(
-                tensor_of(f"{prefix}bias", None), requires_grad=weight.requires_grad
-            )
+            bias = tensor_of(f"{prefix}bias", None).to(weight.device, weight.dtype)
+            module.bias = nn.Parameter(bias, requires_grad=weight.requires_grad)
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

@@ -15,7 +15,9 @@ def png_size(path: Path) -> tuple[int, int]:
 
 def test_all_three(tmp_path: Path) -> None:
     scales = {"a.weight": torch.tensor([0.0, 0.0, 0.4]), "b.weight": torch.rand(500)}
-    figures.gamma_histogram(tmp_path / "1.png", scales, {"a.weight": 0.01, "b.weight": None})
+    kept = {"a.weight": torch.tensor([2]), "b.weight": torch.arange(500)}
+    thresholds = {"a.weight": 0.01, "b.weight": None}
+    figures.gamma_histogram(tmp_path / "1.png", scales, kept, thresholds)
     histograms = [torch.histc(torch.rand(50), 100, 0, 1).int() for _ in range(30)]
     figures.gamma_over_epochs(tmp_path / "2.png", histograms, range(1, 31))
     figures.channels_kept(
@@ -28,5 +30,6 @@ def test_all_three(tmp_path: Path) -> None:
 
 def test_one_epoch_and_no_threshold(tmp_path: Path) -> None:
     figures.gamma_over_epochs(tmp_path / "e.png", [torch.ones(100)], [1])
-    figures.gamma_histogram(tmp_path / "h.png", {"a": torch.full((4,), 0.5)}, {"a": None})
+    scales, kept = {"a": torch.full((4,), 0.5)}, {"a": torch.arange(4)}
+    figures.gamma_histogram(tmp_path / "h.png", scales, kept, {"a": None})
     assert png_size(tmp_path / "e.png") and png_size(tmp_path / "h.png")

@@ -95,7 +95,10 @@ def draw(run: Run) -> None:
     """The three figures of a finished run."""
     scales, plan = run.scales(run.dense()), run.plan()
     figures.gamma_histogram(
-        run.folder / "gamma_histogram.png", scales, pf.thresholds(scales, method="valley")
+        run.folder / "gamma_histogram.png",
+        scales,
+        plan.kept,
+        pf.thresholds(scales, method="valley"),
     )
     if run.histograms:
         figures.gamma_over_epochs(

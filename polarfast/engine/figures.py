@@ -24,22 +24,25 @@ ROOT_TICKS = (1, 5, 20, 50, 100, 200, 350, 500, 1000, 2000, 3500, 5000, 10000, 2
 
 
 def gamma_histogram(
-    path: Path, scales: Mapping[str, Tensor], thresholds: Mapping[str, float | None]
+    path: Path,
+    scales: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    thresholds: Mapping[str, float | None],
 ) -> None:
     """Histogram of all γ, those kept and those removed, and the thresholds between (Fig. 1).
 
     Args:
         scales: γ of each layer.
-        thresholds: of each layer; γ at or under it are removed.
+        kept: indices of each layer's channels that stay.
+        thresholds: of each layer; None where there is none.
     """
-    kept, removed = [], []
-    for name, values in scales.items():
-        gamma = values.detach().float().cpu().numpy()
-        stays = np.full(len(gamma), True) if (v := thresholds[name]) is None else gamma > v
-        kept.append(gamma[stays])
-        removed.append(gamma[~stays])
     edges = np.linspace(0, 1, BINS + 1)
-    gone, stay = (np.histogram(np.concatenate(part), edges)[0] for part in (removed, kept))
+    every, stay = np.zeros(BINS, int), np.zeros(BINS, int)
+    for name, values in scales.items():
+        gamma = values.detach().float().cpu()
+        every += np.histogram(gamma.numpy(), edges)[0]
+        stay += np.histogram(gamma[kept[name]].numpy(), edges)[0]
+    gone = every - stay
     figure, axes = _figure(6.0, 3.4)
     for counts, bottom, colour, what in (
         (gone, np.zeros_like(gone), ORANGE, "removed"),
@@ -50,7 +53,7 @@ def gamma_histogram(
     _mark_thresholds(axes, [v for v in thresholds.values() if v is not None])
     # The peak at 0 holds most of the factors; on a linear scale nothing else would be seen.
     axes.set_yscale("function", functions=(np.sqrt, np.square))
-    top = float((gone + stay).max()) * 1.1
+    top = float(every.max()) * 1.1
     axes.set_ylim(0, top)
     axes.set_yticks([0] + [tick for tick in ROOT_TICKS if top / 200 < tick <= top])
     axes.set(xlim=(-0.01, 1), xlabel="scaling factor γ", ylabel="channels (square-root scale)")

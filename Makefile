@@ -1,15 +1,16 @@
 # Every target first makes .venv, with torch and polarfast in it, unless it is there and up to date.
-#   make demo   make demo-quick   make test   make lint   make bench
+#   make demo   make demo-quick   make test   make test-abi   make lint   make bench
 # Another interpreter: make PYTHON=python3.12.  Another torch: make TORCH='torch==2.13.0'.
 
 PYTHON ?= python3
 TORCH ?= torch>=2.10
+OTHER_TORCH ?= torch==2.13.0
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo demo-quick test lint bench clean
+.PHONY: install demo demo-quick test test-abi lint bench clean
 
 install: $(STAMP)
 
@@ -28,6 +29,13 @@ demo-quick: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
+# The extension as it was built above, under another torch, which it was not built against.
+test-abi: $(STAMP)
+	test -x .venv-abi/bin/python || $(PYTHON) -m venv .venv-abi
+	.venv-abi/bin/python -m pip install --quiet '$(OTHER_TORCH)' pytest hypothesis
+	PYTHONPATH=$(CURDIR) .venv-abi/bin/python -m pytest -q tests/test_polarize*.py tests/test_valley.py \
+		tests/test_gather.py tests/test_table.py tests/test_stepping.py tests/test_slimming.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -36,4 +44,4 @@ bench: $(STAMP)
 	for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info polarfast/_C*.so
+	rm -rf $(VENV) .venv-abi build dist *.egg-info polarfast/_C*.so

@@ -20,6 +20,8 @@ from .selection import Selection
 from .thresholding import thresholds
 
 FOLDS = ("exact", "bias", "none")
+#: A layer that keeps a smaller share of its channels is pointed out.
+ALMOST_NOTHING = 0.05
 
 
 def plan(
@@ -144,11 +146,13 @@ def _write(
     kept = choice.kept()
     constant = choice.positions(folded.constant)
     layers = {}
-    for name, gone in kept.items():
+    for name, left in kept.items():
         notes = list(choice.notes[name])
         if name in unread:
             notes.append("nothing reads it any more")
-        if not gone.numel():
+        if 0 < left.numel() < ALMOST_NOTHING * choice.layers[name].numel():
+            notes.append("almost everything goes: is λ too strong here?")
+        if not left.numel():
             notes.append("branch is constant" if constant[name] else "branch disappears")
         layers[name] = LayerPlan(
             choice.layers[name].numel(), limits[name], "; ".join(notes), constant[name]

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-OPTIONAL = ("triton", "torchvision", "numpy", "safetensors", "onnx")
+OPTIONAL = ("triton", "torchvision", "numpy", "onnx")
 
 
 def report() -> str:

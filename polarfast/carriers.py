@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .channels import Channels
-from .fields import TOLERANCE, Fold, ReaderFold, level_of, read_fields, shift
+from .fields import TOLERANCE, Fold, ReaderFold, level_of, put_interior, read_fields
 from .inputs import Spec, device_of, generate
 from .tracing import PIN, ProjectionCall
 
@@ -42,35 +42,41 @@ class Carriers:
         chosen = set(self.carrier_of.values())
         with torch.no_grad():
             for name, labels in self.channels.layers.items():
-                bias = params[str(self.channels.calls[name].bias)]
-                saved[name] = bias.clone()
+                bias_name = self.channels.calls[name].bias
+                if bias_name is None:
+                    continue
+                bias = params[bias_name]
+                saved[bias_name] = bias.clone()
                 for place, label in enumerate(labels.tolist()):
                     if label in chosen:
                         bias[place] = 0.0 if label in first else 1.0
                 first |= set(labels.tolist())
             yield
-            for name, bias in saved.items():
-                params[str(self.channels.calls[name].bias)].copy_(bias)
+            for bias_name, bias in saved.items():
+                params[bias_name].copy_(bias)
 
-    def carry(self, result: Fold, index: int, seen: Tensor, again: Tensor, problem: str) -> None:
-        """Let constant channels carry what one reader sees; where they cannot, fold the interior
-        value and say so.
+    def carry(
+        self, result: Fold, index: int, seen: Tensor, again: Tensor, problem: str, refuse: bool
+    ) -> None:
+        """Let constant channels carry what one reader sees; where they cannot, or where that is to
+        be refused, fold the interior value and say so.
         """
         call = self.channels.graph.projections[index]
         reader, positions = result.readers[index], self.wanted[index]
         labels = self.channels.label[call.inputs[positions]].tolist()
         level, varies = level_of(seen, again)
+        refuse = refuse or varies == "depends on the input"
         left = torch.ones(positions.numel(), dtype=torch.bool)
         carried_by = torch.tensor([self.carrier_of.get(label, -1) for label in labels])
-        for carrier in carried_by.unique().tolist() if varies != "depends on the input" else []:
+        for carrier in [] if refuse else carried_by.unique().tolist():
             mine = carried_by == carrier
             if carrier >= 0 and self._columns(reader, call, carrier, mine, labels, seen, index):
                 left &= ~mine
                 if bool((seen[:, mine] != 0).any()):
                     result.constant.add(carrier)
         if bool((seen[:, left] != 0).any()):
-            reader.shift = shift(self.masked, call, positions[left], level[left])
-            reader.note = f"{problem}: the interior value is folded"
+            note = f"{problem}; the interior value is folded"
+            put_interior(self.masked, call, reader, positions[left], level[left], note)
 
     def _columns(
         self,
@@ -109,30 +115,21 @@ class Carriers:
 
 def carriers(channels: Channels, alive: Tensor) -> dict[int, int]:
     """Removed class -> the removed class that can carry its constant: the first that the same
-    layers write.
-
-    Classes for which anything but their convolutions, their norms and their readers has parameters
-    are left out: there a channel with β = 1 would be reshaped on its way.
+    layers write. Left out are classes that a norm without bias writes.
     """
-    graph = channels.graph
     writers: dict[int, tuple[str, ...]] = {}
-    own: set[str | None] = set()
-    for call in graph.projections:
-        if not call.depthwise:
-            own |= {call.weight, call.bias}
+    fixed: set[int] = {PIN}
     for name, labels in channels.layers.items():
         norm = channels.calls[name]
-        own |= {norm.weight, norm.bias, norm.mean, norm.var}
-        if name not in channels.boundaries and norm.bias is not None:
-            for label in labels[~alive[norm.inputs]].unique().tolist():
+        removed = labels[~alive[norm.inputs]].unique().tolist()
+        if norm.bias is None:
+            fixed.update(removed)
+        elif name not in channels.boundaries:
+            for label in removed:
                 writers[label] = (*writers.get(label, ()), name)
-    reshaped = torch.zeros(graph.count, dtype=torch.bool)
-    for (tensor, _), ids in graph.axes.items():
-        if tensor not in own:
-            reshaped[channels.label[ids]] = True
     first: dict[tuple[str, ...], int] = {}
     return {
         label: first.setdefault(names, label)
         for label, names in sorted(writers.items())
-        if label != PIN and not bool(reshaped[label])
+        if label not in fixed
     }

@@ -116,11 +116,10 @@ class Channels:
         mask[list(labels)] = True
         return mask[self.label]
 
-    def sole_norm(self, call: ProjectionCall) -> NormCall | None:
-        """The normalization that alone reads everything a call writes, if there is one."""
-        for name in self._alone:
-            norm = self.calls[name]
-            if torch.equal(norm.inputs, call.outputs):
+    def sole_norm(self, index: int) -> NormCall | None:
+        """The norm that alone reads what a call (by index) writes, and reads it untouched."""
+        for norm in self.graph.norms:
+            if norm.source == index and norm.weight in self._alone:
                 return norm
         return None
 

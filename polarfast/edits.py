@@ -21,37 +21,24 @@ class Edits:
 
     Attributes:
         tensors: name -> full-size tensor (float64 where numbers changed).
-        biases: reader's weight name -> bias to create, float64 [C_out].
+        biases: name of a bias to create -> its values, float64 [C_out], and its channels' ids.
         blank: tensor name -> positions along a dimension whose optimizer state starts at 0
             (constant channels).
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    biases: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     blank: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
 
 
-def new_biases(channels: Channels, fold: Fold, alive: Tensor) -> dict[str, int]:
-    """Reader's weight name -> length of the bias that the fold creates."""
-    found = {}
-    for index, reader in fold.readers.items():
-        call = channels.graph.projections[index]
-        if reader.shift is not None and _sink(channels, call) == "new":
-            found[call.weight] = int(alive[call.outputs].sum())
-    return found
-
-
-def _sink(channels: Channels, call: ProjectionCall) -> str | None:
-    """Where a constant added to a call's output goes: a tensor's name, "new" (a bias to create), or
-    None (it is cancelled).
-
-    A norm that alone reads the output takes it into its running mean: a bias there would be
-        cancelled in training.
-    """
-    norm = channels.sole_norm(call)
-    if norm is not None:
-        return norm.mean
-    return call.bias or "new"
+def new_biases(model: nn.Module, channels: Channels, fold: Fold, alive: Tensor) -> dict[str, int]:
+    """Bias name -> length, of the biases that the fold creates."""
+    existing = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {
+        reader.sink: int(alive[channels.graph.projections[index].outputs].sum())
+        for index, reader in fold.readers.items()
+        if reader.shift is not None and reader.sink is not None and reader.sink not in existing
+    }
 
 
 def write_edits(model: nn.Module, channels: Channels, fold: Fold) -> Edits:
@@ -64,24 +51,17 @@ def write_edits(model: nn.Module, channels: Channels, fold: Fold) -> Edits:
             edits.tensors[name] = tensors[name].detach().double().clone()
         return edits.tensors[name]
 
-    shifted: dict[str, Tensor] = {}
+    means = {norm.mean for norm in channels.graph.norms}
+    done: set[str] = set()
     for index, reader in fold.readers.items():
-        call = channels.graph.projections[index]
-        if reader.shift is not None:
-            sink = _sink(channels, call)
-            key = call.weight if sink == "new" else sink
-            if key is not None and key in shifted and not torch.equal(shifted[key], reader.shift):
-                reader.note = (
-                    "is called twice and reads different constants: the first call's are folded"
-                )
-            elif key is not None and key not in shifted:
-                shifted[key] = reader.shift
-                if sink == "new":
-                    edits.biases[call.weight] = reader.shift
-                elif sink == call.bias:
-                    edit(key).add_(reader.shift.to(tensors[key].device))
-                else:
-                    edit(key).sub_(reader.shift.to(tensors[key].device))
+        if reader.shift is None or reader.sink is None or reader.sink in done:
+            continue  # calls that share a sink agree on what it takes up
+        done.add(reader.sink)
+        if reader.sink not in tensors:
+            edits.biases[reader.sink] = (reader.shift, channels.graph.projections[index].outputs)
+            continue
+        sign = -1.0 if reader.sink in means else 1.0
+        edit(reader.sink).add_(reader.shift.to(tensors[reader.sink].device), alpha=sign)
     if fold.constant:
         _silence(edits, channels, channels.in_classes(fold.constant), edit)
     for index, reader in fold.readers.items():

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .tracing import ProjectionCall, call_model
+from .errors import PlanError
+from .tracing import ProjectionCall, call_model, plain_eager
 
 #: A field counts as one constant (or as proportional to another field) up to this share of its
 #: largest value: float64 rounding.
@@ -23,14 +24,18 @@ class ReaderFold:
 
     Attributes:
         weight: the reader's parameter name.
+        sink: the tensor that takes up `shift`; None: nothing does (it is cancelled, or it is lost).
         shift: float64 [C_out], what the constants add to the reader's output.
-        columns: constant channel's id -> removed channels' ids it stands for, and each one's
-            multiple of the constant channel.
+        shifted: input positions whose constants `shift` stands for.
+        columns: constant channel's position -> removed channels' positions that it stands for, and
+            each one's multiple of the constant channel.
         note: why the fold is not exact; None if it is.
     """
 
     weight: str
+    sink: str | None = None
     shift: Tensor | None = None
+    shifted: Tensor | None = None
     columns: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     note: str | None = None
 
@@ -81,32 +86,106 @@ def masked_copy(model: nn.Module, kept: dict[str, Tensor], zero_beta: bool) -> n
     return masked
 
 
-class _Reads(TorchDispatchMode):
-    """Notes what each convolution and linear layer reads in the channels asked for."""
+class _Projections(TorchDispatchMode):
+    """Meets each convolution and linear layer of a model as the call it is in the traced graph."""
 
-    def __init__(
-        self, model: nn.Module, wanted: dict[int, Tensor], calls: list[ProjectionCall]
-    ) -> None:
+    def __init__(self, model: nn.Module, calls: list[ProjectionCall]) -> None:
         super().__init__()
-        names = {param.data_ptr(): name for name, param in model.named_parameters()}
-        self.names, self.wanted, self.fields = names, wanted, Fields()
-        self.waiting: dict[str, Iterator[int]] = {}
+        self.names = {param.data_ptr(): name for name, param in model.named_parameters()}
+        self.copies: list[Tensor] = []  # kept, so that no other tensor gets their addresses
         order: dict[str, list[int]] = {}
         for i, call in enumerate(calls):
             order.setdefault(call.weight, []).append(i)
-        self.waiting = {name: iter(indices) for name, indices in order.items()}
+        self.waiting: dict[str, Iterator[int]] = {n: iter(indices) for n, indices in order.items()}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # here composite operators arrive whole
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         name = func.overloadpacket.__name__
         place = {"convolution": (0, 1), "addmm": (1, 2), "mm": (0, 1)}.get(name)
-        if place is not None:
-            x, weight = args[place[0]], args[place[1]]
-            index = next(self.waiting.get(self.names.get(weight.data_ptr(), ""), iter(())), None)
-            if index in self.wanted:
-                self.fields[index] = x[:, self.wanted[index].to(x.device)].cpu()
-        return func(*args, **(kwargs or {}))
+        if place is None:
+            out = func(*args, **kwargs)
+            if name in ("clone", "_to_copy") and args[0].data_ptr() in self.names:
+                self.names[out.data_ptr()] = self.names[args[0].data_ptr()]
+                self.copies.append(out)
+            return out
+        weight = args[place[1]]
+        index = next(self.waiting.get(self.names.get(weight.data_ptr(), ""), iter(())), None)
+        if index is None:
+            return func(*args, **kwargs)
+        x = self.read(index, args[place[0]])
+        args = (*args[: place[0]], x, *args[place[0] + 1 :])
+        return self.write(index, func(*args, **kwargs))
+
+    def read(self, index: int, x: Tensor) -> Tensor:
+        """What the call is to read instead of `x`."""
+        return x
+
+    def write(self, index: int, out: Tensor) -> Tensor:
+        """What the call is to return instead of `out`."""
+        return out
+
+
+class _Reads(_Projections):
+    """Notes what each call reads in the channels asked for."""
+
+    def __init__(
+        self, model: nn.Module, wanted: dict[int, Tensor], calls: list[ProjectionCall]
+    ) -> None:
+        super().__init__(model, calls)
+        self.wanted, self.fields = wanted, Fields()
+
+    def read(self, index: int, x: Tensor) -> Tensor:
+        if index in self.wanted:
+            self.fields[index] = x[:, self.wanted[index].to(x.device)].cpu()
+        return x
+
+
+class AsFolded(_Projections):
+    """Lets each reader whose fold is not exact see what the plan says it sees: instead of the
+    removed channels' constants, their interior value.
+    """
+
+    def __init__(self, model: nn.Module, fold: Fold, calls: list[ProjectionCall]) -> None:
+        super().__init__(model, calls)
+        self.readers = {i: reader for i, reader in fold.readers.items() if reader.note}
+
+    def read(self, index: int, x: Tensor) -> Tensor:
+        reader = self.readers.get(index)
+        if reader is None or reader.shifted is None:
+            return x
+        return x.index_fill(1, reader.shifted.to(x.device), 0.0)
+
+    def write(self, index: int, out: Tensor) -> Tensor:
+        reader = self.readers.get(index)
+        if reader is None or reader.shift is None:
+            return out
+        shift = reader.shift.to(out.device)
+        return out + shift.view(1, -1, *[1] * (out.dim() - 2))
+
+
+def run_double(model: nn.Module, inputs: Any) -> Any:
+    """A float64 model on float64 inputs.
+
+    Raises:
+        PlanError: the network's code asks for another dtype.
+    """
+    try:
+        with plain_eager():
+            return call_model(model, inputs)
+    except RuntimeError as error:
+        if "dtype" not in str(error) and "same type" not in str(error):
+            raise
+        raise PlanError(
+            f"the network cannot run in float64, in which removed channels are worked out: {error}."
+            " Let its code take the dtype from its input (x.to(weight.dtype), not x.float())"
+        ) from error
 
 
 def read_fields(
@@ -115,9 +194,15 @@ def read_fields(
     """Run `model`; for each call index in `wanted`, what it reads in those input channels: float64
     [N, R, ...].
     """
-    reads = _Reads(model, wanted, calls)
-    with torch.no_grad(), reads:
-        call_model(model, inputs)
+    with _Reads(model, wanted, calls) as reads:
+        run_double(model, inputs)
+    for index, seen in reads.fields.items():
+        if not bool(seen.isfinite().all()):
+            raise PlanError(
+                f"{calls[index].weight} reads NaN or inf in a removed channel, on random inputs "
+                "between the example inputs' smallest and largest value: use example inputs like "
+                "the real ones, and check that training has not diverged"
+            )
     return reads.fields
 
 
@@ -138,7 +223,23 @@ def level_of(seen: Tensor, again: Tensor) -> tuple[Tensor, str | None]:
     return level, None
 
 
-def shift(masked: nn.Module, call: ProjectionCall, positions: Tensor, level: Tensor) -> Tensor:
+def put_interior(
+    masked: nn.Module,
+    call: ProjectionCall,
+    reader: ReaderFold,
+    positions: Tensor,
+    level: Tensor,
+    problem: str | None,
+) -> None:
+    """Fold one value for each removed channel, its own in the interior; `problem`: why it is not
+    the same everywhere, if it is not.
+    """
+    reader.shifted, reader.note = positions, problem
+    if reader.sink is not None:
+        reader.shift = _shift(masked, call, positions, level)
+
+
+def _shift(masked: nn.Module, call: ProjectionCall, positions: Tensor, level: Tensor) -> Tensor:
     """What constant inputs add to each output channel in the interior, float64 [C_out]."""
     weight = masked.get_parameter(call.weight).detach().cpu()
     value = torch.zeros(call.inputs.numel(), dtype=torch.float64)

@@ -50,7 +50,7 @@ def save(slim: nn.Module, plan: PruningPlan, path: str | os.PathLike[str]) -> No
         "info": json.dumps(
             {"structure": info.structure.to_data(), "fold": info.fold, "inexact": info.inexact}
         ),
-        "tensors": slim.state_dict(),
+        "tensors": _tensors(slim, info.structure),
     }
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -92,18 +92,39 @@ def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Mod
         ) from error
     model = unwrap(build())
     structure.apply(model, blank(structure.shapes))
+    state = model.state_dict(keep_vars=True)
+    rest = {name: tensors.pop(name) for name in [*tensors] if _not_in_state(name, state, structure)}
+    # Where the model was built, in the dtype that was saved.
+    placed = {
+        name: tensor.to(state[name].device)
+        if name in state and state[name].device.type != "meta"
+        else tensor
+        for name, tensor in tensors.items()
+    }
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(placed, assign=True)
     except RuntimeError as error:
         raise PlanError(
             f"build() makes another network than the one saved in {path}: {error}"
         ) from error
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        # As saved: a model in bfloat16 comes back in bfloat16.
-        if tensor.dtype != tensors[name].dtype:
-            tensor.data = tensor.data.to(tensors[name].dtype).copy_(tensors[name])
+    for name, tensor in rest.items():
+        old = model.get_buffer(name)
+        old.data = tensor.to(old.device)
     model.polarfast_info = loaded  # type: ignore[assignment]
     return model
+
+
+def _tensors(slim: nn.Module, structure: Structure) -> dict[str, torch.Tensor]:
+    """The state dict, and buffers outside it (not persistent) whose shape has changed."""
+    tensors = dict(slim.state_dict())
+    for name, buffer in slim.named_buffers():
+        if name in structure.shapes:
+            tensors.setdefault(name, buffer.detach())
+    return tensors
+
+
+def _not_in_state(name: str, state: dict[str, Any], structure: Structure) -> bool:
+    return name not in state and name in structure.shapes
 
 
 def load_plan(path: str | os.PathLike[str]) -> PruningPlan:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError
+from .errors import ArgumentError, PlanError
 
 Spec = dict[str, Any]
 
@@ -17,15 +17,19 @@ def describe(inputs: Any) -> Spec:
         ArgumentError: something else is among the inputs.
     """
     if isinstance(inputs, Tensor):
+        if inputs.is_complex():
+            raise ArgumentError("example_inputs holds a complex tensor: pass real ones")
         spec: Spec = {
             "shape": list(inputs.shape),
             "dtype": str(inputs.dtype).removeprefix("torch."),
         }
-        if not inputs.is_floating_point():
-            spec["range"] = [int(inputs.min()), int(inputs.max())] if inputs.numel() else [0, 0]
+        if inputs.numel():
+            kind = float if inputs.is_floating_point() else int
+            spec["range"] = [kind(inputs.min()), kind(inputs.max())]
         return spec
     if isinstance(inputs, (tuple, list)):
-        return {"items": [describe(item) for item in inputs]}
+        key = "list" if isinstance(inputs, list) else "items"
+        return {key: [describe(item) for item in inputs]}
     if isinstance(inputs, dict) and all(isinstance(key, str) for key in inputs):
         return {"named": {key: describe(item) for key, item in inputs.items()}}
     if inputs is None or isinstance(inputs, (bool, int, float, str)):
@@ -37,28 +41,45 @@ def describe(inputs: Any) -> Spec:
     )
 
 
-def generate(spec: Spec, *, device: torch.device, dtype: torch.dtype | None, seed: int) -> Any:
-    """Random inputs of the described form; floating point ones standard normal and in `dtype`,
-    where given.
+def generate(
+    spec: Spec, *, device: torch.device, dtype: torch.dtype | None = None, seed: int
+) -> Any:
+    """Random inputs of the described form, in the range of the examples.
+
+    Floating point ones are in `dtype`, where given; standard normal if the examples were constant.
+
+    Raises:
+        PlanError: this is no description of inputs.
     """
     generator = torch.Generator().manual_seed(seed)
 
+    def tensor(part: Spec) -> Tensor:
+        own = getattr(torch, part["dtype"])
+        low, high = part.get("range", (0, 0))
+        if not own.is_floating_point:
+            whole = torch.randint(int(low), int(high) + 1, part["shape"], generator=generator)
+            return whole.to(device, own)
+        draw = torch.rand if low < high else torch.randn
+        values = draw(part["shape"], generator=generator, dtype=torch.float64)
+        if low < high:
+            values = low + (high - low) * values
+        return values.to(device, dtype or own)
+
     def make(part: Spec) -> Any:
         if "shape" in part:
-            own = getattr(torch, part["dtype"])
-            if own.is_floating_point:
-                return torch.randn(part["shape"], generator=generator, dtype=torch.float64).to(
-                    device, dtype or own
-                )
-            low, high = part["range"]
-            return torch.randint(low, high + 1, part["shape"], generator=generator).to(device, own)
+            return tensor(part)
+        if "list" in part:
+            return [make(item) for item in part["list"]]
         if "items" in part:
             return tuple(make(item) for item in part["items"])
         if "named" in part:
             return {key: make(item) for key, item in part["named"].items()}
         return part["value"]
 
-    return make(spec)
+    try:
+        return make(spec)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PlanError(f"the plan's description of the inputs is damaged: {error}") from error
 
 
 def convert(inputs: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
@@ -66,7 +87,8 @@ def convert(inputs: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(inputs, Tensor):
         return inputs.to(device, dtype) if inputs.is_floating_point() else inputs.to(device)
     if isinstance(inputs, (tuple, list)):
-        return tuple(convert(item, device=device, dtype=dtype) for item in inputs)
+        items = [convert(item, device=device, dtype=dtype) for item in inputs]
+        return items if isinstance(inputs, list) else tuple(items)
     if isinstance(inputs, dict):
         return {key: convert(item, device=device, dtype=dtype) for key, item in inputs.items()}
     return inputs

@@ -48,7 +48,8 @@ class Layout:
 
     def macs(self) -> int:
         """Multiply-accumulates of convolutions and linear layers on the example inputs."""
-        return sum(call.macs(*self._sizes(call)) for call in self.graph.projections)
+        counted = [call for call in self.graph.projections if call.counted]
+        return sum(call.macs(*self._sizes(call)) for call in counted) + self.graph.fixed_macs
 
     def params(self, model: nn.Module, new_biases: Mapping[str, int]) -> int:
         """Number of parameters, created biases included."""
@@ -65,7 +66,7 @@ class Layout:
 
         Args:
             model: the original.
-            new_biases: projection weight -> length of the bias to create.
+            new_biases: name -> length of the biases to create.
         """
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         structure = Structure()
@@ -74,8 +75,11 @@ class Layout:
             for dim, kept in self.index(name).items():
                 shape[dim] = kept.numel()
             structure.shapes[name] = shape
+        for name, length in new_biases.items():
+            structure.shapes[name] = [length]
+            _change(structure, name).bias = True
         for call in self.graph.projections:
-            self._projection(structure, model, call, new_biases.get(call.weight))
+            self._projection(structure, model, call)
         for norm in self.graph.norms:
             norm_name = norm.weight or norm.mean or ""
             if norm_name in structure.shapes:
@@ -87,14 +91,9 @@ class Layout:
                 _change(structure, name).attributes["num_parameters"] = structure.shapes[name][0]
         return structure
 
-    def _projection(
-        self, structure: Structure, model: nn.Module, call: ProjectionCall, bias: int | None
-    ) -> None:
+    def _projection(self, structure: Structure, model: nn.Module, call: ProjectionCall) -> None:
         module = model.get_submodule(call.weight.rpartition(".")[0])
         n_in, n_out = self._sizes(call)
-        if bias is not None:
-            _change(structure, call.weight).bias = True
-            structure.shapes[f"{call.weight.rpartition('.')[0]}.bias".lstrip(".")] = [bias]
         if n_in == call.inputs.numel() and n_out == call.outputs.numel():
             return
         change = _change(structure, call.weight)

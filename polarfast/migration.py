@@ -32,15 +32,16 @@ def migrate_optimizer(
     slim_params = dict(small.named_parameters())
     created = [name for name in slim_params if name not in set(names.values())]
     groups: list[list[nn.Parameter]] = []
+    found_names: list[list[str]] = []
     for group in optimizer.param_groups:
         params = [
             slim_params[names[param]] if param in names else param for param in group["params"]
         ]
         mine = {names[param] for param in group["params"] if param in names}
-        params += [
-            slim_params[name] for name in created if f"{name.removesuffix('bias')}weight" in mine
-        ]
+        added = [name for name in created if f"{name.removesuffix('bias')}weight" in mine]
+        params += [slim_params[name] for name in added]
         groups.append(params)
+        found_names.append(added)
     state: dict[Tensor, Any] = {}
     for param, values in optimizer.state.items():
         name = names.get(param)
@@ -50,14 +51,17 @@ def migrate_optimizer(
             state[slim_params[name]] = {
                 key: _cut(name, param, key, value, layout, edits) for key, value in values.items()
             }
-    for group, params in zip(optimizer.param_groups, groups, strict=True):
+    for group, params, added in zip(optimizer.param_groups, groups, found_names, strict=True):
         group["params"] = params
+        if "param_names" in group:
+            group["param_names"] = [*group["param_names"], *added]
     optimizer.state.clear()
     optimizer.state.update(state)
 
 
 def _cut(name: str, param: Tensor, key: str, value: Any, layout: Layout, edits: Edits) -> Any:
-    if not isinstance(value, Tensor) or (value.numel() == 1 and param.numel() != 1):
+    untouched = not layout.index(name) and name not in edits.blank
+    if not isinstance(value, Tensor) or value.dim() == 0 or untouched:
         return value
     if value.shape != param.shape:
         raise PlanError(

@@ -168,6 +168,6 @@ def _write(
         macs_before=whole.macs(),
         macs=layout.macs(),
         params_before=whole.params(model, {}),
-        params=layout.params(model, new_biases(channels, folded, alive)),
+        params=layout.params(model, new_biases(model, channels, folded, alive)),
         inexact=folded.notes(),
     )

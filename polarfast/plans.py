@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .channels import RESIDUAL_MODES
 from .errors import PlanError
 
 FORMAT = "polarfast-plan"
@@ -122,6 +123,8 @@ class PruningPlan:
 
 
 def _from_data(data: Mapping[str, Any]) -> PruningPlan:
+    if data["residual"] not in RESIDUAL_MODES:
+        raise ValueError(f"residual is {data['residual']!r}")
     kept, layers = {}, {}
     for name, layer in data["layers"].items():
         indices = [i for first, last in layer["kept"] for i in range(first, last + 1)]
@@ -129,6 +132,8 @@ def _from_data(data: Mapping[str, Any]) -> PruningPlan:
             raise ValueError(
                 f"kept channels of {name} are not ascending numbers below {layer['channels']}"
             )
+        if any(not 0 <= i < layer["channels"] or i in indices for i in layer["constant"]):
+            raise ValueError(f"constant channels of {name} are not among the removed ones")
         kept[name] = torch.tensor(indices, dtype=torch.long)
         layers[name] = LayerPlan(
             layer["channels"], layer["threshold"], layer["note"], layer["constant"]

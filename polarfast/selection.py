@@ -24,7 +24,7 @@ class Selection:
         self.channels, self.graph = channels, channels.graph
         self.layers = {name: channels.layers[name] for name in names}
         self.notes: dict[str, list[str]] = {name: [] for name in self.layers}
-        self.strength = torch.full((self.graph.count,), -1.0)
+        self.strength = torch.full((self.graph.count,), -1.0, dtype=torch.float32)
         self.stays = torch.ones(self.graph.count, dtype=torch.bool)
 
     def cut(self, scores: Mapping[str, Tensor], thresholds: Mapping[str, float | None]) -> None:
@@ -169,9 +169,12 @@ class Selection:
         the layers concerned.
         """
         dropped: list[str] = []
-        boundary_in = torch.zeros(self.graph.count, dtype=torch.bool)
+        untouchable = torch.zeros(self.graph.count, dtype=torch.bool)
         for name in self.channels.boundaries:
-            boundary_in[self.channels.label[self.channels.calls[name].inputs]] = True
+            untouchable[self.channels.label[self.channels.calls[name].inputs]] = True
+        for name, labels in self.channels.layers.items():
+            if name not in self.layers:  # left out by the user
+                untouchable[labels] = True
         while True:
             alive = self.alive()
             read = torch.zeros(self.graph.count, dtype=torch.bool)
@@ -183,7 +186,7 @@ class Selection:
                 known[labels] = True
                 if bool(alive[call.outputs].any()):
                     read[labels] = True
-            useless = self.stays & known & ~read & ~boundary_in
+            useless = self.stays & known & ~read & ~untouchable
             useless[PIN] = False
             if not bool(useless.any()) or not can_vanish(useless):
                 return dropped

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .channels import Channels
 from .edits import Edits, new_biases, write_edits
 from .errors import ArgumentError, PlanError
-from .fields import double_copy
+from .fields import Fold, double_copy
 from .folding import fold_constants
 from .inputs import device_of, dtype_of, generate, unwrap
 from .layout import Layout
@@ -36,6 +36,13 @@ class SlimInfo:
     structure: Structure
     fold: str
     inexact: dict[str, str]
+
+    def after(self, before: "SlimInfo | None") -> "SlimInfo":
+        """The same for a model that was itself slim: differences from the first original."""
+        if before is None:
+            return self
+        structure = self.structure.after(before.structure)
+        return SlimInfo(structure, self.fold, {**before.inexact, **self.inexact})
 
 
 def slim(
@@ -74,7 +81,9 @@ def slim(
     channels, choice = _fit(model, plan)
     blueprint = _draw(model, plan, channels, choice, fold)
     if verify:
-        _check(model, plan, channels, choice, blueprint)
+        # Built in float64, where only the algebra can be wrong.
+        double = double_copy(model)
+        check_slim(double, blueprint.build(double), plan, fold, blueprint.folded, channels)
     small = blueprint.build(model)
     if optimizer is not None:
         migrate_optimizer(optimizer, model, small, blueprint.layout, blueprint.edits)
@@ -86,6 +95,7 @@ class _Blueprint:
     """Everything that a slim model is built from, apart from the model."""
 
     channels: Channels
+    folded: Fold
     layout: Layout
     edits: Edits
     info: SlimInfo
@@ -111,25 +121,9 @@ class _Blueprint:
         self.info.structure.apply(small, lambda name, old: new[name])
         for param in small.parameters():
             param.grad = None
-        small.polarfast_info = self.info  # type: ignore[assignment]
+        before = getattr(model, "polarfast_info", None)
+        small.polarfast_info = self.info.after(before)  # type: ignore[assignment]
         return small
-
-
-def _check(
-    model: nn.Module,
-    plan: PruningPlan,
-    channels: Channels,
-    choice: Selection,
-    blueprint: _Blueprint,
-) -> None:
-    """Build in float64, where only algebra can be wrong; compare with the masked original."""
-    fold, inexact = blueprint.info.fold, blueprint.info.inexact
-    double = double_copy(model)
-    check_slim(double, blueprint.build(double), plan, fold, exact=not inexact)
-    if inexact and fold != "none":
-        # What was gathered must be right even where a constant could not be folded exactly.
-        plain = _draw(double, plan, channels, choice, "none")
-        check_slim(double, plain.build(double), plan, "none", exact=not plain.info.inexact)
 
 
 def _fit(model: nn.Module, plan: PruningPlan) -> tuple[Channels, Selection]:
@@ -163,22 +157,12 @@ def _draw(
             for name, layer in plan.layers.items()
             for place in layer.constant
         }
-    folded = fold_constants(
-        model, channels, choice.kept(), alive, plan.inputs, fold, forced
-    )
+    folded = fold_constants(model, channels, choice.kept(), alive, plan.inputs, fold, forced)
     alive |= channels.in_classes(folded.constant)
     layout = Layout(channels, alive)
     edits = write_edits(model, channels, folded)
-    structure = layout.structure(model, new_biases(channels, folded, alive))
-    return _Blueprint(channels, layout, edits, SlimInfo(structure, fold, folded.notes()))
-
-
-def _outputs(channels: Channels, edits: Edits) -> dict[str, Tensor]:
-    return {
-        call.weight: call.outputs
-        for call in channels.graph.projections
-        if call.weight in edits.biases
-    }
+    structure = layout.structure(model, new_biases(model, channels, folded, alive))
+    return _Blueprint(channels, folded, layout, edits, SlimInfo(structure, fold, folded.notes()))
 
 
 def _new_tensors(
@@ -186,10 +170,9 @@ def _new_tensors(
 ) -> dict[str, Tensor]:
     """Created biases, and what norms need to put their channels back."""
     new: dict[str, Tensor] = {}
-    for weight, ids in _outputs(channels, edits).items():
-        like = tensors[weight]
-        name = f"{weight.rpartition('.')[0]}.bias".lstrip(".")
-        new[name] = edits.biases[weight][layout.alive[ids]].to(like.device, like.dtype)
+    for name, (values, ids) in edits.biases.items():
+        like = tensors[f"{name.removesuffix('bias')}weight"]
+        new[name] = values[layout.alive[ids]].to(like.device, like.dtype)
     for weight in channels.boundaries:
         norm = channels.calls[weight]
         alive = layout.alive[norm.inputs]

@@ -3,7 +3,7 @@ constructor.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,19 @@ class Structure:
         return cls(
             shapes={name: list(shape) for name, shape in data["shapes"].items()}, modules=modules
         )
+
+    def after(self, first: "Structure") -> "Structure":
+        """The difference when this one follows another (a slim model slimmed again)."""
+        modules = {name: replace(change) for name, change in first.modules.items()}
+        for name, change in self.modules.items():
+            old = modules.get(name, ModuleChange())
+            modules[name] = ModuleChange(
+                attributes={**old.attributes, **change.attributes},
+                put_back=old.put_back if change.put_back is None else change.put_back,
+                silent=old.silent or change.silent,
+                bias=old.bias or change.bias,
+            )
+        return Structure({**first.shapes, **self.shapes}, modules)
 
     def apply(self, model: nn.Module, tensor_of: Callable[[str, Tensor | None], Tensor]) -> None:
         """Give a model built like the original (or a copy of it) this structure, in place.

@@ -120,7 +120,8 @@ def settle(model: nn.Module, *inputs: Tensor, seed: int = 0) -> nn.Module:
     for module in model.modules():
         if isinstance(module, NORMS):
             module.weight.uniform_(0.5, 1.0)
-            module.bias.normal_()
+            if module.bias is not None:
+                module.bias.normal_()
             module.momentum = 1.0
     model(*(x.double() for x in inputs))
     for module in model.modules():

@@ -34,8 +34,9 @@ def masked(model: nn.Module, plan: pf.PruningPlan, zero_beta: bool) -> nn.Module
             gone = torch.ones(model.get_parameter(name).numel(), dtype=torch.bool)
             gone[kept] = False
             model.get_parameter(name)[gone] = 0
-            if zero_beta:
-                model.get_parameter(name.removesuffix("weight") + "bias")[gone] = 0
+            beta = model.get_submodule(name.rpartition(".")[0]).bias
+            if zero_beta and beta is not None:
+                beta[gone] = 0
     return model
 
 

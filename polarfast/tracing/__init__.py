@@ -1,6 +1,7 @@
 """Which channels of a model are the same channel, found by one dry run."""
 
-from .dryrun import call_model, trace
+from .calling import call_model, plain_eager, tensors_of
+from .dryrun import trace
 from .graph import Addition, Graph, NormCall, Pin, ProjectionCall
 from .ids import PIN, components
 
@@ -13,5 +14,7 @@ __all__ = [
     "ProjectionCall",
     "call_model",
     "components",
+    "plain_eager",
+    "tensors_of",
     "trace",
 ]

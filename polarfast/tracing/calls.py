@@ -95,12 +95,14 @@ def project(
             depthwise=depthwise,
             transposed=transposed,
             padded=padded,
+            counted=rec.counting,
             positions=positions,
             taps=taps,
             node=node,
         )
     )
     rec.put(out, spread(outputs, out.shape, 1), [value])
+    rec.written[out] = len(rec.graph.projections) - 1
     tracked = rec.values[out]
     tracked.node, tracked.depth = node, value.depth + 1
 
@@ -168,7 +170,7 @@ def batch_norm(rec: Recorder, overload: str, args: tuple[Any, ...], out: Tensor)
     outputs = previous[0].outputs if previous else _renamed(rec, inputs)
     node = rec.node([value.node])
     rec.graph.norms.append(
-        NormCall(weight, bias, mean, var, inputs, outputs, depth=value.depth, node=node)
+        NormCall(weight, bias, mean, var, inputs, outputs, rec.written.get(x), value.depth, node)
     )
     rec.put(out, spread(outputs, out.shape, 1), [value])
     rec.values[out].node = node

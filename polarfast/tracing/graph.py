@@ -22,6 +22,7 @@ class ProjectionCall:
         depthwise: one input channel per group.
         transposed: transposed convolution (weight is [C_in, C_out / groups, ...]).
         padded: whether the convolution pads its input with zeros.
+        counted: whether it ran in eval mode: MACs are counted there.
         positions: output positions, the batch included.
         taps: kernel positions per channel pair.
         node: this call's node in `Graph.parents`.
@@ -35,6 +36,7 @@ class ProjectionCall:
     depthwise: bool
     transposed: bool
     padded: bool
+    counted: bool
     positions: int
     taps: int
     node: int
@@ -52,6 +54,7 @@ class NormCall:
     Attributes:
         weight, bias, mean, var: names of parameters and buffers, None where there is none.
         inputs, outputs: channel ids, int64 [C].
+        source: index in `Graph.projections` of the call whose output, untouched, it normalizes.
         depth: convolutions and linear layers on the longest path from the network's input.
         node: this call's node in `Graph.parents`.
     """
@@ -62,6 +65,7 @@ class NormCall:
     var: str | None
     inputs: Tensor
     outputs: Tensor
+    source: int | None
     depth: int
     node: int
 
@@ -101,7 +105,7 @@ class Graph:
         pooled: ids that pass through an operator that refuses an activation with no channel at all.
         parents: for each node, the nodes it is computed from.
         inputs, outputs: nodes of the network's inputs and outputs.
-        unread: names of projection and norm parameters that no call used.
+        fixed_macs: multiply-accumulates of products whose channels are not followed.
     """
 
     count: int = 1
@@ -116,7 +120,7 @@ class Graph:
     parents: list[tuple[int, ...]] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
-    unread: tuple[str, ...] = ()
+    fixed_macs: int = 0
 
     def labels(self, *edge_sets: list[Tensor]) -> Tensor:
         """Component label of every id under the ties and the given further edges, int64 [count]."""

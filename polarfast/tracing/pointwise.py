@@ -61,10 +61,10 @@ def _join(rec: Recorder, name: str, left: Operand, right: Operand) -> Operand:
     for one, other in ((left, right), (right, left)):
         if other.repeated & one.varying:
             # One value for all channels, e.g. a spatial mask: as a factor it leaves a zero channel
-            # zero, added it would not.
+            # zero, added it would not. Its own channel has to stay.
+            rec.pin(other.ids, f"is repeated over several channels ({name})")
             if name not in PRODUCTS or other.varying:
                 rec.pin(one.ids, f"meets an activation that several of its channels share ({name})")
-                rec.pin(other.ids, f"is repeated over several channels ({name})")
             return Operand(one.ids, repeated, depth)
     one_ids, other_ids = torch.broadcast_tensors(*small)
     if name in PRODUCTS:

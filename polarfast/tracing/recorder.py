@@ -41,6 +41,8 @@ class Recorder:
         self.graph = Graph()
         self.values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.views: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.written: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.counting = True  # whether this pass's MACs count
         self.used: set[str] = set()
         self.whole: set[str] = set()
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -57,6 +59,11 @@ class Recorder:
     def start(self, ids: Tensor, node: int) -> Value:
         """A network input."""
         return Value(ids, node, 0)
+
+    def touched(self, tensor: Tensor) -> None:
+        """Say that a tensor was changed in place: it is no longer what a call wrote."""
+        if tensor in self.written:
+            del self.written[tensor]
 
     def put(self, tensor: Tensor, ids: Tensor, sources: Iterable[Value]) -> None:
         """Track `tensor`. A node of its own only where several values meet."""

@@ -49,6 +49,7 @@ PRODUCTS = frozenset("mul div".split())
 
 def movement(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
     """Run the operator itself on the ids."""
+    in_place = func.overloadpacket.__name__.endswith("_")  # then on a copy: ids are shared
     sources: list[Value] = []
 
     def to_ids(arg: Any) -> Any:
@@ -57,7 +58,7 @@ def movement(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
             if value is None:
                 return torch.full((), PIN).expand(arg.shape)
             sources.append(value)
-            return value.ids
+            return value.ids.clone() if in_place else value.ids
         return [to_ids(item) for item in arg] if isinstance(arg, (list, tuple)) else arg
 
     id_args = [to_ids(arg) for arg in args]
@@ -122,14 +123,25 @@ def _slice_dims(
     return [] if whole else [dim]
 
 
-def _pad_dims(x: Tensor, pad: Sequence[int], value: float = 0) -> list[int]:
-    # Padding adds positions that stay; only cropping (a negative amount) cuts channels off.
-    return [x.dim() - 1 - i // 2 for i, amount in enumerate(pad) if amount < 0]
+def pad(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+    """Padding: along the channels it adds positions that stay, elsewhere channels just grow."""
+    value, amounts = rec.values[args[0]], list(args[1])
+    varying = varying_dims(value.ids)
+    rank = value.ids.dim()
+    for i, amount in enumerate(amounts):
+        if rank - 1 - i // 2 not in varying:
+            amounts[i] = 0
+        elif amount < 0:
+            rec.pin(value.ids, "cropped along the channels (constant_pad_nd)")
+    ids = value.ids
+    for dim in set(range(rank)) - varying:
+        ids = ids.narrow(dim, 0, 1)
+    rec.put(out, func(ids, amounts, PIN).expand(out.shape), [value])
 
 
 CUTS: dict[str, Callable[..., None]] = {
     "slice": cut(_slice_dims),
-    "constant_pad_nd": cut(_pad_dims),
+    "constant_pad_nd": pad,
     "select": cut(lambda x, dim, index: [dim]),
     "split": cut(lambda x, size, dim=0: [dim]),
     "split_with_sizes": cut(lambda x, sizes, dim=0: [dim]),
@@ -145,16 +157,21 @@ CUTS: dict[str, Callable[..., None]] = {
 
 
 def spatial(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
+    """Pooling, resizing, reflection: over as many last dimensions as the name says."""
     value = rec.values[args[0]]
     result = out[0] if isinstance(out, tuple) else out
-    if varying_dims(value.ids) - {0, 1}:
+    name = func.overloadpacket.__name__
+    space = next(int(char) for char in name if char in "123")
+    rank = value.ids.dim()
+    if varying_dims(value.ids) & set(range(rank - space, rank)):
         opaque(rec, func, args, out)
         return
-    rec.graph.pooled.append(compact(value.ids).reshape(-1))
-    rows = value.ids
-    while rows.dim() > 2:
-        rows = rows.select(2, 0)
-    rec.put(result, rows.view(*rows.shape, *[1] * (result.dim() - 2)).expand(result.shape), [value])
+    if not name.startswith(("adaptive_avg", "_adaptive_avg")):
+        rec.graph.pooled.append(compact(value.ids).reshape(-1))
+    ids = value.ids
+    for dim in range(rank - space, rank):
+        ids = ids.narrow(dim, 0, 1)
+    rec.put(result, ids.expand(result.shape), [value])
 
 
 def reduction(
@@ -203,9 +220,11 @@ def opaque(rec: Recorder, func: Any, args: Any, out: Any) -> None:
                 "known",
             )
         rec.use_whole(tensor)
-    for tensor in tensors_in(out):
-        if sources:
-            rec.put_pinned(tensor, sources)
+    for tensor in tensors_in(out) if sources else []:
+        rec.put_pinned(tensor, sources)
+        # Written through a view: the buffer behind it now holds activations too.
+        if tensor._base is not None and func.overloadpacket.__name__.endswith("_"):
+            rec.put_pinned(tensor._base, sources)
 
 
 def parameter_view(rec: Recorder, name: str, args: tuple[Any, ...], out: Any) -> bool:

@@ -1,0 +1,79 @@
+"""From an executed operator to its rule."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from . import calls, rules
+from .pointwise import pointwise
+from .recorder import Recorder
+
+
+def record(
+    rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
+    """Apply the rule for one executed operator, and count a product that no rule has counted."""
+    followed = len(rec.graph.projections)
+    name: str = func.overloadpacket.__name__
+    in_place = name.endswith("_") and not name.startswith("__")
+    plain = name.rstrip("_") if in_place else name
+    if in_place and args and isinstance(args[0], Tensor):
+        rec.touched(args[0])
+    tensors = rules.tensors_in((args, kwargs))
+    if any(rec.value(tensor) is not None for tensor in tensors):
+        _apply(rec, plain, func, args, kwargs, out)
+    elif not rules.parameter_view(rec, plain, args, out):
+        for tensor in tensors:
+            rec.use_whole(tensor)
+    flops = flop_registry.get(func.overloadpacket)
+    if flops is not None and rec.counting and len(rec.graph.projections) == followed:
+        rec.graph.fixed_macs += flops(*args, **kwargs, out_val=out) // 2
+
+
+def _apply(
+    rec: Recorder,
+    plain: str,
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    out: Any,
+) -> None:
+    """Choose among the rules, for an operator that reads an activation."""
+    rule = _RULES.get(plain)
+    first = isinstance(args[0], Tensor) and rec.value(args[0]) is not None if args else False
+    if plain in rules.FORGET:
+        return
+    if rule is not None:
+        rule(rec, args, out)
+    elif "batch_norm" in plain and isinstance(out, tuple):
+        calls.batch_norm(rec, func._overloadname, args, out[0])
+    elif plain in rules.FREE_MOVES:
+        rules.movement(rec, func, args, out)
+    elif plain in ("view", "_unsafe_view", "reshape") and first:
+        rules.view(rec, func, args, out)
+    elif plain in rules.CUTS and first:
+        rules.CUTS[plain](rec, func, args, out)
+    elif plain in rules.SPATIAL and first:
+        rules.spatial(rec, func, args, out)
+    elif plain in rules.REDUCTIONS and first and isinstance(out, Tensor):
+        rules.reduction(rec, func, args, kwargs, out)
+    elif plain in rules.SAME and first:
+        rules.same(rec, args, out)
+    elif (
+        (torch.Tag.pointwise in func.tags or plain in rules.POINTWISE)
+        and isinstance(out, Tensor)
+        and not kwargs.get("out")
+    ):
+        pointwise(rec, plain, args, out)
+    else:
+        rules.opaque(rec, func, (args, kwargs), out)
+
+
+_RULES: Mapping[str, Callable[[Recorder, tuple[Any, ...], Any], None]] = {
+    "convolution": calls.convolution,
+    "addmm": calls.addmm,
+    "mm": calls.mm,
+}

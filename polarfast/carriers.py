@@ -66,8 +66,10 @@ class Carriers:
         labels = self.channels.label[call.inputs[positions]].tolist()
         level, varies = level_of(seen, again)
         refuse = refuse or varies == "depends on the input"
-        left = torch.ones(positions.numel(), dtype=torch.bool)
-        carried_by = torch.tensor([self.carrier_of.get(label, -1) for label in labels])
+        left = torch.ones(positions.numel(), dtype=torch.bool, device="cpu")
+        carried_by = torch.tensor(
+            [self.carrier_of.get(label, -1) for label in labels], device="cpu"
+        )
         for carrier in [] if refuse else carried_by.unique().tolist():
             mine = carried_by == carrier
             if carrier >= 0 and self._columns(reader, call, carrier, mine, labels, seen, index):
@@ -102,9 +104,7 @@ class Carriers:
             shape = unit[:, places[0]].flatten()
             fields = seen[:, members].transpose(0, 1).flatten(1)
             power = float(shape @ shape)
-            multiple = (
-                fields @ shape / power if power else torch.zeros(len(members), dtype=torch.float64)
-            )
+            multiple = fields @ shape / (power or 1.0)  # a carrier nobody sees carries nothing
             error = (fields - multiple.unsqueeze(1) * shape).abs()
             if bool((error > TOLERANCE * fields.abs().max()).any()):
                 return False

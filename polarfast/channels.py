@@ -63,8 +63,9 @@ class Channels:
         """Smallest and largest reader of each raw label (as an index into the list of readers)."""
         names: list[str] = []
         number: dict[str, int] = {}
-        low = torch.full((self.graph.count,), len(self.graph.projections) + len(self.graph.norms))
-        high = torch.full((self.graph.count,), -1)
+        beyond = len(self.graph.projections) + len(self.graph.norms)
+        low = torch.full((self.graph.count,), beyond, device="cpu")
+        high = torch.full((self.graph.count,), -1, device="cpu")
         calls: list[ProjectionCall | NormCall] = [*self.graph.projections, *self.graph.norms]
         for call in calls:
             name = (
@@ -82,7 +83,7 @@ class Channels:
     @cached_property
     def _written(self) -> Tensor:
         """Whether a raw label is written by a convolution or linear layer."""
-        written = torch.zeros(self.graph.count, dtype=torch.bool)
+        written = self.graph.mask()
         for call in self.graph.projections:
             if not call.depthwise:
                 written[self._raw[call.outputs]] = True
@@ -97,7 +98,7 @@ class Channels:
 
     def _find_boundaries(self, can_put_back: Callable[[str], bool]) -> frozenset[str]:
         """Norms that end a branch: what they write is the deeper operand of an addition."""
-        deeper = torch.zeros(self.graph.count, dtype=torch.bool)
+        deeper = self.graph.mask()
         for add in self.graph.additions:
             if add.left_depth >= add.right_depth:
                 deeper[self._raw[add.left]] = True
@@ -112,7 +113,7 @@ class Channels:
 
     def in_classes(self, labels: Iterable[int]) -> Tensor:
         """bool [graph.count]: the ids of the given classes."""
-        mask = torch.zeros(self.graph.count, dtype=torch.bool)
+        mask = self.graph.mask()
         mask[list(labels)] = True
         return mask[self.label]
 
@@ -146,7 +147,7 @@ class Channels:
         return any(add.left_depth != add.right_depth for add in self.graph.additions)
 
     def _in_addition(self) -> Tensor:
-        meets = torch.zeros(self.graph.count, dtype=torch.bool)
+        meets = self.graph.mask()
         label = self.graph.labels(self.graph.links(self.boundaries), self.graph.addition_edges())
         for add in self.graph.additions:
             meets[label[add.left]] = meets[label[add.right]] = True
@@ -171,18 +172,18 @@ class Channels:
         graph = self.graph
         factor, joined = graph.labels(edges), graph.labels(edges, graph.gates)
         covered = self._written.clone()[self._raw]
-        bare = torch.zeros(graph.count, dtype=torch.bool)
+        bare = graph.mask()
         for call in graph.projections:
             if not call.depthwise:
                 bare[call.outputs] = True
-        decided_by_norm = torch.zeros(graph.count, dtype=torch.bool)
+        decided_by_norm = graph.mask()
         for name in self._alone:
             decided_by_norm[self._raw[self.calls[name].inputs]] = True
         bare &= ~decided_by_norm[self._raw]
-        bare_factor = torch.zeros(graph.count, dtype=torch.bool)
+        bare_factor = graph.mask()
         bare_factor[factor[bare]] = True
-        decided = torch.zeros(graph.count, dtype=torch.bool)
-        ids = torch.arange(graph.count)
+        decided = graph.mask()
+        ids = torch.arange(graph.count, device="cpu")
         decided[joined[ids[covered & ~bare_factor[factor]]]] = True
         self._decided_factor = ~bare_factor[factor]
         return torch.where(decided[joined], joined, PIN)
@@ -228,7 +229,7 @@ class Channels:
 
     def _pin_reason(self, name: str, call: NormCall) -> str | None:
         label = self.graph.labels(self.graph.links(self.boundaries), self.graph.gates)
-        mine = torch.zeros(self.graph.count, dtype=torch.bool)
+        mine = self.graph.mask()
         mine[label[call.inputs]] = True
         mine[PIN] = False
         for pin in self.graph.pins:

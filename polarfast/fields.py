@@ -76,7 +76,7 @@ def masked_copy(model: nn.Module, kept: dict[str, Tensor], zero_beta: bool) -> n
     params = dict(masked.named_parameters())
     with torch.no_grad():
         for name, keep in kept.items():
-            gone = torch.ones(params[name].numel(), dtype=torch.bool)
+            gone = torch.ones(params[name].numel(), dtype=torch.bool, device="cpu")
             gone[keep] = False
             gone = gone.to(params[name].device)
             params[name][gone] = 0
@@ -242,7 +242,7 @@ def put_interior(
 def _shift(masked: nn.Module, call: ProjectionCall, positions: Tensor, level: Tensor) -> Tensor:
     """What constant inputs add to each output channel in the interior, float64 [C_out]."""
     weight = masked.get_parameter(call.weight).detach().cpu()
-    value = torch.zeros(call.inputs.numel(), dtype=torch.float64)
+    value = torch.zeros(call.inputs.numel(), dtype=torch.float64, device="cpu")
     value[positions] = level
     if call.transposed:
         weight = weight.flatten(2).mean(2) if weight.dim() > 2 else weight

@@ -135,7 +135,8 @@ class Sinks:
             if name is not None and call.counted:
                 users.setdefault(name, []).append(i)
         for name in {r.sink for r in result.readers.values() if r.shift is not None and r.sink}:
-            zero = torch.zeros(self._calls[users[name][0]].outputs.numel(), dtype=torch.float64)
+            width = self._calls[users[name][0]].outputs.numel()
+            zero = torch.zeros(width, dtype=torch.float64, device="cpu")
             shifts = []
             for i in users[name]:
                 shift = result.readers[i].shift if i in result.readers else None

@@ -51,16 +51,17 @@ def generate(
     Raises:
         PlanError: this is no description of inputs.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def tensor(part: Spec) -> Tensor:
         own = getattr(torch, part["dtype"])
         low, high = part.get("range", (0, 0))
         if not own.is_floating_point:
-            whole = torch.randint(int(low), int(high) + 1, part["shape"], generator=generator)
+            limits = int(low), int(high) + 1
+            whole = torch.randint(*limits, part["shape"], generator=generator, device="cpu")
             return whole.to(device, own)
         draw = torch.rand if low < high else torch.randn
-        values = draw(part["shape"], generator=generator, dtype=torch.float64)
+        values = draw(part["shape"], generator=generator, dtype=torch.float64, device="cpu")
         if low < high:
             values = low + (high - low) * values
         return values.to(device, dtype or own)

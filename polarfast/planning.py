@@ -108,7 +108,7 @@ def can_vanish(model: nn.Module, channels: Channels) -> Callable[[Tensor], bool]
     work on no channels at all.
     """
     graph = channels.graph
-    pooled = torch.zeros(graph.count, dtype=torch.bool)
+    pooled = graph.mask()
     for ids in graph.pooled:
         pooled[channels.label[ids]] = True
 

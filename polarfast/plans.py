@@ -134,7 +134,7 @@ def _from_data(data: Mapping[str, Any]) -> PruningPlan:
             )
         if any(not 0 <= i < layer["channels"] or i in indices for i in layer["constant"]):
             raise ValueError(f"constant channels of {name} are not among the removed ones")
-        kept[name] = torch.tensor(indices, dtype=torch.long)
+        kept[name] = torch.tensor(indices, dtype=torch.long, device="cpu")
         layers[name] = LayerPlan(
             layer["channels"], layer["threshold"], layer["note"], layer["constant"]
         )

@@ -24,8 +24,8 @@ class Selection:
         self.channels, self.graph = channels, channels.graph
         self.layers = {name: channels.layers[name] for name in names}
         self.notes: dict[str, list[str]] = {name: [] for name in self.layers}
-        self.strength = torch.full((self.graph.count,), -1.0, dtype=torch.float32)
-        self.stays = torch.ones(self.graph.count, dtype=torch.bool)
+        self.strength = torch.full((self.graph.count,), -1.0, dtype=torch.float32, device="cpu")
+        self.stays = ~self.graph.mask()
 
     def cut(self, scores: Mapping[str, Tensor], thresholds: Mapping[str, float | None]) -> None:
         """Remove the classes all of whose γ are at or under their layer's threshold (None: the
@@ -35,7 +35,7 @@ class Selection:
             scores: γ name -> float [C] on the CPU, what is compared with the threshold.
             thresholds: γ name -> threshold.
         """
-        stays = torch.ones(self.graph.count, dtype=torch.bool)
+        stays = ~self.graph.mask()
         for name, labels in self.layers.items():
             # A coupled channel is as strong as the strongest γ that writes it.
             self.strength.scatter_reduce_(0, labels, scores[name], "amax")
@@ -56,7 +56,7 @@ class Selection:
             PlanError: the plan keeps a channel in one layer and removes it in another that it is
                 coupled with.
         """
-        stays = torch.ones(self.graph.count, dtype=torch.bool)
+        stays = ~self.graph.mask()
         for labels in self.layers.values():
             stays[labels] = False
         for name, labels in self.layers.items():
@@ -136,7 +136,7 @@ class Selection:
             self._restore_one(name)
 
     def _mask(self, name: str) -> Tensor:
-        mask = torch.zeros(self.graph.count, dtype=torch.bool)
+        mask = self.graph.mask()
         mask[self.layers[name]] = True
         return mask
 
@@ -169,7 +169,7 @@ class Selection:
         the layers concerned.
         """
         dropped: list[str] = []
-        untouchable = torch.zeros(self.graph.count, dtype=torch.bool)
+        untouchable = self.graph.mask()
         for name in self.channels.boundaries:
             untouchable[self.channels.label[self.channels.calls[name].inputs]] = True
         for name, labels in self.channels.layers.items():
@@ -177,7 +177,7 @@ class Selection:
                 untouchable[labels] = True
         while True:
             alive = self.alive()
-            read = torch.zeros(self.graph.count, dtype=torch.bool)
+            read = self.graph.mask()
             known = read.clone()
             for call in self.graph.projections:
                 if call.depthwise:

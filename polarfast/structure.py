@@ -152,7 +152,9 @@ def blank(shapes: Mapping[str, list[int]]) -> Callable[[str, Tensor | None], Ten
 
     def make(name: str, old: Tensor | None) -> Tensor:
         if name.endswith("put_back_index"):
-            return torch.zeros(shapes[name], dtype=torch.long)
-        return torch.zeros(shapes[name]) if old is None else old.new_zeros(shapes[name])
+            return torch.zeros(shapes[name], dtype=torch.long, device="cpu")
+        return (
+            torch.zeros(shapes[name], device="cpu") if old is None else old.new_zeros(shapes[name])
+        )
 
     return make

@@ -322,10 +322,16 @@ def test_a_network_with_a_dtype_of_its_own_is_told_what_to_do():
         pf.plan(net, X.float(), scales, "fixed")
 
 
-def test_default_dtype_of_the_user():
+def test_default_dtype_and_device_of_the_user(tmp_path):
+    model, scales = make(EXACT["conv, activation, norm"])
     torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")  # whatever is made without a device cannot be computed with
     try:
-        model, scales = make(lambda: nn.Sequential(*body(), *tail(8)))
-        pf.slim(model, pf.plan(model, X, scales, "fixed"))
+        pf.scaling_factors(model, X, residual="couple")
+        plan = pf.plan(model, X, scales, "fixed")
+        slim = pf.slim(model, pf.PruningPlan.from_json(plan.to_json()))
+        pf.save(slim, plan, tmp_path / "slim.pt")
+        assert pf.verify(model, slim, plan, X).exact
     finally:
+        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)

@@ -126,8 +126,13 @@ class Graph:
         """Component label of every id under the ties and the given further edges, int64 [count]."""
         edges = [*self.ties, *(edge for edges in edge_sets for edge in edges)]
         return components(
-            self.count, torch.cat(edges, 1) if edges else torch.zeros(2, 0, dtype=torch.long)
+            self.count,
+            torch.cat(edges, 1) if edges else torch.zeros(2, 0, dtype=torch.long, device="cpu"),
         )
+
+    def mask(self) -> Tensor:
+        """bool [count], False everywhere."""
+        return torch.zeros(self.count, dtype=torch.bool, device="cpu")
 
     def links(self, boundaries: frozenset[str] = frozenset()) -> list[Tensor]:
         """Edges from each norm's inputs to its outputs, but for norms whose weight is in

@@ -56,7 +56,7 @@ def components(count: int, edges: Tensor) -> Tensor:
         int64 [count]: the smallest id of each id's component (so everything joined to PIN gets
         label PIN).
     """
-    label = torch.arange(count)
+    label = torch.arange(count, device="cpu")
     while True:
         left, right = label[edges[0]], label[edges[1]]
         if torch.equal(left, right):

@@ -86,7 +86,7 @@ class Recorder:
         """`count` new channel ids."""
         first = self.graph.count
         self.graph.count += count
-        return torch.arange(first, first + count)
+        return torch.arange(first, first + count, device="cpu")
 
     def tie(self, left: Tensor, right: Tensor) -> None:
         """Say that two rows of ids are, pair by pair, the same channels."""
@@ -143,7 +143,7 @@ class Recorder:
 
 def pinned_ids(tensor: Tensor) -> Tensor:
     """PIN for every element of `tensor`, at no memory."""
-    return torch.full((), PIN).expand(tensor.shape)
+    return torch.full((), PIN, device="cpu").expand(tensor.shape)
 
 
 def spread(ids: Tensor, shape: torch.Size, dim: int) -> Tensor:

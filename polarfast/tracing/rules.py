@@ -56,7 +56,7 @@ def movement(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
         if isinstance(arg, Tensor):
             value = rec.value(arg)
             if value is None:
-                return torch.full((), PIN).expand(arg.shape)
+                return torch.full((), PIN, device="cpu").expand(arg.shape)
             sources.append(value)
             return value.ids.clone() if in_place else value.ids
         return [to_ids(item) for item in arg] if isinstance(arg, (list, tuple)) else arg

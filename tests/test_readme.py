@@ -1,0 +1,31 @@
+"""The README's code runs as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from polarfast.engine.models import resnet
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_code_blocks(tmp_path, monkeypatch, capsys):
+    models = pytest.importorskip("torchvision").models
+    monkeypatch.chdir(tmp_path)
+    first, use = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    model = resnet(8)
+    images = torch.randn(2, 4, 3, 32, 32)
+    names = {
+        "model": model,
+        "loader": [(batch, torch.arange(4)) for batch in images],
+        "loss_fn": torch.nn.CrossEntropyLoss(),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    }
+    exec(first, names)
+    assert "MACs" in capsys.readouterr().out
+    monkeypatch.setattr(models, "resnet50", lambda: resnet(8))  # the model that was saved
+    names["torchvision"] = __import__("torchvision")
+    exec(use, names)
+    assert type(names["slim"]) is type(model)

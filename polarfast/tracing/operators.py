@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
 from . import calls, rules
 from .pointwise import pointwise
@@ -28,9 +27,16 @@ def record(
     elif not rules.parameter_view(rec, plain, args, out):
         for tensor in tensors:
             rec.use_whole(tensor)
+    if rec.counting and len(rec.graph.projections) == followed:
+        rec.graph.fixed_macs += _macs(func, args, kwargs, out)
+
+
+def _macs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """Multiply-accumulates of any product, as torch counts them; 0 for other operators."""
+    from torch.utils.flop_counter import flop_registry  # imports Triton, where there is one
+
     flops = flop_registry.get(func.overloadpacket)
-    if flops is not None and rec.counting and len(rec.graph.projections) == followed:
-        rec.graph.fixed_macs += flops(*args, **kwargs, out_val=out) // 2
+    return 0 if flops is None else flops(*args, **kwargs, out_val=out) // 2
 
 
 def _apply(

@@ -4,7 +4,6 @@ code.
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from .errors import FileFormatError, PlanError
 from .inputs import unwrap
 from .plans import PruningPlan
 from .slimming import SlimInfo
+from .storage import read_tensors, write_atomically
 from .structure import Structure, blank
 
 FORMAT = "polarfast-model"
@@ -52,17 +52,7 @@ def save(slim: nn.Module, plan: PruningPlan, path: str | os.PathLike[str]) -> No
         ),
         "tensors": _tensors(slim, info.structure),
     }
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomically(Path(path), lambda file: torch.save(data, file))
 
 
 def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Module:
@@ -133,14 +123,7 @@ def load_plan(path: str | os.PathLike[str]) -> PruningPlan:
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # noqa: BLE001  torch.load raises a dozen types on files that are not its own
-        raise FileFormatError(
-            f"{path} is not a polarfast model file, or is damaged: {error}"
-        ) from error
+    data = read_tensors(path, "save it again or take a copy")
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FileFormatError(f"{path} is not a polarfast model file")
     if data.get("version") != VERSION:

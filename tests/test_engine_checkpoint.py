@@ -6,13 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from polarfast.engine.checkpoint import (
-    load_checkpoint,
-    save_checkpoint,
-    write_atomically,
-    write_text,
-)
+from polarfast.engine.checkpoint import load_checkpoint, save_checkpoint, write_text
 from polarfast.errors import FileFormatError
+from polarfast.storage import write_atomically
 
 
 def test_round_trip_without_running_code(tmp_path: Path) -> None:

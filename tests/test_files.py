@@ -36,6 +36,8 @@ def test_round_trip_is_bit_identical(tmp_path, residual, emptied):
     assert torch.equal(loaded(X), slim(X))
     assert pf.load_plan(path).to_json() == plan.to_json()
     assert [p.name for p in tmp_path.iterdir()] == ["slim.pt"]
+    (tmp_path / "other").touch()  # no more private than any new file
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
     # A loaded model can be saved again, and fine-tuned.
     pf.save(loaded, plan, path)
     loaded.train()(X).sum().backward()

@@ -11,16 +11,12 @@ from torch import nn
 import polarfast as pf
 from polarfast.engine import data as data_sets
 from polarfast.engine import models
-from polarfast.engine.checkpoint import (
-    load_checkpoint,
-    save_checkpoint,
-    write_atomically,
-    write_text,
-)
+from polarfast.engine.checkpoint import load_checkpoint, save_checkpoint, write_text
 from polarfast.engine.events import Epoch, Gammas, Observer
 from polarfast.engine.recipe import Recipe, Stage, differing_settings
 from polarfast.engine.training import Trainer, evaluate, learning_rate
 from polarfast.errors import ArgumentError
+from polarfast.storage import write_atomically
 
 CHECKPOINT, PLAN, RESULTS = "checkpoint.pt", "plan.json", "results.json"
 DENSE, PRUNED, SLIM = "dense.pt", "pruned.pt", "slim.pt"

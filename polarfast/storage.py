@@ -1,0 +1,69 @@
+"""Files that are either whole or not there, and that run no code when they are read."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import FileFormatError
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have ``write`` fill a file beside ``path``, bring it to disk, then move it into place.
+
+    Whoever reads ``path``, after a kill or a power cut too, finds the old file or the new one.
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def read_tensors(path: str | os.PathLike[str], hint: str) -> Any:
+    """What `torch.save` wrote, on the CPU, without running code from it.
+
+    Args:
+        path: the file.
+        hint: what a reader of the error should do.
+
+    Raises:
+        FileFormatError: the file is damaged, or holds more than tensors and plain data.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises half a dozen unrelated types for a damaged file
+        raise FileFormatError(
+            f"'{path}' cannot be read, it is damaged or no file of polarfast's "
+            f"({type(error).__name__}: {error}); {hint}"
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -74,8 +74,6 @@ def test_training_goes_on_as_the_masked_network_would():
                 param[gone] = 0
                 optimizer.state[param]["momentum_buffer"][gone] = 0
     twin = pf.slim(model, plan)
-    other = torch.optim.SGD(twin.parameters(), lr=0.1)
-    other.load_state_dict(other.state_dict())
     slim = pf.slim(model, plan, optimizer=optimizer)
     before = {n: p.detach().clone() for n, p in slim.named_parameters()}
     velocity = {

@@ -18,6 +18,7 @@ from .errors import (
 from .files import load, load_plan, save
 from .planning import plan
 from .plans import PruningPlan
+from .prediction import CutPredictor
 from .regularizers import L1, DeepHoyer, Polarization, Regularizer
 from .scaling import ScalingFactors, init_scales, scaling_factors
 from .slimming import slim
@@ -31,6 +32,7 @@ __all__ = [
     "L1",
     "ArgumentError",
     "BuildError",
+    "CutPredictor",
     "DeepHoyer",
     "FileFormatError",
     "PlanError",

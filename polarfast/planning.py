@@ -1,6 +1,6 @@
 """`plan`: from thresholds to the channels that stay, and what that saves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ def plan(
     *,
     value: float | None = None,
     fold: str = "exact",
+    scores: Mapping[str, Tensor] | None = None,
 ) -> PruningPlan:
     """Choose the channels that stay (Sec. 3.3). The model is left as found.
 
@@ -49,38 +50,114 @@ def plan(
         value: the threshold for "fixed", the share of all channels to remove for "percentile".
         fold: what becomes of the removed channels' constants ("exact", "bias", "none"); sizes are
             predicted for this one.
+        scores: name -> float [C] >= 0 for every layer of `scales`: what is compared with the
+            threshold instead of |γ|, for other criteria than γ. What is removed is still what
+            γ = 0 would remove.
 
     Raises:
-        ArgumentError: an argument is out of range.
+        ArgumentError: an argument is out of range, or `scores` do not fit `scales`.
         PlanError: `scales` does not belong to `model`.
         ThresholdError: no threshold can be chosen for some layer's γ.
         TracingError: the model does not run on the example inputs.
     """
-    _check(round_to, min_channels, fold)
+    check_limits(round_to, min_channels, fold)
     model = unwrap(model)
     channels = analyze(model, example_inputs, scales.residual)
-    _check_belongs(model, channels, scales)
-    limits = thresholds(scales, method, value)
-    choice = Selection(channels, scales)
-    choice.cut({name: gamma.detach().abs().float().cpu() for name, gamma in scales.items()}, limits)
-    vanishing = can_vanish(model, channels)
-    choice.keep_paths(vanishing if min_channels == 1 else lambda mask: False)
-    choice.limit(min_channels, 1, {})
-    unread = choice.drop_unread(vanishing)
+    check_belongs(model, channels, scales)
+    compared = magnitudes(scales, scores)
+    limits = thresholds(scales if scores is None else as_factors(compared), method, value)
     spec = describe(example_inputs)
-    while True:  # widths count constant channels, and adding channels back changes which are needed
-        folded = fold_constants(model, channels, choice.kept(), choice.alive(), spec, fold)
-        before = choice.stays.clone()
-        widths = {name: len(found) for name, found in choice.positions(folded.constant).items()}
-        choice.limit(min_channels, round_to, widths)
-        if torch.equal(before, choice.stays):
-            break
+
+    def constants(choice: Selection) -> Fold:
+        return fold_constants(model, channels, choice.kept(), choice.alive(), spec, fold)
+
+    vanishing = can_vanish(model, channels)
+    choice, folded, unread = select(
+        channels, compared, limits, vanishing, constants, round_to, min_channels
+    )
     return _write(
         model, channels, choice, folded, limits, unread, spec=spec, method=method, fold=fold
     )
 
 
-def _check(round_to: int, min_channels: int, fold: str) -> None:
+def select(
+    channels: Channels,
+    compared: Mapping[str, Tensor],
+    limits: Mapping[str, float | None],
+    vanishing: Callable[[Tensor], bool],
+    constants: Callable[[Selection], Fold],
+    round_to: int,
+    min_channels: int,
+) -> tuple[Selection, Fold, list[str]]:
+    """Choose the channels that stay, under all limits.
+
+    Args:
+        compared: name -> float [C] on the CPU, what is compared with the thresholds.
+        limits: name -> threshold.
+        vanishing: as returned by `can_vanish`.
+        constants: works out the constant channels that a selection calls for.
+
+    Returns:
+        The selection, its constants, and the layers that nothing reads any more.
+    """
+    choice = Selection(channels, compared)
+    choice.cut(compared, limits)
+    choice.keep_paths(vanishing if min_channels == 1 else lambda mask: False)
+    choice.limit(min_channels, 1, {})
+    unread = choice.drop_unread(vanishing)
+    while True:  # widths count constant channels, and adding channels back changes which are needed
+        folded = constants(choice)
+        before = choice.stays.clone()
+        widths = {name: len(found) for name, found in choice.positions(folded.constant).items()}
+        choice.limit(min_channels, round_to, widths)
+        if torch.equal(before, choice.stays):
+            return choice, folded, unread
+
+
+def magnitudes(
+    scales: ScalingFactors, scores: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """What is compared with a threshold: |γ|, or the given scores. Float32 on the CPU.
+
+    Raises:
+        ArgumentError: `scores` are not one finite number >= 0 for each γ.
+    """
+    if scores is None:
+        return {name: whole(gamma).detach().abs().float().cpu() for name, gamma in scales.items()}
+    _check_names(scales, scores)
+    found = {}
+    for name, gamma in scales.items():
+        score = scores[name]
+        if not isinstance(score, Tensor) or score.shape != gamma.shape:
+            got = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            raise ArgumentError(f"scores[{name!r}]: give a tensor {list(gamma.shape)}, not {got}")
+        score = score.detach().float().cpu().contiguous()
+        if not bool((score.isfinite() & (score >= 0)).all()):
+            raise ArgumentError(
+                f"scores[{name!r}] holds negative, infinite or NaN values: a score is a finite "
+                "number >= 0, the higher the more worth keeping"
+            )
+        found[name] = score
+    return found
+
+
+def _check_names(scales: ScalingFactors, scores: Mapping[str, Tensor]) -> None:
+    for name in scores:
+        if name not in scales:
+            raise ArgumentError(f"scores[{name!r}]: no such layer among the scaling factors")
+    for name in scales:
+        if name not in scores:
+            raise ArgumentError(f"scores lack {name!r}: give one for every layer of scales")
+
+
+def whole(gamma: Tensor) -> Tensor:
+    """A γ that FSDP has sharded, gathered; others as they are."""
+    gather: Callable[[], Tensor] | None = getattr(gamma, "full_tensor", None)
+    return gamma if gather is None else gather()
+
+
+def check_limits(round_to: int, min_channels: int, fold: str) -> None:
+    """Raise ArgumentError unless these are settings of a plan."""
     for name, number in (("round_to", round_to), ("min_channels", min_channels)):
         if not isinstance(number, int) or number < 1:
             raise ArgumentError(f"{name}={number!r}: give a whole number of channels, at least 1")
@@ -88,7 +165,8 @@ def _check(round_to: int, min_channels: int, fold: str) -> None:
         raise ArgumentError(f"fold={fold!r}: choose one of {', '.join(map(repr, FOLDS))}")
 
 
-def _check_belongs(model: nn.Module, channels: Channels, scales: ScalingFactors) -> None:
+def check_belongs(model: nn.Module, channels: Channels, scales: ScalingFactors) -> None:
+    """Raise PlanError unless every factor takes part in this model."""
     params = dict(model.named_parameters())
     for name, gamma in scales.items():
         if params.get(name) is not gamma:
@@ -171,3 +249,9 @@ def _write(
         params=layout.params(model, new_biases(model, channels, folded, alive)),
         inexact=folded.notes(),
     )
+
+
+def as_factors(scores: Mapping[str, Tensor]) -> ScalingFactors:
+    """Scores in the place of scaling factors, so that thresholds can be chosen for them."""
+    params = {name: nn.Parameter(score, requires_grad=False) for name, score in scores.items()}
+    return ScalingFactors(params)

@@ -50,7 +50,7 @@ def thresholds(
     if method == "valley":
         if value is not None:
             raise ArgumentError(f"value={value!r}: 'valley' finds its own; leave value out")
-        return _valley(scales)
+        return {name: threshold for name, (threshold, _) in valleys(scales).items()}
     if method == "fixed":
         return _fixed(scales, 0.01 if value is None else value)
     if method == "percentile":
@@ -58,13 +58,14 @@ def thresholds(
     raise ArgumentError(f"method={method!r}: choose one of {', '.join(map(repr, METHODS))}")
 
 
-def _valley(scales: ScalingFactors) -> dict[str, float | None]:
+def valleys(scales: ScalingFactors) -> dict[str, tuple[float | None, int]]:
+    """Name of γ -> its "valley" threshold, and how many γ are above it (all, if there is none)."""
     summary, counts = Binding.of(scales).table(None).valley()
     counted = counts.sum(dim=1, keepdim=True).to(summary.dtype)
-    found: dict[str, float | None] = {}
+    found: dict[str, tuple[float | None, int]] = {}
     rows = torch.cat((summary, counted), dim=1).tolist()
     for (name, gamma), row in zip(scales.items(), rows, strict=True):
-        threshold, _, not_finite, inside = row
+        threshold, above, not_finite, inside = row
         if not_finite:
             raise _not_finite(name, gamma, int(not_finite))
         if inside < gamma.numel():  # some are outside [0, 1]; above 1 is harmless
@@ -75,7 +76,7 @@ def _valley(scales: ScalingFactors) -> dict[str, float | None]:
                     "[0, 1] only: train with upper= set, so that γ are clamped, or use "
                     "method='percentile' or 'fixed', which compare |γ|"
                 )
-        found[name] = None if math.isnan(threshold) else threshold
+        found[name] = (None if math.isnan(threshold) else threshold, int(above))
     return found
 
 

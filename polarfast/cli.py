@@ -1,82 +1,42 @@
-"""The command line: ``polarfast demo | info``."""
+"""The command line: ``polarfast run RECIPE`` and the rest. What it does is in ``engine.commands``."""
 
 import importlib.util
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
 
-from .errors import ArgumentError, PolarfastError
+from .errors import PolarfastError
 
 INTERRUPTED = 130  # the shell's exit status for a program stopped by Ctrl-C
-EXTRA = ("tyro", "rich", "yaml", "sklearn", "matplotlib", "tensorboard")
-
-
-def demo(
-    quick: bool = False,
-    resume: bool = False,
-    out: Path = Path("runs/demo"),
-    seed: int = 0,
-    device: Literal["cpu", "cuda"] = "cpu",
-    threads: int = 1,
-) -> int:
-    """Prune a ResNet-20 on 1,797 real images, start to finish, in about two minutes.
-
-    Sparsity training, thresholds, plan, slim model, verification, fine-tuning, then a table and
-    figures. Interrupted with Ctrl-C, the same command goes on where it was.
-
-    Args:
-        quick: fewer epochs, under 45 seconds.
-        resume: go on with the run in OUT, or fail if there is none.
-        out: folder of the run.
-        seed: of the initial weights and the order of the images.
-        device: where to train.
-        threads: CPU threads. For a network this small, a second one helps on an idle machine only,
-            and slows a busy one down a lot.
-    """
-    import dataclasses
-
-    import torch
-    from rich.console import Console
-
-    from .engine.demo import demo as run_demo
-    from .engine.recipe import load_recipe
-    from .engine.run import progress
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("device 'cuda': torch finds no usable GPU here; use --device cpu")
-    if threads < 1:
-        raise ArgumentError(f"threads={threads}: must be at least 1")
-    torch.set_num_threads(threads)
-    recipe = load_recipe("demo-quick" if quick else "demo")
-    recipe = dataclasses.replace(recipe, seed=seed)
-    try:
-        run_demo(recipe, out, torch.device(device), resume, Console())
-    except KeyboardInterrupt:
-        done = progress(out)
-        if done is None:
-            print("\nInterrupted before the first epoch was done: nothing to resume.")
-        else:
-            print(f"\nInterrupted {done}; run the same command again to go on from there.")
-        return INTERRUPTED
-    return 0
-
-
-def info() -> int:
-    """Print versions, build flags, SIMD level, threads and GPUs: what a bug report needs."""
-    from .info import report
-
-    print(report())
-    return 0
+EXTRA = ("tyro", "rich", "yaml", "sklearn", "matplotlib", "tensorboard", "torchvision")
+COMMANDS = {
+    "demo": "prune a ResNet-20 on 1,797 real images, start to finish, in two minutes",
+    "run RECIPE": "sparsity training, pruning, fine-tuning",
+    "train | prune | finetune RECIPE": "one stage of it alone",
+    "search RECIPE --cut 0.54": "λ and t for a share of MACs to cut (Algorithm 1)",
+    "compare RECIPE --cuts 0.5 0.7": "polarization and its rivals under the same budget",
+    "sweep RECIPE --lams … --ts …": "the effect of λ and of t (Fig. 3)",
+    "report RUN…": "one HTML page on one or several runs",
+    "info": "versions, build flags, CPU and GPUs: what a bug report needs",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name, *rest = arguments
     try:
-        if arguments == ["info"]:  # works with torch alone
-            return info()
-        missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+        if name == "info" and not rest:  # works with torch alone
+            from .info import report
+
+            print(report())
+            return 0
+        if name not in " ".join(COMMANDS).split():
+            print(f"polarfast: no command '{name}'\n\n{usage()}", file=sys.stderr)
+            return 2
+        missing = [module for module in EXTRA if importlib.util.find_spec(module) is None]
         if missing:
             print(
                 f"polarfast: this needs {', '.join(missing)}: pip install 'polarfast[train]' "
@@ -84,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 1
-        return _dispatch(arguments or ["--help"])
+        from .engine.commands import execute
+
+        return execute(name, rest)
     except PolarfastError as error:
         print(f"polarfast: {error}", file=sys.stderr)
         return 1
@@ -93,13 +55,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _dispatch(arguments: Sequence[str]) -> int:
-    import tyro
-
-    return tyro.extras.subcommand_cli_from_dict(
-        {"demo": demo, "info": info},
-        prog="polarfast",
-        description="Polarization pruning of convolutional networks.",
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
+def usage() -> str:
+    """What ``polarfast --help`` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "polarfast: polarization pruning of convolutional networks.",
+            "",
+            *lines,
+            "",
+            "RECIPE is a name (polarfast run --help lists them) or a YAML file; every setting in it "
+            "is an option too:",
+            "  polarfast run cifar10-resnet56 --data.root ~/cifar --sparsity.lam 1e-4 --dry-run",
+            "  torchrun --nproc-per-node=8 -m polarfast run imagenet-resnet50 --data.root /imagenet",
+            "The same command again goes on where it was stopped. "
+            "polarfast COMMAND RECIPE --help shows all options.",
+        ]
     )

@@ -6,13 +6,14 @@ Polarization: "Neuron-level Structured Pruning using Polarization Regularizer" (
 import math
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .errors import ArgumentError, ScalingFactorError
 from .kernels.polarize_ref import KIND_DEEPHOYER, KIND_L1, KIND_POLARIZATION
+from .sharded import whole
 
 
 def _finite(name: str, value: float) -> float:
@@ -129,7 +130,8 @@ class Regularizer:
         groups: that is normal.
 
         Args:
-            scales: name -> γ of any shape, on one device.
+            scales: name -> γ of any shape, on one device. Sharded ones (`fully_shard`) are gathered
+                in one collective, so every process must ask.
 
         Returns:
             0-d tensor, differentiable, accumulated in float64; float64 for float64 γ, else float32.
@@ -139,11 +141,18 @@ class Regularizer:
         """
         if not scales:
             raise ScalingFactorError("there are no scaling factors: R_s of nothing is not defined")
-        layers = [gamma.reshape(-1).double() for gamma in scales.values()]
+        layers = [gamma.reshape(-1).double() for gamma in whole(scales).values()]
         weights = self.weights_of(scales) or (1.0,) * len(layers)
         dtype = next(iter(scales.values())).dtype
         value = self.lam * self._sum(layers, weights)
         return value.to(torch.promote_types(dtype, torch.float32))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes by itself while training goes on, as plain numbers; {} where nothing does."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
 
     def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
         """R_s of 1-D float64 layers."""

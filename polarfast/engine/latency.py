@@ -1,5 +1,6 @@
 """Latency of models on the machine at hand."""
 
+import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -45,3 +46,10 @@ def _timed(model: nn.Module, inputs: Tensor) -> float:
     if on_gpu:
         torch.cuda.synchronize(inputs.device)
     return 1000 * (time.perf_counter() - start)
+
+
+def device_name(device: torch.device) -> str:
+    """What latencies are measured on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"a CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"

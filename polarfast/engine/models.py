@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polarfast.errors import ArgumentError
+from polarfast.storage import read_tensors
 
 
 class BasicBlock(nn.Module):
@@ -138,11 +139,59 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
+TORCHVISION = "torchvision/"
+
+
 def build(name: str, classes: int, in_channels: int) -> nn.Module:
-    """The network called ``name`` in recipes and on the command line."""
+    """The network called ``name`` in recipes and on the command line, with fresh weights.
+
+    Args:
+        name: one of ``MODELS``, or "torchvision/resnet50" and the like.
+
+    Raises:
+        ArgumentError: no such network, or it cannot take these images.
+    """
+    if name.startswith(TORCHVISION):
+        return _torchvision(name, classes, in_channels)
     try:
         constructor = MODELS[name]
     except KeyError:
-        known = ", ".join(sorted(MODELS))
-        raise ArgumentError(f"model '{name}' is not known; choose one of {known}") from None
+        known = ", ".join(MODELS)
+        raise ArgumentError(
+            f"model '{name}' is not known; choose one of {known}, or {TORCHVISION}NAME"
+        ) from None
     return constructor(classes, in_channels)
+
+
+def _torchvision(name: str, classes: int, in_channels: int) -> nn.Module:
+    from torchvision.models import get_model, list_models
+
+    if in_channels != 3:
+        raise ArgumentError(f"model '{name}' takes colour images, not {in_channels} channel(s)")
+    try:
+        return get_model(name.removeprefix(TORCHVISION), weights=None, num_classes=classes)
+    except ValueError:
+        known = ", ".join(list_models(module=__import__("torchvision").models)[:6])
+        raise ArgumentError(
+            f"model '{name}' is not one of torchvision's classifiers ({known}, ...)"
+        ) from None
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Start from a file of weights: a state dict, alone or under "model" or "state_dict".
+
+    Raises:
+        ArgumentError: the file is missing, or its tensors are not this model's.
+        FileFormatError: the file cannot be read without running code.
+    """
+    try:
+        state = read_tensors(path, "save a plain state dict with torch.save")
+    except FileNotFoundError:
+        raise ArgumentError(f"weights='{path}': there is no such file") from None
+    for key in ("model", "state_dict"):
+        state = state.get(key, state)
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ArgumentError(f"weights='{path}' do not fit the model: {error}") from error

@@ -1,15 +1,17 @@
-"""Recipes: every setting of a run, as typed dataclasses that read and write YAML."""
+"""Recipes: every setting of a run, as typed dataclasses. Their files: ``recipe_files``."""
 
 import dataclasses
-import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from polarfast.engine.data import Data
 from polarfast.errors import ArgumentError
+
+Schedule = Literal["cosine", "step", "constant"]
+Method = Literal["valley", "fixed", "percentile", "uniform", "random", "none"]
+#: Methods that choose by a share of the MACs to cut, not by where γ stand.
+BUDGETED = ("uniform", "random")
 
 
 @dataclass(frozen=True)
@@ -17,24 +19,30 @@ class Stage:
     """One stretch of training, with a learning rate of its own.
 
     Attributes:
-        epochs: how many passes over the training images; 0 skips the stage.
-        lr: peak learning rate.
-        schedule: "cosine" falls to 0 over the stage, "constant" stays at ``lr``.
-        warmup: share of the stage's steps over which the rate first rises linearly from 0.
+        epochs: passes over the training images; 0 skips the stage.
+        lr: learning rate at the start ("step"), at its peak ("cosine"), or throughout ("constant").
+        schedule: "cosine" falls to 0 over the stage, "step" takes the rates of ``rates``.
+        rates: of "step": epoch (from 0) -> rate from there on.
+        warmup: epochs over which the rate first rises linearly from 0.
     """
 
     epochs: int
     lr: float
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
+    rates: Mapping[int, float] = field(default_factory=dict)
     warmup: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.epochs < 0:
-            raise ArgumentError(f"epochs={self.epochs}: must not be negative")
+        _at_least("epochs", self.epochs, 0)
         if not self.lr > 0:
             raise ArgumentError(f"lr={self.lr}: must be positive")
-        if not 0 <= self.warmup < 1:
-            raise ArgumentError(f"warmup={self.warmup}: must be a share of the stage in [0, 1)")
+        if self.warmup < 0 or 0 < self.epochs <= self.warmup:
+            raise ArgumentError(f"warmup={self.warmup}: must be at least 0 and below epochs")
+        if bool(self.rates) != (self.schedule == "step"):
+            raise ArgumentError("rates: give {epoch: rate, ...} for schedule 'step', and only there")
+        for epoch, rate in self.rates.items():
+            if epoch < 1 or not rate > 0:
+                raise ArgumentError(f"rates[{epoch}]={rate}: epochs from 1, rates above 0")
 
 
 @dataclass(frozen=True)
@@ -42,18 +50,96 @@ class Sparsity:
     """What acts on the scaling factors (paper, Eq. 2).
 
     Attributes:
-        lam: λ, strength of the regularizer.
-        t: balance of its two terms.
-        upper: a, the largest value a scaling factor may have.
-        init: value of every scaling factor before the first step.
+        regularizer: "polarization"; "flops-target": polarization that steers t towards ``cut``;
+            "l1" (network slimming); "deephoyer"; "none".
+        lam: λ, strength. t: balance of polarization's two terms.
+        upper: a, scaling factors are clamped to [0, a]; None: no clamp. mean: of γ, "global" (the
+            paper) or of each "layer".
+        clamp: "scales" clamps what is regularized; "all" every BatchNorm weight, or every gate.
+        init: value of every scaling factor before the first step; None leaves them.
         residual: what happens to channels that are added: "keep", "expand" or "couple".
+        regularize: regular expression on names; those that match are regularized, all are pruned.
+        gates: regular expression on names of norms that get gates, in place of their γ; empty:
+            none.
+        cut: share of the MACs that "flops-target" aims at.
     """
 
     lam: float
-    t: float
-    upper: float = 1.0
-    init: float = 0.5
+    t: float = 1.2
+    regularizer: Literal["polarization", "flops-target", "l1", "deephoyer", "none"] = "polarization"
+    upper: float | None = 1.0
+    mean: Literal["global", "layer"] = "global"
+    clamp: Literal["scales", "all"] = "scales"
+    init: float | None = 0.5
     residual: Literal["keep", "expand", "couple"] = "expand"
+    regularize: str = ""
+    gates: str = ""
+    cut: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.regularizer == "flops-target" and self.cut is None:
+            raise ArgumentError("sparsity.cut: 'flops-target' needs the share of the MACs to cut")
+        _share("sparsity.cut", self.cut)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How the trained network is cut.
+
+    Attributes:
+        method: "valley" (the paper), "fixed", "percentile" (network slimming) on γ; "uniform": every
+            layer of an untrained network gets the same share of its width; "random": random channels
+            of the trained network, the same share of every layer; "none".
+        value: threshold of "fixed", share of the channels to remove of "percentile".
+        cut: in place of ``value``, the share of the MACs to cut ("percentile", "uniform", "random").
+        fold: what becomes of removed channels' constants: "exact", "bias" or "none".
+        round_to: widths become multiples of this. min_channels: no layer is narrower.
+    """
+
+    method: Method = "valley"
+    value: float | None = None
+    cut: float | None = None
+    fold: Literal["exact", "bias", "none"] = "exact"
+    round_to: int = 1
+    min_channels: int = 1
+
+    def __post_init__(self) -> None:
+        _share("pruning.cut", self.cut)
+        if self.method in BUDGETED and self.cut is None:
+            raise ArgumentError(f"pruning.cut: '{self.method}' needs the share of the MACs to cut")
+        if self.method == "percentile" and (self.cut is None) == (self.value is None):
+            raise ArgumentError("pruning: 'percentile' needs either value= or cut=")
+        if self.method in ("valley", "none") and (self.cut or self.value) is not None:
+            raise ArgumentError(f"pruning: '{self.method}' takes neither value= nor cut=")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """How the run is computed. A run may go on under other settings of these.
+
+    Attributes:
+        device: "auto" takes a GPU where there is one.
+        threads: CPU threads of each process. parallel: under torchrun, "ddp" or "fsdp" (FSDP2).
+        compile: through ``torch.compile``. channels_last: memory format of images and weights.
+        deterministic: only deterministic kernels, so that equal runs end equal to the bit.
+        checkpoint_minutes: between checkpoints within an epoch; each epoch ends with one.
+        keep: how many checkpoints stay, the newest and the best apart.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    compile: bool = False
+    channels_last: bool = False
+    deterministic: bool = False
+    checkpoint_minutes: float = 10.0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least("hardware.threads", self.threads, 1)
+        _at_least("hardware.keep", self.keep, 1)
+        if not self.checkpoint_minutes >= 0:
+            raise ArgumentError(f"hardware.checkpoint_minutes={self.checkpoint_minutes}: negative")
 
 
 @dataclass(frozen=True)
@@ -61,107 +147,70 @@ class Recipe:
     """Sparsity training, pruning and fine-tuning of one model on one data set.
 
     Attributes:
-        data, model: names known to ``polarfast.engine.data`` and ``.models``.
-        sparsity: the regularizer.
-        train: stage with the regularizer; finetune: stage of the slim model, without it.
-        batch_size: images a step; the rest of an epoch that does not fill a batch is left out.
-        shift: largest random shift of a training image, in pixels.
-        seed: of the initial weights, the order of the images and their shifts.
-        test_seed: which images form the test set, where the data set has no split of its own.
+        data: which images, and their augmentation. model: name known to ``engine.models``.
+        sparsity, pruning: the method. train: stage with the regularizer; finetune: stage of the
+            slim model, without it.
+        batch_size: images of one optimizer step, over all processes; what is left of an epoch is
+            left out. accumulate: backward passes a step in each process.
+        momentum, nesterov, weight_decay: of SGD. decay_norms: weight decay also on BatchNorm and
+            on biases.
+        clip: largest norm of the task gradient; 0: no clipping.
+        label_smoothing: share of the target that is spread over all classes.
+        ema: decay per step of averaged weights, which are then what is evaluated, pruned and
+            kept; 0: none.
+        precision: of the forward pass ("bf16" and "fp16" by autocast; "fp16" scales the loss).
+        sync_batchnorm: statistics over all processes; needs GPUs.
+        weights: file with a state dict to start from. seed: of everything random.
+        hardware: how it is computed.
     """
 
-    data: str
+    data: Data
     model: str
     sparsity: Sparsity
     train: Stage
     finetune: Stage
+    pruning: Pruning = field(default_factory=Pruning)
     batch_size: int = 64
+    accumulate: int = 1
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 5e-4
-    shift: int = 0
+    decay_norms: bool = True
+    clip: float = 0.0
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    sync_batchnorm: bool = False
+    weights: str = ""
     seed: int = 0
-    test_seed: int = field(default=0)
+    hardware: Hardware = field(default_factory=Hardware)
+
+    def __post_init__(self) -> None:
+        _at_least("batch_size", self.batch_size, 1)
+        _at_least("accumulate", self.accumulate, 1)
+        for name in ("momentum", "label_smoothing", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ArgumentError(f"{name}={getattr(self, name)}: must lie in [0, 1)")
+        for name in ("clip", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ArgumentError(f"{name}={getattr(self, name)}: must not be negative")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dict of plain numbers and strings."""
         return dataclasses.asdict(self)
 
-
-def recipe_from_dict(values: dict[str, Any]) -> Recipe:
-    """The inverse of :meth:`Recipe.to_dict`.
-
-    Raises:
-        ArgumentError: a key is unknown or missing, or a value has the wrong type.
-    """
-    return _build(Recipe, values, "")
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share for one to go on where the other stopped."""
+        values = self.to_dict()
+        del values["hardware"], values["data"]["root"], values["data"]["workers"]
+        return values
 
 
-def differing_settings(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Dotted names of the settings that two recipes' dicts do not share."""
-    names = []
-    for key in sorted(first.keys() | second.keys()):
-        mine, other = first.get(key), second.get(key)
-        if isinstance(mine, dict) and isinstance(other, dict):
-            names += [f"{key}.{name}" for name in differing_settings(mine, other)]
-        elif mine != other:
-            names.append(key)
-    return names
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ArgumentError(f"{name}={value}: must be at least {least}")
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe from a YAML file, or by name from those that come with polarfast ("demo").
-
-    Raises:
-        ArgumentError: no such file or recipe, not YAML, or a key or value that does not fit.
-    """
-    file = Path(path)
-    if file.suffix in {".yaml", ".yml"}:
-        if not file.is_file():
-            raise ArgumentError(f"recipe '{path}': there is no such file")
-        text = file.read_text(encoding="utf-8")
-    else:
-        packaged = resources.files("polarfast") / "recipes" / f"{path}.yaml"
-        if not packaged.is_file():
-            raise ArgumentError(f"recipe '{path}': neither a .yaml file nor a recipe of polarfast")
-        text = packaged.read_text(encoding="utf-8")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ArgumentError(f"recipe '{path}' is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ArgumentError(f"recipe '{path}': must hold 'key: value' lines")
-    return recipe_from_dict(values)
-
-
-def _build(kind: Any, values: dict[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        known = ", ".join(prefix + name for name in hints)
-        raise ArgumentError(f"recipe: '{prefix}{unknown[0]}' is not a setting; settings: {known}")
-    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
-    missing = sorted(required - set(values))
-    if missing:
-        raise ArgumentError(f"recipe: '{prefix}{missing[0]}' is missing")
-    return kind(**{k: _convert(hints[k], v, prefix + k) for k, v in values.items()})
-
-
-def _convert(kind: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ArgumentError(f"recipe: '{name}' must hold settings of its own, not {value!r}")
-        return _build(kind, value, f"{name}.")
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        if value not in choices:
-            raise ArgumentError(f"recipe: {name}={value!r} must be one of {', '.join(choices)}")
-        return value
-    # YAML 1.1 reads 1e-3 (no dot) as a string, and an int is a fine float; a bool is neither.
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif isinstance(value, kind) and not isinstance(value, bool):
-        return value
-    raise ArgumentError(f"recipe: {name}={value!r} must be of type {kind.__name__}")
+def _share(name: str, value: float | None) -> None:
+    if value is not None and not 0 < value < 1:
+        raise ArgumentError(f"{name}={value}: a share in (0, 1), e.g. 0.5 for 50 % fewer MACs")

@@ -1,10 +1,13 @@
 """What a run comes to: the figures, and the table that a person shows a colleague."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
+
+from polarfast.errors import ArgumentError
 
 BATCHES = (1, 64)  # of the measured latencies
 
@@ -27,16 +30,18 @@ class Results:
     """Figures of a finished run.
 
     Attributes:
-        accuracy_dense: after sparsity training; accuracy_pruned: right after pruning;
+        accuracy_dense: after sparsity training; None where no dense network was trained;
+            accuracy_pruned: right after pruning;
             accuracy_finetuned: of the slim model at the end. Percent of the test images.
         macs: multiply-accumulates of one image; params: count; file_bytes: on disk.
         latency_ms: median milliseconds by batch size; threads: that measured it used.
         verified_error: largest relative error of the slim model's output against the pruned dense
             model's, in float64.
         seconds: wall time of training, pruning and fine-tuning.
+        device: what the latency was measured on, in words; empty: not recorded.
     """
 
-    accuracy_dense: float
+    accuracy_dense: float | None
     accuracy_pruned: float
     accuracy_finetuned: float
     macs: Pair
@@ -46,10 +51,31 @@ class Results:
     threads: int
     verified_error: float
     seconds: float
+    device: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, for JSON."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Results":
+        """The inverse of :meth:`to_dict`, also after JSON has made strings of the batch sizes.
+
+        Raises:
+            ArgumentError: a figure is missing, unknown, or no number.
+        """
+        values = dict(values)
+        try:
+            for name in ("macs", "params", "file_bytes"):
+                values[name] = Pair(**values[name])
+            latency = values["latency_ms"].items()
+            values["latency_ms"] = {int(batch): Pair(**pair) for batch, pair in latency}
+            return cls(**values)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArgumentError(
+                f"these are not the results of a run ({type(error).__name__}: {error}); run it "
+                "again, or read them with the polarfast that wrote them"
+            ) from error
 
 
 def results_table(results: Results, title: str) -> Table:
@@ -64,8 +90,8 @@ def results_table(results: Results, title: str) -> Table:
         ("accuracy, right after pruning", results.accuracy_pruned),
         ("accuracy, fine-tuned", results.accuracy_finetuned),
     ):
-        change = f"{accuracy - dense:+.2f} points"
-        table.add_row(name, f"{dense:.2f} %", f"{accuracy:.2f} %", change)
+        change = "" if dense is None else f"{accuracy - dense:+.2f} points"
+        table.add_row(name, _percent(dense), _percent(accuracy), change)
     table.add_section()
     for name, pair, form in (
         ("MACs an image", results.macs, _millions),
@@ -81,12 +107,16 @@ def results_table(results: Results, title: str) -> Table:
         table.add_row(f"latency, batch {batch}", _ms(pair.dense), _ms(pair.slim), faster)
     threads = f"{results.threads} thread" + "s" * (results.threads > 1)
     table.caption = (
-        "dense: after sparsity training; latency: median on this machine, "
+        f"dense: after sparsity training; latency: median on {results.device or 'this machine'}, "
         f"{threads}; right after pruning the slim model equals the dense one with its small γ at "
         f"0, to a relative {results.verified_error:.0e}; {results.seconds:.0f} s in all"
     )
     table.caption_justify = "left"
     return table
+
+
+def _percent(value: float | None) -> str:
+    return "not trained" if value is None else f"{value:.2f} %"
 
 
 def _millions(value: float) -> str:

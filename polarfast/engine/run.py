@@ -1,4 +1,4 @@
-"""A recipe carried out in a folder, resumable: sparsity training, pruning, fine-tuning."""
+"""A recipe carried out in a folder, resumable at any moment: train, prune, fine-tune."""
 
 import time
 from collections.abc import Sequence
@@ -9,131 +9,196 @@ import torch
 from torch import nn
 
 import polarfast as pf
-from polarfast.engine import data as data_sets
-from polarfast.engine import models
-from polarfast.engine.checkpoint import load_checkpoint, save_checkpoint, write_text
-from polarfast.engine.events import Epoch, Gammas, Observer
-from polarfast.engine.recipe import Recipe, Stage, differing_settings
-from polarfast.engine.training import Trainer, evaluate, learning_rate
-from polarfast.errors import ArgumentError
-from polarfast.storage import write_atomically
+from polarfast.engine import models, parallel, pruning
+from polarfast.engine.artifacts import Artifacts
+from polarfast.engine.checkpoint import Checkpoints
+from polarfast.engine.data import load
+from polarfast.engine.determinism import deterministic
+from polarfast.engine.evaluation import evaluate
+from polarfast.engine.events import Observer
+from polarfast.engine.interrupts import StopSignals
+from polarfast.engine.loop import StageLoop
+from polarfast.engine.recipe import Recipe, Stage
+from polarfast.engine.seeds import mix
+from polarfast.engine.training import Trainer
+from polarfast.engine.workers import Workers
 
-CHECKPOINT, PLAN, RESULTS = "checkpoint.pt", "plan.json", "results.json"
-DENSE, PRUNED, SLIM = "dense.pt", "pruned.pt", "slim.pt"
-TRAIN, FINETUNE, DONE = "sparsity training", "fine-tuning", "done"
+PHASES = ("train", "prune", "finetune")
+DONE = "done"
 
 
 class Run:
-    """Carries out a recipe; a checkpoint after every epoch says how far it is.
+    """Carries out a recipe; its checkpoints say how far it is.
+
+    Every process of the run makes one of these; the first one writes and speaks.
 
     Args:
-        recipe: what to do.
-        folder: where everything is written; made if it is not there.
-        device: where the data and the models live.
-        state: a checkpoint to go on from (:func:`find_checkpoint`); None starts anew.
+        recipe: what to do. folder: where everything is written; made if it is not there.
+        state: a checkpoint to go on from; None starts anew.
 
     Attributes:
+        phase: the phase that goes on or comes next, or ``DONE``.
         history: one dict of numbers for each finished epoch.
-        histograms: counts of γ in 100 bins, for each epoch of sparsity training.
-        facts: what became known on the way: accuracies, verified error, seconds.
-        observers: told of every stage and epoch.
+        gammas: counts of γ by epoch, layer and bin; facts: what became known on the way.
+        observers: told of every stage, step and epoch.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         folder: Path,
-        device: torch.device,
+        workers: Workers,
         state: dict[str, Any] | None = None,
     ) -> None:
-        self.recipe, self.folder, self.device = recipe, folder, device
+        self.recipe, self.workers = recipe, workers
+        self.files = Artifacts(folder)
+        self.checkpoints = Checkpoints(folder, recipe.hardware.keep)
         self.observers: Sequence[Observer] = ()
         state = state or {}
-        self.stage: str = state.get("stage", TRAIN)
+        before = recipe.pruning.method == "uniform"  # a narrower network, trained from scratch
+        self.phases = ("prune", "train", "finetune") if before else PHASES
+        self.phase: str = state.get("phase", self.phases[0])
         self.history: list[dict[str, Any]] = list(state.get("history", []))
-        self.histograms: list[torch.Tensor] = list(state.get("histograms", []))
+        self.gammas: list[torch.Tensor] = list(state.get("gammas", []))
         self.facts: dict[str, float] = dict(state.get("facts", {"seconds": 0.0}))
         self._trainer_state: dict[str, Any] | None = state.get("trainer")
         self._clock = time.perf_counter()
-        folder.mkdir(parents=True, exist_ok=True)
-        self.data = data_sets.load(recipe.data, device, recipe.test_seed)
+        self._signals = StopSignals()
+        self.data = load(recipe.data, workers.device)
 
-    def execute(self) -> None:
-        """Do what is left of the run."""
+    def execute(self, until: str = "finetune") -> None:
+        """Do what is left of the run, up to and with a phase.
+
+        Raises:
+            Interrupted: a signal asked to stop; the checkpoint is written.
+        """
         self._clock = time.perf_counter()
-        if self.stage == TRAIN:
-            self._sparsity_training()
-        if self.stage == FINETUNE:
-            self._finetuning()
-
-    def build(self) -> nn.Module:
-        """The dense network, with freshly drawn weights."""
-        return models.build(self.recipe.model, self.data.classes, self.data.image_shape[0])
-
-    def dense(self) -> nn.Module:
-        """The dense network as it is after sparsity training."""
-        model = self.build().to(self.device)
-        weights = torch.load(self.folder / DENSE, map_location=self.device, weights_only=True)
-        model.load_state_dict(weights)
-        return model
-
-    def slim(self, name: str = SLIM) -> nn.Module:
-        """The slim network: fine-tuned, or as it was right after pruning (``PRUNED``)."""
-        return pf.load(self.folder / name, build=self.build).to(self.device)
-
-    def plan(self) -> pf.PruningPlan:
-        """Which channels stay."""
-        return pf.PruningPlan.from_json((self.folder / PLAN).read_text(encoding="utf-8"))
-
-    def scales(self, model: nn.Module) -> pf.ScalingFactors:
-        """The scaling factors that take part, of the dense network."""
-        return pf.scaling_factors(model, self.example, residual=self.recipe.sparsity.residual)
+        work = {"train": self._train, "prune": self._prune, "finetune": self._finetune}
+        last = self.phases.index(until)
+        with deterministic(self.recipe.hardware.deterministic), self._signals:
+            while self.phase != DONE and self.phases.index(self.phase) <= last:
+                work[self.phase]()
 
     @property
     def example(self) -> torch.Tensor:
         """One test image, to trace with and to count the MACs of."""
-        return self.data.test.images[:1]
+        return self.data.example()
 
-    def _sparsity_training(self) -> None:
+    def build(self) -> nn.Module:
+        """The dense network, without gates, with freshly drawn weights."""
+        return models.build(self.recipe.model, self.data.classes, self.data.image_shape[0])
+
+    def dense(self) -> nn.Module:
+        """The dense network as training left it, with its gates if it has any."""
+        model = self._gated(self.build().to(self.workers.device))
+        model.load_state_dict(self.files.read("dense", self.workers.device))
+        return model
+
+    def plain_dense(self) -> nn.Module:
+        """The dense network as training left it, its gates folded away."""
+        model = self.dense().eval()
+        if not self.recipe.sparsity.gates:
+            return model
+        scales, everything = self.scales(model), pruning.KEEP_EVERYTHING
+        plan = pruning.make_plan(model, self.example, scales, everything, self.recipe.seed)
+        return pf.slim(model, plan)
+
+    def slim(self, name: str = "slim") -> nn.Module:
+        """The slim network: fine-tuned, or as it was right after pruning ("pruned")."""
+        return pf.load(self.files.path(name), build=self.build).to(self.workers.device)
+
+    def scales(self, model: nn.Module) -> pf.ScalingFactors:
+        """The scaling factors of a dense network that may be pruned."""
+        return pf.scaling_factors(model, self.example, residual=self.recipe.sparsity.residual)
+
+    def _gated(self, model: nn.Module) -> nn.Module:
         sparsity = self.recipe.sparsity
+        if sparsity.gates:
+            pf.add_gates(model, self.example, where=sparsity.gates, residual=sparsity.residual)
+        return model
+
+    def fresh(self) -> tuple[nn.Module, pf.ScalingFactors]:
+        """The network as training starts from it; the same weights in every process."""
         torch.manual_seed(self.recipe.seed)
-        model = self.build().to(self.device)
+        model = self.build()
+        if self.recipe.weights:
+            models.load_weights(model, self.recipe.weights)
+        model = self._gated(model.to(self.workers.device))
         scales = self.scales(model)
-        pf.init_scales(scales, sparsity.init)
-        regularizer = pf.Polarization(lam=sparsity.lam, t=sparsity.t, upper=sparsity.upper)
-        trainer = self._trainer(model, self.recipe.train, scales, regularizer)
-        self._run_stage(trainer)
-        self._prune(model, scales)
+        if self.recipe.sparsity.init is not None:
+            pf.init_scales(scales, self.recipe.sparsity.init)
+        return model, scales
 
-    def _finetuning(self) -> None:
-        model = self.slim(PRUNED)
-        self._run_stage(self._trainer(model, self.recipe.finetune))
-        plan = self.plan()
-        write_atomically(self.folder / SLIM, lambda file: pf.save(model, plan, file))
-        self.facts["accuracy_finetuned"] = evaluate(model, self.data.test)
-        self.stage = DONE
-        self._save(None)
+    def _train(self) -> None:
+        if self.phases[0] == "prune":
+            return self._train_slim(self.recipe.train, "training", "pruned", "accuracy_pruned")
+        model, scales = self.fresh()
+        sparsity = self.recipe.sparsity
+        predict = pruning.predictor(model, self.example, scales, self.recipe.pruning)
+        steps = self.data.train_size // self.recipe.batch_size * self.recipe.train.epochs
+        regularizer = pruning.regularizer(model, self.example, scales, sparsity, steps)
+        model = parallel.prepare(model, self.recipe, self.workers)
+        scales = scales.rebind(model)
+        chosen = scales.select(sparsity.regularize) if sparsity.regularize else scales
+        trainer = self._trainer(model, self.recipe.train, chosen, regularizer)
+        name = "sparsity training" if regularizer else "training"
+        self._run_stage(trainer, name, scales, predict)
+        self.facts["accuracy_dense"] = trainer.accuracy()
+        weights = self._result(trainer)
+        if self.workers.first:
+            self.files.write("dense", weights)
+        self._next_phase()
 
-    def _prune(self, model: nn.Module, scales: pf.ScalingFactors) -> None:
-        self.facts["accuracy_dense"] = evaluate(model, self.data.test)
-        write_atomically(self.folder / DENSE, lambda file: torch.save(model.state_dict(), file))
+    def _finetune(self) -> None:
+        self._train_slim(self.recipe.finetune, "fine-tuning", "slim", "accuracy_finetuned")
+
+    def _train_slim(self, stage: Stage, name: str, result: str, fact: str) -> None:
+        """A stage of the slim network, which ends in the file ``result``."""
+        model = parallel.prepare(self.slim("pruned"), self.recipe, self.workers)
+        trainer = self._trainer(model, stage)
+        self._run_stage(trainer, name)
+        self.facts[fact] = trainer.accuracy()
+        weights = self._result(trainer)
+        if self.workers.first:
+            slim = self.slim("pruned")
+            slim.load_state_dict(weights)
+            self.files.write_slim(result, slim, self.files.plan())
+        self._next_phase()
+
+    def _result(self, trainer: Trainer) -> dict[str, Any]:
+        """The weights that a stage results in; every process must ask."""
+        with trainer.averaged():
+            state = parallel.model_state(trainer.model, self.recipe)
+            return {name: tensor.clone() for name, tensor in state.items()}
+
+    def _prune(self) -> None:
+        """The first process plans and verifies; the others read what it wrote."""
+        if self.workers.first:
+            self._cut(self.fresh()[0] if self.phases[0] == "prune" else self.dense())
+        self.workers.wait()
+        self._next_phase()
+
+    def _cut(self, model: nn.Module) -> None:
         model.eval()
-        plan = pf.plan(model, self.example, scales, method="valley")
-        slim = pf.slim(model, plan, fold="exact", verify=True)
-        report = pf.verify(model, slim, plan, self.data.test.images[:64])
+        scales = self.scales(model)
+        settings = self.recipe.pruning
+        plan = pruning.make_plan(model, self.example, scales, settings, self.recipe.seed)
+        slim = pf.slim(model, plan, verify=True)
+        report = pf.verify(model, slim, plan, self.data.example(64))
         self.facts["verified_error"] = float(report.rel_error)
-        self.facts["accuracy_pruned"] = evaluate(slim, self.data.test)
-        write_text(self.folder / "plan.txt", f"{plan}\n")
-        write_text(self.folder / PLAN, plan.to_json())
-        write_atomically(self.folder / PRUNED, lambda file: pf.save(slim, plan, file))
-        without_beta = evaluate(pf.slim(model, plan, fold="none"), self.data.test)
+        self.facts["cut"] = plan.flops_reduction
+        self.files.write_plan(plan)
+        self.files.write_slim("pruned", slim, plan)
+        if self.phases[0] == "prune":
+            return
+        alone = self.workers.alone()
+        self.facts["accuracy_pruned"] = evaluate(slim, self.data, alone)
+        without_beta = evaluate(pf.slim(model, plan, fold="none"), self.data, alone)
         self._note(
             f"Pruned: {100 * plan.flops_reduction:.1f} % of the MACs cut; accuracy "
             f"{self.facts['accuracy_dense']:.2f} % before, {self.facts['accuracy_pruned']:.2f} % "
             f"right after ({without_beta:.2f} % had the removed channels' β been dropped)"
         )
-        self.stage = FINETUNE
-        self._save(None)
 
     def _trainer(
         self,
@@ -142,102 +207,64 @@ class Run:
         scales: pf.ScalingFactors | None = None,
         regularizer: pf.Regularizer | None = None,
     ) -> Trainer:
-        generator = torch.Generator(self.device).manual_seed(self.recipe.seed)
-        trainer = Trainer(model, self.data, self.recipe, stage, generator, scales, regularizer)
+        seed = mix(self.recipe.seed, PHASES.index(self.phase))
+        if regularizer is None:
+            scales = None
+        trainer = Trainer(
+            model, self.data, self.recipe, stage, seed, self.workers, scales, regularizer
+        )
         if self._trainer_state is not None:
             trainer.load_state_dict(self._trainer_state)
             self._trainer_state = None
         return trainer
 
-    def _run_stage(self, trainer: Trainer) -> None:
-        epochs = trainer.stage.epochs
-        for observer in self.observers:
-            observer.stage_started(self.stage, trainer.epoch, epochs)
-        while trainer.epoch < epochs:
-            start = time.perf_counter()
-            loss = trainer.run_epoch()
-            epoch = self._describe(trainer, loss, time.perf_counter() - start)
-            self.history.append(epoch.to_dict())
-            if epoch.gammas is not None:
-                self.histograms.append(epoch.gammas.histogram)
-            self._save(trainer)
-            for observer in self.observers:
-                observer.epoch_finished(epoch)
+    def _run_stage(
+        self,
+        trainer: Trainer,
+        name: str,
+        scales: pf.ScalingFactors | None = None,
+        predict: pf.CutPredictor | None = None,
+    ) -> None:
+        def save(best: bool) -> None:
+            self._save(trainer, self.phase if best else None)
 
-    def _describe(self, trainer: Trainer, loss: float, seconds: float) -> Epoch:
-        gammas = None
-        if trainer.scales is not None:
-            plan = pf.plan(trainer.model, self.example, trainer.scales, method="valley")
-            values = torch.cat([gamma.detach().flatten() for gamma in trainer.scales.values()])
-            gammas = Gammas(values.float().cpu(), plan.flops_reduction)
-        steps = trainer.steps_per_epoch * trainer.stage.epochs
-        return Epoch(
-            stage=self.stage,
-            epoch=trainer.epoch,
-            epochs=trainer.stage.epochs,
-            index=len(self.history) + 1,
-            loss=loss,
-            accuracy=evaluate(trainer.model, self.data.test),
-            lr=learning_rate(trainer.stage, trainer.step - 1, steps),
-            seconds=seconds,
-            gammas=gammas,
+        loop = StageLoop(
+            trainer,
+            name,
+            self.observers,
+            self.history,
+            self.gammas,
+            save,
+            self._signals,
+            scales,
+            predict,
         )
+        loop.run()
+        if self.workers.first and loop.last is not None:
+            self.files.write_gammas(self.gammas, loop.last.values)
 
-    def _save(self, trainer: Trainer | None) -> None:
+    def _next_phase(self) -> None:
+        following = (*self.phases, DONE)
+        self.phase = following[following.index(self.phase) + 1]
+        self._save(None)
+
+    def _save(self, trainer: Trainer | None, best: str | None = None) -> None:
+        """Every process must call this, at the same step; the first one writes."""
         now = time.perf_counter()
         self.facts["seconds"] += now - self._clock
         self._clock = now
         state = {
             "recipe": self.recipe.to_dict(),
-            "stage": self.stage,
+            "phase": self.phase,
             "trainer": None if trainer is None else trainer.state_dict(),
             "history": self.history,
-            "histograms": self.histograms,
+            "gammas": self.gammas,
             "facts": self.facts,
         }
-        save_checkpoint(self.folder / CHECKPOINT, state)
+        if self.workers.first:
+            self.checkpoints.save(state, best)
+        self.workers.wait()
 
     def _note(self, text: str) -> None:
         for observer in self.observers:
             observer.note(text)
-
-
-def find_checkpoint(folder: Path, recipe: Recipe, must: bool = False) -> dict[str, Any] | None:
-    """The checkpoint in ``folder`` that a run of ``recipe`` can go on from, if there is one.
-
-    A finished run is gone on from only where ``must`` is set.
-
-    Raises:
-        ArgumentError: the checkpoint is of an unfinished run of another recipe; or ``must``, and
-            there is none of this recipe.
-        FileFormatError: the checkpoint is damaged.
-    """
-    path = folder / CHECKPOINT
-    if not path.is_file():
-        if must:
-            raise ArgumentError(f"nothing to resume in '{folder}': it has no {CHECKPOINT}")
-        return None
-    state = load_checkpoint(path)
-    finished = state["stage"] == DONE and (folder / RESULTS).is_file()
-    other = differing_settings(state["recipe"], recipe.to_dict())
-    if other and (must or not finished):
-        raise ArgumentError(
-            f"the {'finished' if finished else 'unfinished'} run in '{folder}' has other settings "
-            f"({', '.join(other)}): name another folder, or delete its {CHECKPOINT}"
-        )
-    return state if must or not finished else None
-
-
-def progress(folder: Path) -> str | None:
-    """How far the interrupted run in ``folder`` is, in words; None where nothing can be resumed."""
-    path = folder / CHECKPOINT
-    if not path.is_file():
-        return None
-    state = load_checkpoint(path)
-    if state["stage"] == DONE:
-        return "after the last epoch"
-    trainer = state["trainer"]
-    if trainer is None:
-        return "after pruning"
-    done = sum(values["stage"] == state["stage"] for values in state["history"])
-    return f"after epoch {done} of {state['stage']}"

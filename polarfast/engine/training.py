@@ -1,117 +1,247 @@
-"""The training loop: one stage of epochs over a data set, resumable to the bit; and evaluation."""
+"""The training loop: one stage of epochs over a data set, resumable to the bit."""
 
-import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import polarfast as pf
-from polarfast.engine.data import DataSet, Images, batches
+from polarfast.engine import parallel
+from polarfast.engine.averaging import Average
+from polarfast.engine.data import DataSource, EpochPlan
+from polarfast.engine.evaluation import autocast, evaluate
 from polarfast.engine.recipe import Recipe, Stage
+from polarfast.engine.schedules import learning_rate
+from polarfast.engine.seeds import mix
+from polarfast.engine.workers import Workers
 from polarfast.errors import ArgumentError
-
-
-def learning_rate(stage: Stage, step: int, steps: int) -> float:
-    """The rate of step number ``step`` (from 0) of a stage of ``steps`` steps."""
-    warmup = round(stage.warmup * steps)
-    if step < warmup:
-        return stage.lr * (step + 1) / warmup
-    if stage.schedule == "constant":
-        return stage.lr
-    return stage.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, images: Images, batch_size: int = 512) -> float:
-    """Share of the images that the model, in eval mode, classifies rightly, in percent."""
-    was_training = model.training
-    model.eval()
-    right = 0
-    for start in range(0, len(images), batch_size):
-        rows = slice(start, start + batch_size)
-        right += int((model(images.images[rows]).argmax(1) == images.labels[rows]).sum())
-    model.train(was_training)
-    return 100 * right / len(images)
 
 
 class Trainer:
     """Trains a model for one stage with SGD; with scaling factors, through ``pf.step``.
 
+    A step's batch is cut into ``world x accumulate`` shards. What a shard holds, and the random
+    numbers drawn for it, depend on its number alone: N processes, and one that accumulates N
+    shards, do the same work.
+
     Args:
-        model: on the data's device.
-        stage: epochs and learning rate.
-        generator: of the images' order and shifts; on the data's device.
+        model: prepared by ``parallel.prepare``.
+        stage: epochs and learning rates. seed: of this stage.
         scales, regularizer: both for sparsity training, neither for plain training.
 
+    Attributes:
+        step: optimizer steps done. loss: sum of the losses since the epoch began, of this process.
+
     Raises:
-        ArgumentError: the batch size is larger than the training set.
+        ArgumentError: the batch does not fit the training set, or cannot be shared out evenly.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        data: DataSet,
+        data: DataSource,
         recipe: Recipe,
         stage: Stage,
-        generator: torch.Generator,
+        seed: int,
+        workers: Workers,
         scales: pf.ScalingFactors | None = None,
         regularizer: pf.Regularizer | None = None,
     ) -> None:
         self.model, self.data, self.recipe, self.stage = model, data, recipe, stage
-        self.generator, self.scales, self.regularizer = generator, scales, regularizer
-        self.steps_per_epoch = len(data.train) // recipe.batch_size
-        if self.steps_per_epoch == 0:
-            raise ArgumentError(
-                f"batch_size={recipe.batch_size}: larger than the {len(data.train)} training images"
-            )
+        self.seed, self.workers = seed, workers
+        self.scales, self.regularizer = scales, regularizer
+        self.steps_per_epoch = _steps_per_epoch(data, recipe, workers)
         self.optimizer = torch.optim.SGD(
-            model.parameters(),
+            _groups(model, recipe),
             lr=stage.lr,
             momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
             weight_decay=recipe.weight_decay,
         )
+        fp16 = recipe.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(workers.device.type, enabled=fp16)
+        self.average = Average(model, recipe.ema) if recipe.ema else None
+        self._wrapped = parallel.wrap(model, recipe, workers)
         self.step = 0
+        self.loss = torch.zeros((), dtype=torch.float64, device=workers.device)
 
     @property
     def epoch(self) -> int:
         """How many epochs of the stage are done."""
         return self.step // self.steps_per_epoch
 
-    def run_epoch(self) -> float:
-        """Train for one epoch; the mean loss of its steps, regularizer not included."""
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole stage."""
+        return self.steps_per_epoch * self.stage.epochs
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        return learning_rate(self.stage, max(self.step - 1, 0), self.steps_per_epoch)
+
+    def rest_of_epoch(self) -> Iterator[None]:
+        """Train to the end of the epoch that was begun or comes next; yields after each step."""
+        count = self.recipe.accumulate
+        done = self.step % self.steps_per_epoch
+        if done == 0:
+            self.loss.zero_()
+        plan = EpochPlan(
+            seed=mix(self.seed, self.epoch),
+            batch_size=self.recipe.batch_size,
+            shards=self.workers.world * count,
+            first_shard=self.workers.rank * count,
+            shard_count=count,
+            start_step=done,
+        )
         self.model.train()
-        total = torch.zeros((), device=self.data.train.images.device)
-        steps = self.steps_per_epoch * self.stage.epochs
-        for images, labels in batches(
-            self.data, self.recipe.batch_size, self.recipe.shift, self.generator
-        ):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.stage, self.step, steps)
-            loss = F.cross_entropy(self.model(images), labels)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if self.scales is not None and self.regularizer is not None:
-                pf.step(self.optimizer, self.scales, self.regularizer)
-            else:
-                self.optimizer.step()
-            total += loss.detach()
+        shards = self.data.train(plan)
+        for _ in range(done, self.steps_per_epoch):
+            self._step(islice(shards, count))
             self.step += 1
-        return float(total) / self.steps_per_epoch
+            yield
+        self._share_statistics()
+
+    def mean_loss(self) -> float:
+        """Mean loss of the epoch's steps so far, regularizer not included."""
+        done = (self.step - 1) % self.steps_per_epoch + 1
+        return float(self.workers.total(self.loss)) / (done * self.workers.world)
+
+    def accuracy(self) -> float:
+        """Of the test images, percent, of the averaged weights if there are any."""
+        with self.averaged():
+            return evaluate(self.model, self.data, self.workers, self.recipe.precision)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside this block the model holds the weights that the stage would result in."""
+        return self.average.in_place() if self.average else nullcontext()
+
+    def _step(self, shards: Iterator[tuple[Tensor, Tensor]]) -> None:
+        count = self.recipe.accumulate
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.stage, self.step, self.steps_per_epoch)
+        self.optimizer.zero_grad(set_to_none=True)
+        for index, (images, labels) in enumerate(shards):
+            torch.manual_seed(mix(self.seed, self.step, self.workers.rank * count + index))
+            with self._joint(last=index == count - 1):
+                with autocast(self.workers.device, self.recipe.precision):
+                    logits = self._wrapped(images)
+                    smoothing = self.recipe.label_smoothing
+                    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing) / count
+                self.scaler.scale(loss).backward()
+            self.loss += loss.detach()
+        if self.recipe.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        if self.scales is not None and self.regularizer is not None:
+            pf.step(self.optimizer, self.scales, self.regularizer, scaler=self.scaler)
+        else:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average:
+            self.average.update()
+
+    def _joint(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are exchanged once a step, in its last backward pass."""
+        if last or self.workers.world == 1:
+            return nullcontext()
+        if self.recipe.hardware.parallel == "fsdp":
+            return _unsynchronized(self.model)
+        return self._wrapped.no_sync()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def _share_statistics(self) -> None:
+        """Every process goes on with the mean of all processes' BatchNorm statistics."""
+        if self.workers.world == 1:
+            return
+        buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        if self.average:
+            buffers += self.average.buffers()
+        for buffer in buffers:
+            buffer.copy_(self.workers.total(buffer) / self.workers.world)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next epoch depends on."""
+        """All that the rest of the stage depends on. Every process must ask, at the same step."""
+        buffers = {name: buffer.cpu() for name, buffer in self.model.named_buffers()}
+        sharded = self.recipe.hardware.parallel == "fsdp"
+        average = self.average.tensors if self.average else None
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": parallel.model_state(self.model, self.recipe),
+            "optimizer": parallel.optimizer_state(self.model, self.optimizer, self.recipe),
+            "scaler": self.scaler.state_dict(),
+            "average": self.workers.gather(average) if sharded else [average],
+            "regularizer": self.regularizer.state_dict() if self.regularizer else {},
             "step": self.step,
-            "generator": self.generator.get_state(),
+            "loss": self.workers.gather(self.loss.cpu()),
+            "buffers": self.workers.gather(buffers),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Go on from :meth:`state_dict`, on as many processes or on another number.
+
+        Raises:
+            ArgumentError: averaged weights that were sharded over another number of processes.
+        """
+        parallel.load_model_state(self.model, state["model"], self.recipe)
+        parallel.load_optimizer_state(self.model, self.optimizer, state["optimizer"], self.recipe)
+        self.scaler.load_state_dict(state["scaler"])
+        if self.regularizer:
+            self.regularizer.load_state_dict(state["regularizer"])
         self.step = state["step"]
-        self.generator.set_state(state["generator"].cpu())
+        rank, same = self.workers.rank, len(state["loss"]) == self.workers.world
+        if same:
+            self.loss.copy_(state["loss"][rank])
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(state["buffers"][rank][name])
+        else:
+            self.loss.copy_(torch.stack(state["loss"]).mean())
+        if self.average:
+            averages = state["average"]
+            if len(averages) > 1 and not same:
+                raise ArgumentError(
+                    f"ema: its weights are sharded over {len(averages)} processes; go on with "
+                    f"--nproc-per-node={len(averages)}"
+                )
+            self.average.restore(averages[rank if len(averages) > 1 else 0])
+
+
+def _steps_per_epoch(data: DataSource, recipe: Recipe, workers: Workers) -> int:
+    shards = workers.world * recipe.accumulate
+    if recipe.batch_size % shards:
+        raise ArgumentError(
+            f"batch_size={recipe.batch_size}: cannot be shared out evenly over {workers.world} "
+            f"processes x {recipe.accumulate} passes (accumulate)"
+        )
+    steps = data.train_size // recipe.batch_size
+    if steps == 0:
+        raise ArgumentError(
+            f"batch_size={recipe.batch_size}: larger than the {data.train_size} training images"
+        )
+    return steps
+
+
+def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    params = [param for param in model.parameters() if param.requires_grad]
+    if recipe.decay_norms:
+        return [{"params": params}]
+    return [
+        {"params": [param for param in params if param.dim() > 1]},
+        {"params": [param for param in params if param.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+class _unsynchronized(AbstractContextManager[None]):
+    """FSDP2's counterpart of ``no_sync``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+
+    def __enter__(self) -> None:
+        self._model.set_requires_gradient_sync(False)
+
+    def __exit__(self, *_: object) -> None:
+        self._model.set_requires_gradient_sync(True)

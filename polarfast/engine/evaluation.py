@@ -1,0 +1,39 @@
+"""Accuracy on the test images, over all processes of a run."""
+
+import torch
+from torch import nn
+
+from polarfast.engine.data import DataSource
+from polarfast.engine.workers import Workers
+
+BATCH = 500
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The forward pass's context for a recipe's ``precision``."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: DataSource, workers: Workers, precision: str = "fp32"
+) -> float:
+    """Share of the test images that the model, in eval mode, classifies rightly, in percent.
+
+    Every process takes its share of the images, and as many forward passes as the others, since
+    a sharded model's forward pass is a joint one.
+    """
+    was_training = model.training
+    model.eval()
+    right = torch.zeros((), dtype=torch.int64, device=workers.device)
+    share = -(-data.test_size // workers.world)
+    passes = -(-share // BATCH)
+    with autocast(workers.device, precision):
+        for images, labels in data.test(BATCH, workers.rank, workers.world):
+            right += (model(images).argmax(1) == labels).sum()
+            passes -= 1
+        for _ in range(passes):
+            model(data.example())
+    model.train(was_training)
+    return 100 * float(workers.total(right)) / data.test_size

@@ -1,0 +1,248 @@
+"""A run from the command line: what is shown and logged, where it goes on, and its table."""
+
+import io
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from polarfast.engine import figures
+from polarfast.engine.checkpoint import Checkpoints, write_text
+from polarfast.engine.display import make_display
+from polarfast.engine.events import Observer
+from polarfast.engine.latency import device_name, median_latencies
+from polarfast.engine.recipe import Recipe
+from polarfast.engine.recipe_files import differing_settings, recipe_from_dict, to_yaml
+from polarfast.engine.recording import JsonLog, TensorBoardLog
+from polarfast.engine.results import BATCHES, Pair, Results, results_table
+from polarfast.engine.run import DONE, Run
+from polarfast.engine.workers import Workers
+from polarfast.errors import ArgumentError
+
+LATENCY_SECONDS = 1.0  # for each batch size
+
+
+def launch(
+    recipe: Recipe,
+    folder: Path,
+    console: Console,
+    phases: tuple[str, ...] = ("train", "prune", "finetune"),
+    resume: bool = False,
+    again: bool = False,
+) -> Results | None:
+    """Run a recipe in ``folder``, or go on where it was interrupted, and print its table.
+
+    Args:
+        phases: those to do; the ones before them must be done.
+        resume: fail if there is nothing to go on from.
+        again: start anew where the run in ``folder`` is finished.
+
+    Returns:
+        The figures, on the first process, if the run is now finished.
+
+    Raises:
+        ArgumentError: the folder holds a run of other settings, or none and ``resume``.
+        Interrupted: a signal asked to stop; the checkpoint is written.
+    """
+    torch.set_num_threads(recipe.hardware.threads)
+    workers = Workers(recipe.hardware)
+    try:
+        state = find_state(folder, recipe, must=resume, again=again)
+        run = Run(recipe, folder, workers, state)
+        _check_order(run, phases)
+        workers.wait()  # until every process has read the checkpoint
+        if workers.first:
+            _execute_and_show(run, console, phases, fresh=state is None)
+            return report(run, console) if run.phase == DONE else None
+        run.execute(until=phases[-1])
+        return None
+    finally:
+        workers.close()
+
+
+def find_state(
+    folder: Path, recipe: Recipe, must: bool = False, again: bool = False
+) -> dict[str, Any] | None:
+    """The state in ``folder`` that a run of ``recipe`` goes on from; None to start anew.
+
+    Raises:
+        ArgumentError: the state is of other settings; or ``must``, and there is none.
+        FileFormatError: all checkpoints are damaged.
+    """
+    state = Checkpoints(folder).newest()
+    if state is None:
+        if must:
+            raise ArgumentError(f"nothing to resume in '{folder}': it has no checkpoint")
+        return None
+    finished = state["phase"] == DONE
+    if finished and again and not must:
+        return None
+    other = differing_settings(recipe_from_dict(state["recipe"]).identity(), recipe.identity())
+    if other:
+        raise ArgumentError(
+            f"the {'finished' if finished else 'unfinished'} run in '{folder}' has other settings "
+            f"({', '.join(other)}): name another folder with --out, or delete this one"
+        )
+    return state
+
+
+def progress(folder: Path) -> str | None:
+    """How far the interrupted run in ``folder`` is, in words; None where nothing can be resumed."""
+    state = Checkpoints(folder).newest()
+    if state is None:
+        return None
+    if state["trainer"] is None:
+        return f"before the phase '{state['phase']}'" if state["phase"] != DONE else "at its end"
+    return f"after step {state['trainer']['step']:,} of the phase '{state['phase']}'"
+
+
+def _check_order(run: Run, phases: tuple[str, ...]) -> None:
+    if run.phase == DONE or run.phase in phases:
+        return
+    if run.phases.index(run.phase) < run.phases.index(phases[0]):
+        raise ArgumentError(
+            f"'{run.files.folder}' is not ready for '{phases[0]}': '{run.phase}' comes first "
+            f"(polarfast {run.phase}, or polarfast run for all of it)"
+        )
+
+
+def _execute_and_show(run: Run, console: Console, phases: tuple[str, ...], fresh: bool) -> None:
+    folder = run.files.folder
+    if fresh:
+        run.checkpoints.clear()
+        run.files.clear()
+    write_text(run.files.path("recipe"), to_yaml(run.recipe))
+    # Until the display is closed, log lines would tear it: they become notes.
+    observers: list[Observer] = [
+        TensorBoardLog(run.files.path("tensorboard"), len(run.history)),
+        JsonLog(run.files.path("metrics"), run.history),
+    ]
+    display = make_display(console)  # last: it must not be left running if the above fail
+    observers.append(display)
+    run.observers = observers
+    handler = _Notes(display)
+    logging.getLogger("polarfast").addHandler(handler)
+    try:
+        display.note(introduction(run))
+        if not fresh:
+            display.note(f"Going on in {folder}, {progress(folder)}")
+        run.execute(until=phases[-1])
+    finally:
+        logging.getLogger("polarfast").removeHandler(handler)
+        for observer in observers:
+            observer.close()
+
+
+def introduction(run: Run) -> str:
+    """One line on what is about to be done."""
+    recipe, data = run.recipe, run.data
+    channels, height, width = data.image_shape
+    sparsity = recipe.sparsity
+    aim = f"lam={sparsity.lam:g}, t={sparsity.t:g}"
+    if sparsity.regularizer == "flops-target":
+        aim = f"lam={sparsity.lam:g}, t steered to cut {100 * (sparsity.cut or 0):g} % of the MACs"
+    elif sparsity.regularizer != "polarization":
+        aim = f"{sparsity.regularizer}, lam={sparsity.lam:g}"
+    several = f", {run.workers.world} processes" if run.workers.world > 1 else ""
+    return (
+        f"{recipe.model} on {data.name}: {data.train_size:,} images to train and "
+        f"{data.test_size:,} to test, {channels}x{height}x{width}; {aim}, "
+        f"{recipe.train.epochs} + {recipe.finetune.epochs} epochs{several}"
+    )
+
+
+class _Notes(logging.Handler):
+    """The library's warnings, as lines of the display."""
+
+    def __init__(self, display: Observer) -> None:
+        super().__init__(logging.WARNING)
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._display.note(record.getMessage())
+
+
+def report(run: Run, console: Console) -> Results:
+    """Measure a finished run, draw its figures, write and print its table."""
+    results = measure(run)
+    draw(run)
+    table = results_table(results, f"{run.recipe.model} on {run.data.name}, {_method(run.recipe)}")
+    page = Console(width=100, file=io.StringIO(), record=True)
+    page.print(table)
+    write_text(run.files.path("results_table"), page.export_text())
+    write_text(run.files.path("results"), json.dumps(results.to_dict(), indent=2) + "\n")
+    console.print()
+    console.print(table)
+    console.print(
+        f"Model, plan, figures and logs are in {run.files.folder}{os.sep}", highlight=False
+    )
+    return results
+
+
+def _method(recipe: Recipe) -> str:
+    names = {
+        "polarization": "polarization pruning",
+        "flops-target": "polarization pruning",
+        "l1": "network slimming",
+        "deephoyer": "DeepHoyer",
+    }
+    by_method = {"uniform": "uniform width", "random": "random channels", "none": "not pruned"}
+    method = recipe.pruning.method
+    return by_method.get(method) or names.get(recipe.sparsity.regularizer, f"{method} pruning")
+
+
+def measure(run: Run) -> Results:
+    """The figures of a finished run; latency is measured now."""
+    plan, slim = run.files.plan(), run.slim()
+    # Beside a network that was narrow from the start stands the wide one, untrained.
+    untrained = run.phases[0] == "prune"
+    dense = run.build().to(run.workers.device) if untrained else run.plain_dense()
+    images = run.data.example(max(BATCHES))
+    latency = {
+        batch: Pair(*median_latencies([dense, slim], images[:batch], seconds=LATENCY_SECONDS))
+        for batch in BATCHES
+    }
+    return Results(
+        accuracy_dense=None if untrained else run.facts["accuracy_dense"],
+        accuracy_pruned=run.facts["accuracy_pruned"],
+        accuracy_finetuned=run.facts["accuracy_finetuned"],
+        macs=Pair(plan.macs_before, plan.macs),
+        params=Pair(plan.params_before, plan.params),
+        file_bytes=Pair(_state_bytes(dense), run.files.path("slim").stat().st_size),
+        latency_ms=latency,
+        threads=torch.get_num_threads(),
+        verified_error=run.facts["verified_error"],
+        seconds=run.facts["seconds"],
+        device=device_name(run.workers.device),
+    )
+
+
+def _state_bytes(model: torch.nn.Module) -> int:
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.tell()
+
+
+def draw(run: Run) -> None:
+    """The figures of a finished run: what became of γ, and the channels kept."""
+    plan, folder = run.files.plan(), run.files.folder
+    if run.phases[0] == "prune":
+        return
+    scales = run.scales(run.dense())
+    limits = {name: layer.threshold for name, layer in plan.layers.items()}
+    figures.gamma_histogram(folder / "gamma_histogram.png", scales, plan.kept, limits)
+    if run.gammas:
+        every = [counts.sum(0) for counts in run.gammas]
+        epochs = range(1, len(every) + 1)
+        figures.gamma_over_epochs(folder / "gamma_over_epochs.png", every, epochs)
+    figures.channels_kept(
+        folder / "channels_kept.png",
+        {name: len(plan.kept[name]) for name in scales},
+        {name: gamma.numel() for name, gamma in scales.items()},
+    )
+
+

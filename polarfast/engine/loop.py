@@ -1,0 +1,157 @@
+"""One stage of a run: its epochs, what is told and logged, checkpoints, and stopping when asked."""
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import polarfast as pf
+from polarfast.engine.events import Epoch, Gammas, Observer, Step
+from polarfast.engine.interrupts import Interrupted, StopSignals
+from polarfast.engine.training import Trainer
+
+_SAVE, _STOP = 1, 2
+AGREE_EVERY = 8  # steps between agreements of several processes on whether to save or stop
+SHOW_SECONDS = 0.3  # between two reports of steps
+
+
+class StageLoop:
+    """Carries a trainer to the end of its stage.
+
+    Args:
+        name: of the stage, for people.
+        observers: told of steps and epochs; on the first process only.
+        history: receives a dict for each epoch; gammas: receives counts of γ [L, 100].
+        save: writes a checkpoint; told whether this is the stage's best epoch so far.
+        signals: that may ask to stop.
+        scales, predict: all γ that may be pruned, and what pruning them now would cut.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        name: str,
+        observers: Sequence[Observer],
+        history: list[dict[str, Any]],
+        gammas: list[Tensor],
+        save: Callable[[bool], None],
+        signals: StopSignals,
+        scales: pf.ScalingFactors | None = None,
+        predict: pf.CutPredictor | None = None,
+    ) -> None:
+        self.trainer, self.name, self.observers = trainer, name, observers
+        self.history, self.gammas, self._save, self._signals = history, gammas, save, signals
+        self.scales, self.predict = scales, predict
+        self.last: Gammas | None = None
+        self._minutes = trainer.recipe.hardware.checkpoint_minutes
+        self._saved = self._shown = time.perf_counter()
+        self._steps_shown = trainer.step
+
+    def run(self) -> None:
+        """Train to the end of the stage.
+
+        Raises:
+            Interrupted: a signal asked to stop; the checkpoint is written.
+        """
+        trainer, epochs = self.trainer, self.trainer.stage.epochs
+        for observer in self.observers:
+            observer.stage_started(self.name, trainer.step, trainer.steps, epochs)
+        while trainer.epoch < epochs:
+            start, first = time.perf_counter(), trainer.step
+            for _ in trainer.rest_of_epoch():
+                if self.observers:
+                    self._show()
+                self._pause()
+            self._epoch_done(time.perf_counter() - start, trainer.step - first)
+            # Now the checkpoint is there, so stopping costs nothing.
+            if trainer.workers.agree(bool(self._signals.received)):
+                raise Interrupted(self._signals.received or signal.SIGTERM)
+
+    def _pause(self) -> None:
+        """Between two steps of an epoch: save or stop, where it is time or was asked for."""
+        trainer, workers = self.trainer, self.trainer.workers
+        if trainer.step % trainer.steps_per_epoch == 0:
+            return  # the epoch's own checkpoint comes next
+        if workers.world > 1 and trainer.step % AGREE_EVERY:
+            return
+        due = time.perf_counter() - self._saved >= 60 * self._minutes
+        wanted = _STOP if self._signals.received else _SAVE * (due and workers.first)
+        wanted = workers.agree(wanted)
+        if wanted:
+            self._checkpoint(False)
+        if wanted == _STOP:
+            raise Interrupted(self._signals.received or signal.SIGTERM)
+
+    def _checkpoint(self, best: bool) -> None:
+        self._save(best)
+        self._saved = time.perf_counter()
+
+    def _epoch_done(self, seconds: float, steps: int) -> None:
+        trainer = self.trainer
+        accuracy = trainer.accuracy()
+        self.last = self._gammas()
+        earlier = [past["accuracy"] for past in self.history if past["stage"] == self.name]
+        epoch = Epoch(
+            stage=self.name,
+            epoch=trainer.epoch,
+            epochs=trainer.stage.epochs,
+            index=len(self.history) + 1,
+            loss=trainer.mean_loss(),
+            accuracy=accuracy,
+            lr=trainer.lr,
+            seconds=seconds,
+            images_per_second=steps * trainer.recipe.batch_size / seconds,
+            gammas=self.last,
+        )
+        self.history.append(epoch.to_dict())
+        if self.last is not None:
+            self.gammas.append(self.last.histograms)
+        self._checkpoint(accuracy > max(earlier, default=-1.0))
+        for observer in self.observers:
+            observer.epoch_finished(epoch)
+
+    def _show(self) -> None:
+        now, trainer = time.perf_counter(), self.trainer
+        if now - self._shown < SHOW_SECONDS:
+            return
+        # Sharded γ could be looked at by all processes together only: at the end of the epoch.
+        gammas = None if trainer.recipe.hardware.parallel == "fsdp" else self._gammas()
+        rate = (trainer.step - self._steps_shown) * trainer.recipe.batch_size / (now - self._shown)
+        self._shown, self._steps_shown = now, trainer.step
+        done = (trainer.step - 1) % trainer.steps_per_epoch + 1
+        step = Step(
+            stage=self.name,
+            step=trainer.step,
+            steps=trainer.steps,
+            epoch=(trainer.step - 1) // trainer.steps_per_epoch + 1,
+            epochs=trainer.stage.epochs,
+            loss=float(trainer.loss) / done,
+            lr=trainer.lr,
+            images_per_second=rate,
+            cut=None if gammas is None else gammas.cut,
+            at_zero=None if gammas is None else gammas.at_zero,
+        )
+        for observer in self.observers:
+            observer.step_finished(step)
+
+    def _gammas(self) -> Gammas | None:
+        if self.scales is None or self.predict is None:
+            return None
+        values = {name: _whole(gamma) for name, gamma in self.scales.items()}
+        regularizer = self.trainer.regularizer
+        return Gammas(
+            values=values,
+            cut=self.predict.cut({name: gamma.abs() for name, gamma in values.items()}),
+            lam=regularizer.lam if regularizer else 0.0,
+            t=regularizer.t if regularizer else 0.0,
+        )
+
+
+@torch.no_grad()
+def _whole(gamma: Tensor) -> Tensor:
+    gamma = gamma.detach()
+    gamma = gamma.full_tensor() if hasattr(gamma, "full_tensor") else gamma
+    return gamma.float().cpu().flatten()

@@ -1,0 +1,104 @@
+"""The processes of a run: one alone, or those that torchrun started."""
+
+import copy
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from polarfast.engine.recipe import Hardware
+from polarfast.errors import ArgumentError
+
+PATIENCE = timedelta(hours=2)  # others wait while rank 0 plans, verifies and writes
+
+
+class Workers:
+    """This process's place among those of the run.
+
+    Attributes:
+        rank, world: number of this process, and of how many.
+        device: where this process computes.
+        distributed: whether there is a process group, be it of one.
+    """
+
+    def __init__(self, hardware: Hardware) -> None:
+        """Join the process group that torchrun's environment describes, if there is one.
+
+        Raises:
+            ArgumentError: a GPU is asked for that is not there; "fsdp" outside torchrun.
+        """
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.distributed = "RANK" in os.environ
+        self.device = _device(hardware.device, int(os.environ.get("LOCAL_RANK", "0")))
+        if hardware.parallel == "fsdp" and not self.distributed:
+            raise ArgumentError(
+                "hardware.parallel='fsdp': start with torchrun --nproc-per-node=N -m polarfast ..."
+            )
+        self._owner = self.distributed and not dist.is_initialized()
+        if self._owner:
+            # Small agreements travel by gloo, so that no GPU is waited for.
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=PATIENCE)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    def agree(self, flag: int) -> int:
+        """The largest flag of all processes."""
+        if self.world == 1:
+            return flag
+        flags = torch.tensor([flag])
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return int(flags)
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes, in float64, on the CPU: the same bits everywhere."""
+        values = values.detach().double().cpu()
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: object) -> list[object]:
+        """The value of every process, by rank."""
+        if self.world == 1:
+            return [value]
+        values: list[object] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def alone(self) -> "Workers":
+        """This process as if it were the only one: for work that the others wait for."""
+        lone = copy.copy(self)
+        lone.rank, lone.world = 0, 1
+        return lone
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self._owner:
+            dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ArgumentError(
+            "hardware.device='cuda': torch finds no usable GPU here; use --hardware.device cpu"
+        )
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ArgumentError(
+            f"process {local_rank} of this machine has no GPU of its own (there are {count}): "
+            f"use --nproc-per-node={count}"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,95 @@
+"""Which image goes where in an epoch, from a seed and a position alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polarfast.errors import ArgumentError
+
+_WORD = (1 << 64) - 1
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit integer that depends on every bit of ``numbers`` and on their order.
+
+    SplitMix64's finalizer, chained. Neighbouring seeds and positions give unrelated values, the
+    same ones in every process and version of Python.
+    """
+    state = 0
+    for number in numbers:
+        state = (state + (number & _WORD) + 0x9E3779B97F4A7C15) & _WORD
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
+        state ^= state >> 31
+    return state >> 1
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """One process's part of one epoch.
+
+    What a shard of a step holds depends on ``seed``, ``batch_size``, ``shards``, the step and the
+    shard; not on which process computes it, nor on the step at which the epoch was taken up.
+
+    Attributes:
+        seed: of the order and the augmentation; another for each stage and epoch.
+        batch_size: images of one optimizer step over all processes.
+        shards: equal parts that this batch is cut into: processes times accumulation.
+        first_shard, shard_count: this process computes shards ``first_shard`` to
+            ``first_shard + shard_count - 1``.
+        start_step: first step to compute, to go on in the middle of an epoch.
+    """
+
+    seed: int
+    batch_size: int
+    shards: int = 1
+    first_shard: int = 0
+    shard_count: int = 1
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.shards < 1 or self.batch_size % self.shards:
+            raise ArgumentError(
+                f"batch_size={self.batch_size}: must be a positive multiple of the {self.shards} "
+                "shards (processes times accumulation) it is cut into"
+            )
+        last = self.first_shard + self.shard_count
+        if self.first_shard < 0 or self.shard_count < 1 or last > self.shards:
+            raise ArgumentError(
+                f"first_shard={self.first_shard}, shard_count={self.shard_count}: must lie within "
+                f"the {self.shards} shards"
+            )
+        if self.start_step < 0:
+            raise ArgumentError(f"start_step={self.start_step}: must not be negative")
+
+    def steps(self, images: int) -> int:
+        """Optimizer steps of an epoch over so many images; what fills no batch is left out."""
+        return images // self.batch_size
+
+    def check(self, images: int) -> None:
+        """Refuse an epoch without a step, or taken up after its end."""
+        steps = self.steps(images)
+        if steps == 0:
+            raise ArgumentError(
+                f"batch_size={self.batch_size}: larger than the {images} training images"
+            )
+        if self.start_step > steps:
+            raise ArgumentError(
+                f"start_step={self.start_step}: the epoch has {steps} steps of {self.batch_size} "
+                f"of the {images} training images; was the run begun with other settings?"
+            )
+
+    def order(self, images: int) -> Tensor:
+        """The epoch's permutation, int64 ``[images]`` on the CPU, the same on every device."""
+        generator = torch.Generator().manual_seed(mix(self.seed))
+        return torch.randperm(images, generator=generator)
+
+    def micro_batches(self, images: int) -> Iterator[tuple[int, int, int, int]]:
+        """This process's ``(step, shard, start, stop)``: rows ``start:stop`` of the order."""
+        size = self.batch_size // self.shards
+        for step in range(self.start_step, self.steps(images)):
+            for shard in range(self.first_shard, self.first_shard + self.shard_count):
+                start = step * self.batch_size + shard * size
+                yield step, shard, start, start + size

@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from .errors import ScalingFactorError, StepError
 from .kernels.table import ScaleTable
+from .sharded import is_sharded, whole
+from .sharded_table import ShardedTable
 
 if TYPE_CHECKING:
     from .regularizers import Regularizer
@@ -24,6 +26,7 @@ class Binding:
 
     Attributes:
         params: all γ, in order.
+        sharded: whether they are DTensors.
         trainable: those with `requires_grad`, as of the last `check_members`.
         groups: indices of the optimizer's parameter groups that hold a trainable γ, as of then.
     """
@@ -31,13 +34,15 @@ class Binding:
     def __init__(self, scales: ScalingFactors) -> None:
         self.names = tuple(scales)
         self.params: tuple[Tensor, ...] = tuple(scales.values())
+        self.sharded = any(map(is_sharded, self.params))
+        _check_sizes(scales)
         self.trainable: list[Tensor] = []
         self.groups: list[int] = []
         self._others: Mapping[str, Tensor] = scales.others
         self._members: list[Tensor] = []  # the optimizer's parameters, as of the last check
         self._ends: list[int] = []
         self._flags: list[bool] = []  # requires_grad of each γ, as of the last check
-        self._table: ScaleTable | None = None
+        self._table: ScaleTable | ShardedTable | None = None
         self._table_weights: Mapping[str, float] | None = None  # where the table's came from
         self._warned_for: tuple[float | None, str] | None = None  # upper and clamp
 
@@ -65,7 +70,8 @@ class Binding:
         raise StepError(
             f"no scaling factor has a gradient (first: {self.names[0]!r}): call backward() before "
             "the step; if you did, the model's parameters were replaced after "
-            "pf.scaling_factors(model, ...), so call that again"
+            "pf.scaling_factors(model, ...), as fully_shard does: take scales.rebind(model) "
+            "after that"
         )
 
     def check_members(self, optimizer: Optimizer) -> None:
@@ -94,13 +100,14 @@ class Binding:
                 raise ScalingFactorError(
                     f"{name!r} requires a gradient but is in no parameter group of this "
                     f"{type(optimizer).__name__}: build the optimizer from model.parameters() "
-                    "after the model is complete, add_param_group it, or freeze it"
+                    "after the model is complete, add_param_group it, or freeze it; if the model's "
+                    "parameters were replaced (fully_shard), take scales.rebind(model)"
                 )
         self.trainable = trainable
         self.groups = sorted({group_of[id(param)] for param in trainable})
         self._members, self._ends, self._flags = members, ends, flags
 
-    def table(self, reg: Regularizer | None) -> ScaleTable:
+    def table(self, reg: Regularizer | None) -> ScaleTable | ShardedTable:
         """The address table of all γ, with the layer weights of `reg` if they matter."""
         table, first = self._table, self.params[0]
         if table is not None and (table.device, table.dtype) == (first.device, first.dtype):
@@ -108,7 +115,8 @@ class Binding:
                 return table
         # New, or moved by model.to(...), or of other weights. What else changes, a table notices.
         weights = None if reg is None else reg.weights_of(self.names)
-        table = self._table = ScaleTable(self.names, self.params, weights)
+        kind = ShardedTable if self.sharded else ScaleTable
+        table = self._table = kind(self.names, self.params, weights)
         self._table_weights = None if reg is None else reg.weights
         return table
 
@@ -138,6 +146,17 @@ class Binding:
         )
 
 
+def _check_sizes(scales: ScalingFactors) -> None:
+    """Raise ScalingFactorError for a γ that is a piece of what was traced: its mean is another."""
+    for name, param in scales.items():
+        if param.numel() != scales._sizes[name]:
+            raise ScalingFactorError(
+                f"{name!r} has {param.numel()} elements and had {scales._sizes[name]} when it was "
+                "found: something keeps only a piece of it here (FullyShardedDataParallel does); "
+                "use torch.distributed.fsdp.fully_shard and scales.rebind(model)"
+            )
+
+
 def _outside(param: Tensor, upper: float) -> int:
-    values = param.detach()
+    values = whole({"": param.detach()})[""]
     return int(((values < 0) | (values > upper)).sum())

@@ -11,6 +11,7 @@ from .channels import RESIDUAL_MODES, Channels
 from .errors import ArgumentError, TracingError
 from .inputs import unwrap
 from .modules import can_put_back
+from .sharded import present_parameters, refuse_sharded
 from .tracing import trace
 
 
@@ -35,6 +36,7 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
     ) -> None:
         _check_residual(residual)
         self._params = dict(params)
+        self._sizes = {name: param.numel() for name, param in self._params.items()}
         self.pinned = dict(pinned or {})
         self.others = dict(others or {})
         self.residual = residual
@@ -79,6 +81,37 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
             chosen, pinned=self.pinned, others={**rest, **self.others}, residual=self.residual
         )
 
+    def rebind(self, model: nn.Module) -> "ScalingFactors":
+        """The same factors as the parameters that bear their names in `model` now.
+
+        For parameters that were replaced after `pf.scaling_factors`, as `fully_shard` and
+        `load_state_dict(assign=True)` do, and for another model of the same layout. Make the
+        optimizer and the rebound factors from the same model. Wrappers are looked through.
+
+        Raises:
+            ArgumentError: a name is missing in `model` or has another number of channels, or the
+                model is in FullyShardedDataParallel.
+        """
+        present = present_parameters(unwrap(model))
+        for name, size in (self._sizes | {n: p.numel() for n, p in self.others.items()}).items():
+            if name not in present:
+                raise ArgumentError(
+                    f"{name!r} is no parameter of this model, whose names look like "
+                    f"{', '.join(map(repr, list(present)[:2]))}: rebind to the model that the "
+                    "factors were found in, or to one built alike"
+                )
+            if present[name].numel() != size:
+                raise ArgumentError(
+                    f"{name!r} has {present[name].numel()} channels in this model and {size} where "
+                    "it was found: call pf.scaling_factors on this model instead"
+                )
+        return ScalingFactors(
+            {name: present[name] for name in self},
+            pinned=self.pinned,
+            others={name: present[name] for name in self.others},
+            residual=self.residual,
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         # Address tables belong to this process and these tensors: a copy makes its own.
         return {**self.__dict__, "_tables": {}}
@@ -100,6 +133,7 @@ def _check_residual(residual: str) -> None:
 
 def analyze(model: nn.Module, example_inputs: Any, residual: str) -> Channels:
     """Trace an (unwrapped) model and sort its channels into classes."""
+    refuse_sharded(model)
 
     def putting_back(name: str) -> bool:
         return can_put_back(model.get_submodule(name.rpartition(".")[0]))
@@ -125,7 +159,7 @@ def scaling_factors(
             are kept or removed together.
 
     Raises:
-        ArgumentError: `residual` is none of these.
+        ArgumentError: `residual` is none of these, or the model is sharded already.
         TracingError: the model is scripted, does not run on the inputs, or has no normalization
             whose γ can take part.
     """

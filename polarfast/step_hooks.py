@@ -11,11 +11,12 @@ from torch.optim import Optimizer
 
 from .binding import Binding
 from .errors import StepError
+from .kernels.table import ScaleTable
+from .sharded import local
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from .kernels.table import ScaleTable
     from .regularizers import Regularizer
     from .scaling import ScalingFactors
 
@@ -97,7 +98,9 @@ class StepHooks:
         self, optimizer: Optimizer, groups: list[dict[str, Any]]
     ) -> dict[str, Any] | None:
         """The one set of arguments with which SGD would step every γ; None if there is none."""
-        if not self._may_fuse or any(group["differentiable"] for group in groups):
+        if not self._may_fuse or Binding.of(self.scales).sharded:
+            return None
+        if any(group["differentiable"] for group in groups):
             return None
         options = {key: group[key] for group in groups for key in _SGD_OPTIONS}
         for group in groups:
@@ -143,7 +146,7 @@ class StepHooks:
         binding, reg = Binding.of(self.scales), self.reg
         table = binding.table(reg)
         found_inf = _amp_scalar(optimizer, "found_inf", table.device)
-        if self._options is not None:
+        if self._options is not None and isinstance(table, ScaleTable):
             self._fused_step(optimizer, table, self._options)
         elif reg.upper is not None:
             if self._memory != [gamma.data_ptr() for gamma in binding.params]:
@@ -179,7 +182,7 @@ class StepHooks:
     @torch.no_grad()
     def _clamp_others(self, upper: float) -> None:
         others: list[Tensor] = [
-            param for param in self.scales.others.values() if param.requires_grad
+            local(param) for param in self.scales.others.values() if param.requires_grad
         ]
         if others:
             torch._foreach_clamp_min_(others, 0.0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .binding import Binding
 from .errors import ArgumentError, ScalingFactorError, ThresholdError
+from .sharded import whole
 
 if TYPE_CHECKING:
     from .scaling import ScalingFactors
@@ -34,7 +35,8 @@ def thresholds(
     "fixed" and "percentile" take any sign of γ and suit `pf.L1` and `pf.DeepHoyer`.
 
     Args:
-        scales: the scaling factors γ; on a GPU, "valley" makes one copy to the host.
+        scales: the scaling factors γ; on a GPU, "valley" makes one copy to the host. Sharded ones
+            (`fully_shard`) are gathered in one collective, so every process must ask.
         method: "valley", "fixed" or "percentile".
         value: see above; not for "valley".
 
@@ -69,7 +71,7 @@ def valleys(scales: ScalingFactors) -> dict[str, tuple[float | None, int]]:
         if not_finite:
             raise _not_finite(name, gamma, int(not_finite))
         if inside < gamma.numel():  # some are outside [0, 1]; above 1 is harmless
-            negative = int((gamma.detach() < 0).sum())
+            negative = int((whole({name: gamma.detach()})[name] < 0).sum())
             if negative:
                 raise ThresholdError(
                     f"{name!r} has {negative} negative γ of {gamma.numel()}, and 'valley' looks at "
@@ -113,9 +115,10 @@ def _percentile(scales: ScalingFactors, value: float | None) -> dict[str, float 
 def _magnitudes(scales: ScalingFactors) -> Tensor:
     """|γ| of all layers, 1-D, in float32 or better; all of them finite."""
     with torch.no_grad():
-        magnitudes = torch.cat([gamma.reshape(-1) for gamma in scales.values()]).abs()
+        gammas = whole(scales)
+        magnitudes = torch.cat([gamma.reshape(-1) for gamma in gammas.values()]).abs()
     if not bool(magnitudes.isfinite().all()):
-        for name, gamma in scales.items():
+        for name, gamma in gammas.items():
             count = int((~gamma.detach().isfinite()).sum())
             if count:
                 raise _not_finite(name, gamma, count)

@@ -13,6 +13,7 @@ from .errors import VerificationError
 from .fields import AsFolded, Fold, double_copy, masked_copy, run_double
 from .inputs import convert, device_of, dtype_of, generate, unwrap
 from .plans import PruningPlan
+from .sharded import refuse_sharded
 from .tracing import tensors_of
 
 #: What counts as rounding, by the dtype in which the slim model keeps its numbers: the largest
@@ -72,6 +73,8 @@ def verify(model: nn.Module, slim: nn.Module, plan: PruningPlan, example_inputs:
         plan: the plan it was made from.
         example_inputs: as for `plan`.
     """
+    for either in (model, slim):
+        refuse_sharded(unwrap(either))
     info = getattr(unwrap(slim), "polarfast_info", None)
     report = _compare(
         unwrap(model), unwrap(slim), plan, info.fold if info else plan.fold, example_inputs

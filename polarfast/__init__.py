@@ -16,6 +16,7 @@ from .errors import (
     VerificationError,
 )
 from .files import load, load_plan, save
+from .gating import add_gates
 from .planning import plan
 from .plans import PruningPlan
 from .prediction import CutPredictor
@@ -47,6 +48,7 @@ __all__ = [
     "ThresholdError",
     "TracingError",
     "VerificationError",
+    "add_gates",
     "attach",
     "init_scales",
     "load",

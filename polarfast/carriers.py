@@ -42,18 +42,22 @@ class Carriers:
         chosen = set(self.carrier_of.values())
         with torch.no_grad():
             for name, labels in self.channels.layers.items():
-                bias_name = self.channels.calls[name].bias
-                if bias_name is None:
+                norm = self.channels.calls[name]
+                if norm.bias is None:
                     continue
-                bias = params[bias_name]
-                saved[bias_name] = bias.clone()
+                for tensor in (norm.weight, norm.bias, norm.gate):
+                    if tensor is not None:
+                        saved[tensor] = params[tensor].clone()
                 for place, label in enumerate(labels.tolist()):
                     if label in chosen:
-                        bias[place] = 0.0 if label in first else 1.0
+                        params[str(norm.weight)][place] = 0.0
+                        params[norm.bias][place] = 0.0 if label in first else 1.0
+                        if norm.gate is not None:
+                            params[norm.gate][place] = 1.0
                 first |= set(labels.tolist())
             yield
-            for bias_name, bias in saved.items():
-                params[bias_name].copy_(bias)
+            for tensor, values in saved.items():
+                params[tensor].copy_(values)
 
     def carry(
         self, result: Fold, index: int, seen: Tensor, again: Tensor, problem: str, refuse: bool

@@ -22,13 +22,13 @@ MEETS = {
 class Channels:
     """The channel classes of a graph under one residual mode.
 
-    A class is a set of ids that must be kept or removed together. A normalization *takes part* iff
-    it alone reads every channel that it normalizes: then γ = 0 makes the channel a constant, and
-    its class can go.
+    A class is a set of ids that must be kept or removed together. A normalization (or a gate)
+    *takes part* iff it alone reads every channel that it normalizes: then γ = 0 makes the channel a
+    constant, and its class can go. Where there is a gate, γ below means the gate.
 
     Attributes:
         graph, residual: what this was made from.
-        boundaries: weights of norms whose output is put back to full width ("expand").
+        boundaries: γ of norms whose output is put back to full width ("expand").
         label: int64 [graph.count], the class of each id; PIN: must stay.
         layers: γ name -> class of each of its channels, int64 [C]; the norms that take part, in
             order of execution.
@@ -40,8 +40,8 @@ class Channels:
         self._raw = graph.labels()
         self.calls: dict[str, NormCall] = {}
         for call in graph.norms:
-            if call.weight is not None:
-                self.calls.setdefault(call.weight, call)
+            if call.scale is not None:
+                self.calls.setdefault(call.scale, call)
         self._alone = {name for name, call in self.calls.items() if self._reads_alone(name, call)}
         self.boundaries = (
             self._find_boundaries(can_put_back) if residual == "expand" else frozenset()
@@ -69,9 +69,8 @@ class Channels:
         calls: list[ProjectionCall | NormCall] = [*self.graph.projections, *self.graph.norms]
         for call in calls:
             name = (
-                call.weight
-                or f"a normalization without weights over {call.inputs.numel()} channels"
-            )
+                call.scale if isinstance(call, NormCall) else call.weight
+            ) or f"a normalization without weights over {call.inputs.numel()} channels"
             if name not in number:
                 number[name] = len(names)
                 names.append(name)
@@ -120,7 +119,7 @@ class Channels:
     def sole_norm(self, index: int) -> NormCall | None:
         """The norm that alone reads what a call (by index) writes, and reads it untouched."""
         for norm in self.graph.norms:
-            if norm.source == index and norm.weight in self._alone:
+            if norm.source == index and norm.scale in self._alone and norm.normalizes:
                 return norm
         return None
 

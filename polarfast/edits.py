@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .channels import Channels
 from .fields import Fold
+from .gates import fold_gate, gate_name, gated_modules
 from .layout import Layout
 from .tracing import ProjectionCall
 
@@ -75,7 +76,20 @@ def write_edits(model: nn.Module, channels: Channels, fold: Fold) -> Edits:
                 edit(call.weight),
                 tensors[call.weight].detach().double(),
             )
+    _fold_gates(edits, model, edit)
     return edits
+
+
+def _fold_gates(edits: Edits, model: nn.Module, edit: Editor) -> None:
+    """Multiply every gate into its layer's weight and bias; the slim model has none."""
+    for name, module in gated_modules(model):
+        gate = edits.tensors.pop(gate_name(name), module.gate.detach().double())
+        for own in ("weight", "bias"):
+            full_name = gate_name(name).removesuffix("gate") + own
+            if getattr(module, own) is not None:
+                fold_gate(edit(full_name), gate)
+            elif full_name in edits.biases:
+                fold_gate(edits.biases[full_name][0], gate)
 
 
 def _silence(edits: Edits, channels: Channels, wanted: Tensor, edit: Editor) -> None:
@@ -95,7 +109,7 @@ def _silence(edits: Edits, channels: Channels, wanted: Tensor, edit: Editor) -> 
     ones: dict[str, Tensor] = {}
     for name in channels.layers:
         norm = channels.calls[name]
-        values |= {norm.weight: 0.0, norm.bias: 0.0, norm.mean: 0.0, norm.var: 1.0}
+        values |= {norm.weight: 0.0, norm.bias: 0.0, norm.mean: 0.0, norm.var: 1.0, norm.gate: 1.0}
         mine = channels.label[norm.inputs]
         ones[str(norm.bias)] = wanted[norm.inputs] & ~written[mine]
         written[mine] = True

@@ -69,8 +69,8 @@ def double_copy(model: nn.Module) -> nn.Module:
 
 
 def masked_copy(model: nn.Module, kept: dict[str, Tensor], zero_beta: bool) -> nn.Module:
-    """A float64 copy of `model` in eval mode with γ (and β if `zero_beta`) zero on the removed
-    channels: the reference.
+    """A float64 copy of `model` in eval mode with γ (and β if `zero_beta`) or the gate zero on the
+    removed channels: the reference.
     """
     masked = double_copy(model).eval()
     params = dict(masked.named_parameters())
@@ -80,8 +80,9 @@ def masked_copy(model: nn.Module, kept: dict[str, Tensor], zero_beta: bool) -> n
             gone[keep] = False
             gone = gone.to(params[name].device)
             params[name][gone] = 0
-            beta = params.get(name.removesuffix("weight") + "bias")
-            if zero_beta and beta is not None:
+            owner, _, attribute = name.rpartition(".")
+            beta = params.get(f"{owner}.bias".lstrip("."))
+            if zero_beta and beta is not None and attribute == "weight":  # a gate silences β anyway
                 beta[gone] = 0
     return masked
 

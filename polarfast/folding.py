@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .carriers import Carriers
 from .channels import Channels
 from .fields import Fold, ReaderFold, level_of, masked_copy, put_interior, read_fields
+from .gates import plain_type
 from .inputs import Spec, device_of, generate
 from .tracing import ProjectionCall
 
@@ -110,7 +111,7 @@ class Sinks:
         if call.bias is not None:
             return call.bias, False
         owner, _, attribute = call.weight.rpartition(".")
-        if type(self._model.get_submodule(owner)) in WITH_BIAS and attribute == "weight":
+        if plain_type(self._model.get_submodule(owner)) in WITH_BIAS and attribute == "weight":
             return f"{owner}.bias".lstrip("."), False
         return None, True
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .channels import Channels
+from .gates import gate_name, gated_modules
 from .kernels.gather import gather_channels
 from .structure import ModuleChange, Structure
 from .tracing import ProjectionCall
@@ -21,9 +22,10 @@ class Layout:
     def __init__(self, channels: Channels, alive: Tensor) -> None:
         self.channels, self.graph, self.alive = channels, channels.graph, alive
         self._index: dict[str, dict[int, Tensor]] = {}
+        gates = self.graph.gate_names()  # no slim model has any
         for (name, dim), ids in self.graph.axes.items():
             stays = alive[ids]
-            if not bool(stays.all()):
+            if name not in gates and not bool(stays.all()):
                 self._index.setdefault(name, {})[dim] = stays.nonzero().flatten()
 
     def index(self, name: str) -> dict[int, Tensor]:
@@ -52,9 +54,12 @@ class Layout:
         return sum(call.macs(*self._sizes(call)) for call in counted) + self.graph.fixed_macs
 
     def params(self, model: nn.Module, new_biases: Mapping[str, int]) -> int:
-        """Number of parameters, created biases included."""
+        """Number of parameters, created biases included, gates left out."""
         total = sum(new_biases.values())
+        gates = {gate_name(name) for name, _ in gated_modules(model)}
         for name, param in model.named_parameters():
+            if name in gates:
+                continue
             shape = list(param.shape)
             for dim, kept in self.index(name).items():
                 shape[dim] = kept.numel()
@@ -83,7 +88,7 @@ class Layout:
         for norm in self.graph.norms:
             norm_name = norm.weight or norm.mean or ""
             if norm_name in structure.shapes:
-                boundary = norm.weight in self.channels.boundaries
+                boundary = norm.scale in self.channels.boundaries
                 self._norm(structure, model, norm_name, boundary, norm.inputs)
         for name in structure.shapes:
             owner = model.get_submodule(name.rpartition(".")[0])

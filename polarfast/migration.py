@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .edits import Edits, gather_state
 from .errors import PlanError
+from .gates import gate_name, gated_modules
 from .layout import Layout
 
 
@@ -21,8 +22,8 @@ def migrate_optimizer(
     """Point every parameter group at the slim parameters and cut every state tensor with them, in
     place.
 
-    Created biases join the group of the weight beside them. Parameters of other models are left
-    alone.
+    Created biases join the group of the weight beside them, gates are left out. Parameters of other
+    models are left alone.
 
     Raises:
         PlanError: a state tensor has neither its parameter's shape nor a single element; the
@@ -30,12 +31,15 @@ def migrate_optimizer(
     """
     names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
     slim_params = dict(small.named_parameters())
+    gates = {gate_name(name) for name, _ in gated_modules(model)}
     created = [name for name in slim_params if name not in set(names.values())]
     groups: list[list[nn.Parameter]] = []
     found_names: list[list[str]] = []
     for group in optimizer.param_groups:
         params = [
-            slim_params[names[param]] if param in names else param for param in group["params"]
+            slim_params[names[param]] if param in names else param
+            for param in group["params"]
+            if names.get(param) not in gates
         ]
         mine = {names[param] for param in group["params"] if param in names}
         added = [name for name in created if f"{name.removesuffix('bias')}weight" in mine]
@@ -47,14 +51,19 @@ def migrate_optimizer(
         name = names.get(param)
         if name is None:
             state[param] = values
-        else:
+        elif name not in gates:
             state[slim_params[name]] = {
                 key: _cut(name, param, key, value, layout, edits) for key, value in values.items()
             }
     for group, params, added in zip(optimizer.param_groups, groups, found_names, strict=True):
-        group["params"] = params
         if "param_names" in group:
-            group["param_names"] = [*group["param_names"], *added]
+            left = [
+                given
+                for param, given in zip(group["params"], group["param_names"], strict=True)
+                if names.get(param) not in gates
+            ]
+            group["param_names"] = [*left, *added]
+        group["params"] = params
     optimizer.state.clear()
     optimizer.state.update(state)
 

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .gates import plain_type
+
 
 class PutBackMixin:
     """A normalization of the kept channels whose output has the full width again ("expand").
@@ -140,9 +142,9 @@ SILENT: dict[type[nn.Module], type[nn.Module]] = {
 
 def can_put_back(module: nn.Module) -> bool:
     """Whether a module has a put-back form."""
-    return type(module) in PUT_BACK
+    return plain_type(module) in PUT_BACK
 
 
 def can_be_silent(module: nn.Module) -> bool:
     """Whether a module has a form that works without channels."""
-    return type(module) in SILENT and not isinstance(getattr(module, "padding", None), str)
+    return plain_type(module) in SILENT and not isinstance(getattr(module, "padding", None), str)

@@ -21,8 +21,8 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
 
     Attributes:
         pinned: names of BatchNorm weights that cannot take part -> the reason.
-        others: BatchNorm weights of the network that are not in this mapping (clamped too with
-            ``clamp="all"``).
+        others: BatchNorm weights (in a network with gates: gates) that are not in this mapping
+            (clamped too with ``clamp="all"``).
         residual: "keep", "expand" or "couple": what happens to channels that meet in an addition.
     """
 
@@ -145,7 +145,7 @@ def scaling_factors(
     model: nn.Module, example_inputs: Any, residual: str = "keep"
 ) -> ScalingFactors:
     """Find the scaling factors γ that take part: BatchNorm weights whose norm alone reads the
-    channels that it normalizes.
+    channels that it normalizes; for layers with a gate (`add_gates`), the gate instead.
 
     Args:
         model: any eager network; left exactly as found (modes, buffers, gradients, random state).
@@ -166,7 +166,6 @@ def scaling_factors(
     _check_residual(residual)
     model = unwrap(model)
     channels = analyze(model, example_inputs, residual)
-    params = dict(model.named_parameters())
     if not channels.layers:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(channels.pinned.items())[:3])
         raise TracingError(
@@ -174,12 +173,25 @@ def scaling_factors(
             + (
                 why
                 or "the network has no BatchNorm with weights; "
-                "put gates (a factor per channel) where γ is missing"
+                "pf.add_gates puts gates (a factor per channel) where γ is missing"
             )
         )
+    return factors_of(model, channels)
+
+
+def factors_of(model: nn.Module, channels: Channels) -> ScalingFactors:
+    """The scaling factors of an analyzed model."""
+    params = dict(model.named_parameters())
     taking_part = {name: params[name] for name in channels.layers}
-    others = {name: params[name] for name in channels.calls if name not in taking_part}
-    return ScalingFactors(taking_part, pinned=channels.pinned, others=others, residual=residual)
+    gates = channels.graph.gate_names()  # where there are any, they are clamped and no further γ
+    others = {
+        name: params[name]
+        for name in channels.calls
+        if name not in taking_part and (name in gates or not gates)
+    }
+    return ScalingFactors(
+        taking_part, pinned=channels.pinned, others=others, residual=channels.residual
+    )
 
 
 def init_scales(scales: Mapping[str, nn.Parameter], value: float = 0.5) -> None:

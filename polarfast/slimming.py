@@ -12,6 +12,7 @@ from .edits import Edits, new_biases, write_edits
 from .errors import ArgumentError, PlanError
 from .fields import Fold, double_copy
 from .folding import fold_constants
+from .gates import drop_gate, gated_modules
 from .inputs import device_of, dtype_of, generate, unwrap
 from .layout import Layout
 from .migration import migrate_optimizer
@@ -117,6 +118,8 @@ class _Blueprint:
                 cut = nn.Parameter(cut, requires_grad=original.requires_grad)
             memo[id(original)] = cut
         small = copy.deepcopy(model, memo)
+        for _, module in list(gated_modules(small)):
+            drop_gate(module)
         new = _new_tensors(tensors, self.channels, self.layout, self.edits, self.info.fold)
         self.info.structure.apply(small, lambda name, old: new[name])
         for param in small.parameters():
@@ -178,7 +181,7 @@ def _new_tensors(
         alive = layout.alive[norm.inputs]
         gamma, prefix = tensors[weight], weight.rpartition(".")[0]
         constant = torch.zeros_like(gamma)
-        if fold != "none" and norm.bias is not None:
+        if fold != "none" and norm.bias is not None and norm.gate is None:
             constant = torch.where(alive.to(gamma.device), constant, tensors[norm.bias].detach())
         new[f"{prefix}.put_back_index"] = alive.nonzero().flatten().to(gamma.device)
         new[f"{prefix}.put_back_constant"] = constant.detach().clone()

@@ -1,6 +1,7 @@
 """Rules for the operators that read channels: convolutions, linear layers, batch normalization."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -149,7 +150,8 @@ def batch_norm(rec: Recorder, overload: str, args: tuple[Any, ...], out: Tensor)
     if value is None:
         return
     views = [rec.view(tensor) for tensor in tensors]
-    if any(
+    gates = {view.gate for view in views[:2] if view}
+    if len(gates) > 1 or any(
         tensor is not None and view is None for tensor, view in zip(tensors, views, strict=True)
     ):
         rec.pin(value.ids, "normalized with parameters that are computed, not plain ones")
@@ -163,16 +165,43 @@ def batch_norm(rec: Recorder, overload: str, args: tuple[Any, ...], out: Tensor)
         *[None] * (4 - len(views)),
     ]
     previous = [call for call in rec.graph.norms if weight is not None and call.weight == weight]
-    for name in names:
+    gate = views[0].gate if views[0] else None
+    for name in (*names, gate):
         if name is not None:
             rec.axis(name, 0, inputs)
     # One id per distinct channel: a repeated input channel stays one channel on the way out.
     outputs = previous[0].outputs if previous else _renamed(rec, inputs)
     node = rec.node([value.node])
+    source = rec.written.get(x)
     rec.graph.norms.append(
-        NormCall(weight, bias, mean, var, inputs, outputs, rec.written.get(x), value.depth, node)
+        NormCall(weight, bias, mean, var, inputs, outputs, source, value.depth, node, gate)
     )
     rec.put(out, spread(outputs, out.shape, 1), [value])
+    rec.values[out].node = node
+    rec.normed[out] = len(rec.graph.norms) - 1
+
+
+def gate(rec: Recorder, x: Tensor, factor: Tensor, out: Tensor) -> None:
+    """An activation times a gate: part of the normalization that wrote it, or a call of its own."""
+    value, view = rec.values[x], rec.views[factor]
+    name = view.name
+    dim = out.dim() - factor.dim() + (view.dims.index(0) if 0 in view.dims else 0)
+    index = rec.normed.get(x)
+    if index is not None:
+        norm = rec.graph.norms[index] = replace(rec.graph.norms[index], gate=name)
+        rec.axis(name, 0, norm.inputs)
+        rec.put(out, value.ids, [value])
+        return
+    inputs = rec.channels(value, dim)
+    rec.axis(name, 0, inputs)
+    previous = [call for call in rec.graph.norms if call.gate == name]
+    outputs = previous[0].outputs if previous else _renamed(rec, inputs)
+    node = rec.node([value.node])
+    source = rec.written.get(x)
+    rec.graph.norms.append(
+        NormCall(None, None, None, None, inputs, outputs, source, value.depth, node, name)
+    )
+    rec.put(out, spread(outputs, out.shape, dim), [value])
     rec.values[out].node = node
 
 

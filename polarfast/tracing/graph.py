@@ -48,15 +48,17 @@ class ProjectionCall:
 
 @dataclass(frozen=True, eq=False)
 class NormCall:
-    """One execution of a batch normalization. `outputs` are new ids, linked to `inputs` unless the
-    norm is a boundary.
+    """One execution of a batch normalization, or of a gate behind a convolution or linear layer.
+    `outputs` are new ids, linked to `inputs` unless the norm is a boundary.
 
     Attributes:
-        weight, bias, mean, var: names of parameters and buffers, None where there is none.
+        weight, bias, mean, var: names of parameters and buffers, None where there is none (all four
+            where a gate stands alone).
         inputs, outputs: channel ids, int64 [C].
         source: index in `Graph.projections` of the call whose output, untouched, it normalizes.
         depth: convolutions and linear layers on the longest path from the network's input.
         node: this call's node in `Graph.parents`.
+        gate: name of the gate that multiplies the output.
     """
 
     weight: str | None
@@ -68,6 +70,17 @@ class NormCall:
     source: int | None
     depth: int
     node: int
+    gate: str | None = None
+
+    @property
+    def scale(self) -> str | None:
+        """The scaling factor: the gate, where there is one, else γ."""
+        return self.gate or self.weight
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether this is a normalization, not a gate alone."""
+        return self.gate is None or self.weight is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,12 +148,14 @@ class Graph:
         return torch.zeros(self.count, dtype=torch.bool, device="cpu")
 
     def links(self, boundaries: frozenset[str] = frozenset()) -> list[Tensor]:
-        """Edges from each norm's inputs to its outputs, but for norms whose weight is in
+        """Edges from each norm's inputs to its outputs, but for norms whose scaling factor is in
         `boundaries`.
         """
-        return [
-            torch.stack((c.inputs, c.outputs)) for c in self.norms if c.weight not in boundaries
-        ]
+        return [torch.stack((c.inputs, c.outputs)) for c in self.norms if c.scale not in boundaries]
+
+    def gate_names(self) -> set[str]:
+        """Names of all gates."""
+        return {call.gate for call in self.norms if call.gate is not None}
 
     def pin_edges(self) -> list[Tensor]:
         """Edges from PIN to every pinned id."""

@@ -52,6 +52,9 @@ def _apply(
     first = isinstance(args[0], Tensor) and rec.value(args[0]) is not None if args else False
     if plain in rules.FORGET:
         return
+    if plain == "mul" and first and rules.is_gate(rec, args[1]):
+        calls.gate(rec, args[0], args[1], out)
+        return
     if rule is not None:
         rule(rec, args, out)
     elif "batch_norm" in plain and isinstance(out, tuple):

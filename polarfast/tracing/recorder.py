@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..gates import gate_name, gated_modules
 from .graph import Addition, Graph, Pin
 from .ids import PIN, along, compact
 
@@ -27,11 +28,12 @@ class Value:
 @dataclass(frozen=True)
 class ParameterView:
     """A parameter or buffer, perhaps transposed or with dimensions of size 1 put in: `dims[i]` is
-    its dimension at i.
+    its dimension at i. `gate`: name of the gate that it is multiplied by.
     """
 
     name: str
     dims: tuple[int | None, ...]
+    gate: str | None = None
 
 
 class Recorder:
@@ -42,6 +44,8 @@ class Recorder:
         self.values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.views: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.written: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.normed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.gates = {gate_name(name) for name, _ in gated_modules(model)}
         self.counting = True  # whether this pass's MACs count
         self.used: set[str] = set()
         self.whole: set[str] = set()
@@ -62,8 +66,9 @@ class Recorder:
 
     def touched(self, tensor: Tensor) -> None:
         """Say that a tensor was changed in place: it is no longer what a call wrote."""
-        if tensor in self.written:
-            del self.written[tensor]
+        for calls in (self.written, self.normed):
+            if tensor in calls:
+                del calls[tensor]
 
     def put(self, tensor: Tensor, ids: Tensor, sources: Iterable[Value]) -> None:
         """Track `tensor`. A node of its own only where several values meet."""

@@ -228,17 +228,19 @@ def opaque(rec: Recorder, func: Any, args: Any, out: Any) -> None:
 
 
 def parameter_view(rec: Recorder, name: str, args: tuple[Any, ...], out: Any) -> bool:
-    """Follow a parameter through transposes and reshapes that only insert dimensions; False if that
-    is not what this is.
+    """Follow a parameter through transposes, reshapes that only insert dimensions, and the product
+    with a gate; False if that is not what this is.
     """
     source = rec.view(args[0]) if args else None
     if source is None or not isinstance(out, Tensor):
         return False
-    dims = source.dims
+    dims, gate = source.dims, source.gate
     if name in ("detach", "alias", "_to_copy", "clone", "contiguous", "lift_fresh") or (
         name == "expand" and tuple(out.shape) == tuple(args[0].shape)
     ):
         pass
+    elif name == "mul" and gate is None and is_gate(rec, args[1]):
+        gate = rec.views[args[1]].name
     elif name == "t":
         dims = dims[::-1]
     elif name in ("transpose", "swapaxes"):
@@ -255,8 +257,14 @@ def parameter_view(rec: Recorder, name: str, args: tuple[Any, ...], out: Any) ->
         dims = tuple(next(queue) if size > 1 else None for size in out.shape)
     else:
         return False
-    rec.views[out] = ParameterView(source.name, dims)
+    rec.views[out] = ParameterView(source.name, dims, gate)
     return True
+
+
+def is_gate(rec: Recorder, factor: Any) -> bool:
+    """Whether an operand is the gate of a gated module."""
+    view = rec.view(factor)
+    return view is not None and view.gate is None and view.name in rec.gates
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

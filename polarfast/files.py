@@ -14,6 +14,7 @@ from torch import nn
 from .errors import FileFormatError, PlanError
 from .inputs import unwrap
 from .plans import PruningPlan
+from .sharded import refuse_sharded
 from .slimming import SlimInfo
 from .storage import read_tensors, write_atomically
 from .structure import Structure, blank
@@ -35,8 +36,10 @@ def save(slim: nn.Module, plan: PruningPlan, path: str | os.PathLike[str]) -> No
 
     Raises:
         FileFormatError: `slim` was not made by polarfast.
+        ArgumentError: `slim` is sharded.
     """
     slim = unwrap(slim)
+    refuse_sharded(slim)
     info = getattr(slim, "polarfast_info", None)
     if not isinstance(info, SlimInfo):
         raise FileFormatError(

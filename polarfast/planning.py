@@ -172,7 +172,7 @@ def check_belongs(model: nn.Module, channels: Channels, scales: ScalingFactors) 
         if params.get(name) is not gamma:
             raise PlanError(
                 f"scales[{name!r}] is not a parameter of this model: call scaling_factors(model, "
-                "…) on the model to plan"
+                "…) on the model to plan, or take scales.rebind(model)"
             )
         if name not in channels.layers:
             raise PlanError(

@@ -1,0 +1,349 @@
+"""What test_sharded.py runs in several processes: each case returns plain tensors from each rank.
+
+`run` starts a process of its own for them, which forks the ranks.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing import start_processes
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, AdamW, Optimizer
+
+import polarfast as pf
+
+SHARDS, STEPS = 6, 3  # shards of a batch: one, two or three for each process
+WEIGHTS = {"1.weight": 0.5, "4.weight": 2.0}
+REGULARIZERS: dict[str, Callable[[], pf.Regularizer]] = {
+    "polarization": lambda: pf.Polarization(lam=0.02, t=1.2),
+    "weighted": lambda: pf.Polarization(lam=0.02, t=1.2, weights=WEIGHTS),
+    "layer": lambda: pf.Polarization(lam=0.02, t=1.2, mean="layer", weights=WEIGHTS),
+    "l1": lambda: pf.L1(lam=0.02, weights=WEIGHTS),
+    "deephoyer": lambda: pf.DeepHoyer(lam=0.02, weights=WEIGHTS),
+}
+
+
+def network() -> nn.Sequential:
+    """γ of 16, 2 and 5 channels: three processes hold 6, 6, 4; 1, 1, 0; and 2, 2, 1 of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 2, 3, bias=False), nn.BatchNorm2d(2), nn.ReLU()),
+        *(nn.Conv2d(2, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)),
+    )
+    for i in (1, 4, 7):
+        nn.init.uniform_(model[i].weight, 0.02, 0.98)
+    return model
+
+
+def example() -> Tensor:
+    return torch.randn(1, 1, 10, 10, generator=torch.Generator().manual_seed(1))
+
+
+def batch(step: int, shard: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + shard)
+    images = torch.randn(4, 1, 10, 10, generator=generator)
+    return images, torch.randint(3, (4,), generator=generator)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "sgd": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3, nesterov=True),
+    "adamw": lambda p: AdamW(p, lr=0.01),
+    "fused": lambda p: AdamW(p, lr=0.01, fused=True),
+}
+
+
+class Loop:
+    """One training loop for every way of spreading it: this rank does its share of the shards."""
+
+    def __init__(
+        self,
+        optimizer: str = "sgd",
+        reg: str = "polarization",
+        *,
+        attach: bool = False,
+        scaler: bool = False,
+        clip: bool = False,
+        shards: int = SHARDS,
+    ) -> None:
+        self.optimizer_name, self.reg = optimizer, REGULARIZERS[reg]()
+        self.attach, self.clip, self.shards = attach, clip, shards
+        self.scaler = torch.amp.GradScaler("cpu", enabled=scaler, init_scale=1024.0)
+
+    def run(
+        self,
+        model: nn.Module,
+        scales: pf.ScalingFactors,
+        rank: int = 0,
+        world: int = 1,
+        no_sync: Callable[[bool], Any] = lambda last: nullcontext(),
+    ) -> dict[str, Tensor]:
+        optimizer = OPTIMIZERS[self.optimizer_name](model.parameters())
+        if self.attach:
+            pf.attach(optimizer, scales, self.reg)
+        mine = range(rank, self.shards, world)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            for shard in mine:
+                images, labels = batch(step, shard)
+                with no_sync(shard == mine[-1]):
+                    loss = F.cross_entropy(model(images), labels) / len(mine)
+                    self.scaler.scale(loss).backward()
+            if self.clip:
+                self.scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            if self.attach:
+                self.scaler.step(optimizer)
+            else:
+                pf.step(optimizer, scales, self.reg, scaler=self.scaler)
+            self.scaler.update()
+        return whole(scales)
+
+
+def whole(scales: pf.ScalingFactors) -> dict[str, Tensor]:
+    """By torch's own gathering."""
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in scales.items()
+    }
+
+
+LOOPS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "sgd-scaler-clip": {"scaler": True, "clip": True},
+    "adamw-layer": {"optimizer": "adamw", "reg": "layer"},
+    "adamw-attach-deephoyer": {"optimizer": "adamw", "attach": True, "reg": "deephoyer"},
+    "fused-scaler-weighted": {"optimizer": "fused", "scaler": True, "reg": "weighted"},
+    "sgd-4-shards": {"shards": 4},
+    "fused-attach-scaler-l1": {"optimizer": "fused", "scaler": True, "attach": True, "reg": "l1"},
+}
+
+
+def single(name: str) -> dict[str, Tensor]:
+    """One process that accumulates all shards."""
+    model = network()
+    return Loop(**LOOPS[name]).run(model, pf.scaling_factors(model, example()))
+
+
+def ddp(name: str) -> dict[str, Tensor]:
+    model = DistributedDataParallel(network(), gradient_as_bucket_view="clip" in name)
+    scales = pf.scaling_factors(model, example())
+    return Loop(**LOOPS[name]).run(
+        model,
+        scales,
+        dist.get_rank(),
+        dist.get_world_size(),
+        lambda last: nullcontext() if last else model.no_sync(),
+    )
+
+
+def sharded(mesh: Any = None, **kwargs: Any) -> tuple[nn.Module, pf.ScalingFactors]:
+    """The network under fully_shard, in two units, and its factors."""
+    model = network()
+    scales = pf.scaling_factors(model, example())
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    if "mp_policy" in kwargs:  # torch's BatchNorm wants its statistics in the weights' dtype
+        for buffer in (b for b in model.buffers() if b.is_floating_point()):
+            buffer.data = buffer.data.to(kwargs["mp_policy"].param_dtype)
+    fully_shard(model[3], mesh=mesh, **kwargs)
+    fully_shard(model, mesh=mesh, **kwargs)
+    return model, scales.rebind(model)
+
+
+def fsdp(name: str, mesh: Any = None) -> dict[str, Tensor]:
+    model, scales = sharded(mesh)
+
+    def sync(last: bool) -> Any:
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    return Loop(**LOOPS[name]).run(model, scales, dist.get_rank(), dist.get_world_size(), sync)
+
+
+def hybrid(shape: str) -> dict[str, Tensor]:
+    """A mesh of replicas by shards."""
+    sizes = tuple(int(size) for size in shape.split("x"))
+    return fsdp(
+        "sgd-4-shards", init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard"))
+    )
+
+
+def subgradient(reg_name: str, **kwargs: Any) -> dict[str, Any]:
+    """γ, and what one step adds to their gradients; one γ is frozen."""
+    model, scales = sharded(**kwargs)
+    scales["4.weight"].requires_grad_(False)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    images, labels = batch(0, dist.get_rank())
+    F.cross_entropy(model(images).float(), labels).backward()
+    before = {n: p.grad.full_tensor() for n, p in scales.items() if p.grad is not None}
+    reg = REGULARIZERS[reg_name]()
+    gammas = whole(scales)
+    pf.step(optimizer, scales, reg)
+    after = {n: p.grad.full_tensor() for n, p in scales.items() if p.grad is not None}
+    value = reg.value(scales)
+    differentiated = torch.autograd.grad(value, [scales["1.weight"], scales["7.weight"]])
+    return {
+        "gammas": gammas,
+        "added": {n: after[n] - before[n] for n in after},
+        "value": value.detach(),
+        "differentiated": [grad.full_tensor() for grad in differentiated],
+        "unmoved": whole(scales),
+    }
+
+
+def mixed(policy: str) -> dict[str, Any]:
+    if policy == "bfloat16":
+        kwargs: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
+    else:
+        kwargs = {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
+    return subgradient("polarization", **kwargs)
+
+
+def infinite() -> dict[str, Any]:
+    """A step that the scaler skips on every rank, because of one rank's one channel."""
+    model, scales = sharded()
+    optimizer = OPTIMIZERS["fused"](model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(model(batch(0, 0)[0]).sum()).backward()
+    if dist.get_rank() == 0:
+        scales["4.weight"].grad.to_local()[0] = torch.inf
+    before = whole(scales)
+    pf.step(optimizer, scales, REGULARIZERS["polarization"](), scaler=scaler)
+    scaler.update()
+    return {"before": before, "after": whole(scales), "scale": scaler.get_scale()}
+
+
+def clamped() -> dict[str, Any]:
+    """γ above `upper`, and a BatchNorm weight that takes no part, at the first step."""
+    model, scales = sharded()
+    part = scales.select("^[14]")
+    pf.init_scales(part, 3.0)
+    pf.init_scales({"7.weight": scales["7.weight"]}, 2.0)
+    optimizer = SGD(model.parameters(), lr=1e-6)
+    model(batch(0, 0)[0]).sum().backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pf.step(optimizer, part, pf.Polarization(lam=1e-4, t=1.2, clamp="all"))
+    text = [str(w.message) for w in caught if "clamped from now on" in str(w.message)]
+    return {"after": whole(scales), "warning": text}
+
+
+def cutting() -> dict[str, Any]:
+    """Thresholds of sharded factors beside those of the same factors, whole."""
+    model, scales = sharded()
+    with torch.no_grad():
+        for i, gamma in enumerate(scales.values()):
+            generator = torch.Generator().manual_seed(i)
+            values = torch.rand(gamma.shape, generator=generator)
+            values[: len(values) // 2] *= 0.03
+            mine = torch.chunk(values, dist.get_world_size())
+            if dist.get_rank() < len(mine):
+                gamma.to_local().copy_(mine[dist.get_rank()])
+    plain = pf.ScalingFactors({n: nn.Parameter(t) for n, t in whole(scales).items()})
+    rules: list[tuple[str, float | None]] = [("valley", None), ("percentile", 0.3), ("fixed", 0.1)]
+    return {
+        method: (pf.thresholds(scales, method, value), pf.thresholds(plain, method, value))
+        for method, value in rules
+    }
+
+
+def fsdp1() -> list[str]:
+    """The older FullyShardedDataParallel keeps pieces that say nothing of their channels."""
+    model = network()
+    scales = pf.scaling_factors(model, example())
+    model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    model(batch(0, 0)[0]).sum().backward()
+    said = []
+    for work in (
+        lambda: scales.rebind(model),
+        lambda: pf.scaling_factors(model, example()),
+        lambda: pf.step(optimizer, scales, REGULARIZERS["polarization"]()),
+    ):
+        try:
+            work()
+        except pf.PolarfastError as error:
+            said.append(str(error))
+    return said
+
+
+CASES: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        *(ddp, fsdp, hybrid, subgradient, mixed),
+        *(infinite, clamped, cutting, fsdp1),
+    )
+}
+
+
+def run(plan: dict[int, list[str]], folder: Path, timeout: float = 200) -> dict[str, list[Any]]:
+    """Run "case" or "case:argument", by the number of processes; what each rank returned."""
+    launcher = subprocess.Popen(
+        [sys.executable, __file__, str(folder), json.dumps(plan)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that its ranks can be ended with it
+    )
+    try:
+        said, _ = launcher.communicate(timeout=timeout)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert launcher.returncode == 0, said[-4000:]
+    found = {}
+    for world, cases in plan.items():
+        ranks = [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
+        found |= {f"{world} {case}": [rank[case] for rank in ranks] for case in cases}
+    return found
+
+
+def rank_main(rank: int, world: int, folder: Path, cases: list[str]) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / f'init{world}'}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
+    results = {}
+    for case in cases:
+        name, _, argument = case.partition(":")
+        results[case] = CASES[name](*([argument] if argument else []))
+    torch.save(results, folder / f"{world}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # Forked, so that all that is imported above is imported once.
+    for count, names in json.loads(sys.argv[2]).items():
+        start_processes(
+            rank_main,
+            args=(int(count), Path(sys.argv[1]), names),
+            nprocs=int(count),
+            start_method="fork",
+        )

@@ -1,4 +1,4 @@
-"""The command line: ``polarfast run RECIPE`` and the rest. What it does is in ``engine.commands``."""
+"""The command line: ``polarfast run RECIPE`` and the rest; the work is in ``engine.commands``."""
 
 import importlib.util
 import sys
@@ -65,11 +65,10 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "RECIPE is a name (polarfast run --help lists them) or a YAML file; every setting in it "
-            "is an option too:",
+            "RECIPE is a name (polarfast run --help lists them) or a YAML file. Every setting in",
+            "it is an option too; polarfast COMMAND RECIPE --help shows all of them:",
             "  polarfast run cifar10-resnet56 --data.root ~/cifar --sparsity.lam 1e-4 --dry-run",
-            "  torchrun --nproc-per-node=8 -m polarfast run imagenet-resnet50 --data.root /imagenet",
-            "The same command again goes on where it was stopped. "
-            "polarfast COMMAND RECIPE --help shows all options.",
+            "  torchrun --nproc-per-node=8 -m polarfast run imagenet-resnet50 --data.root /data",
+            "The same command again goes on where it was stopped.",
         ]
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import polarfast as pf
 from polarfast.engine.checkpoint import save_tensors, write_text
 from polarfast.errors import ArgumentError
-from polarfast.storage import read_tensors, write_atomically
+from polarfast.storage import read_tensors, remove_partial, write_atomically
 
 NAMES = {
     "recipe": "recipe.yaml",
@@ -19,6 +19,7 @@ NAMES = {
     "plan": "plan.json",
     "plan_table": "plan.txt",
     "dense": "dense.pt",
+    "trained": "trained.pt",  # the run's state right after training
     "pruned": "pruned.pt",
     "slim": "slim.pt",
     "results": "results.json",
@@ -31,12 +32,17 @@ class Artifacts:
     """Paths, and whole-or-not-there writing, of what a run leaves in its folder.
 
     Args:
-        folder: made if it is not there.
+        folder: of the run; :meth:`prepare` makes it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def prepare(self) -> None:
+        """Make the folder, and remove what writes that were killed left in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in NAMES.values():
+            remove_partial(self.folder, name)
 
     def path(self, name: str) -> Path:
         """Where the file called ``name`` in ``NAMES`` is."""

@@ -10,10 +10,13 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from polarfast.engine import campaign_commands as many
 from polarfast.engine.interrupts import Interrupted
 from polarfast.engine.launch import launch, progress
 from polarfast.engine.recipe import Recipe
 from polarfast.engine.recipe_files import load_recipe, recipe_names
+from polarfast.engine.run import Run
+from polarfast.engine.workers import Workers
 
 Stages = tuple[str, ...]
 ALL: Stages = ("train", "prune", "finetune")
@@ -26,8 +29,30 @@ def execute(name: str, arguments: Sequence[str]) -> int:
     commands: dict[str, Callable[[str, Sequence[str]], int]] = {
         "demo": lambda name, arguments: demo(_parse(DemoOptions, name, arguments)),
         "run": lambda name, arguments: _recipe_command(name, arguments, run),
+        "compare": lambda name, arguments: _recipe_command(
+            name, arguments, lambda options: _many(options, many.compare), many.CompareOptions
+        ),
+        "sweep": lambda name, arguments: _recipe_command(
+            name, arguments, lambda options: _many(options, many.sweep), many.SweepOptions
+        ),
+        "report": lambda name, arguments: _report(_parse(many.ReportOptions, name, arguments)),
     }
     return commands[name](name, arguments)
+
+
+def _many(options: Any, work: Callable[[Any, Console], None]) -> int:
+    """Work on many runs, each of which goes on where it was stopped."""
+    try:
+        work(options, Console())
+        return 0
+    except Interrupted as stop:
+        print(f"\nS{str(stop)[1:]}; every run has its checkpoint: the same command goes on.")
+        return 128 + stop.number
+
+
+def _report(options: many.ReportOptions) -> int:
+    many.report(options, Console())
+    return 0
 
 
 @dataclass(frozen=True)
@@ -57,9 +82,7 @@ class DemoOptions:
 def demo(options: DemoOptions) -> int:
     """The packaged recipe "demo", in its long or short form."""
     recipe = load_recipe("demo-quick" if options.quick else "demo")
-    hardware = dataclasses.replace(
-        recipe.hardware, device=options.device, threads=options.threads
-    )
+    hardware = dataclasses.replace(recipe.hardware, device=options.device, threads=options.threads)
     recipe = dataclasses.replace(recipe, seed=options.seed, hardware=hardware)
     return _guarded(
         options.out,
@@ -89,7 +112,8 @@ def run(options: RunOptions, phases: Stages = ALL) -> int:
     if options.dry_run:
         from polarfast.engine.estimates import dry_run
 
-        dry_run(options.recipe, Console())
+        workers = Workers(options.recipe.hardware)
+        dry_run(Run(options.recipe, options.out, workers), Console())
         return 0
     return _guarded(
         options.out,
@@ -102,12 +126,15 @@ def _recipe_command(
 ) -> int:
     """A command whose first argument is a recipe and whose options are the recipe's settings."""
     if not arguments or arguments[0].startswith("-"):
-        print(f"usage: polarfast {name} RECIPE [options]; polarfast {name} RECIPE --help shows them")
+        print(
+            f"usage: polarfast {name} RECIPE [options]; polarfast {name} RECIPE --help shows them"
+        )
         print(f"RECIPE: a .yaml file, or one of {', '.join(recipe_names())}")
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     chosen, *rest = arguments
     recipe = load_recipe(chosen)
-    default = kind(recipe=recipe, out=Path("runs") / Path(chosen).stem)
+    folder = Path(chosen).stem if kind is RunOptions else f"{name}-{Path(chosen).stem}"
+    default = kind(recipe=recipe, out=Path("runs") / folder)
     return command(_parse(kind, f"{name} {chosen}", rest, default))
 
 

@@ -128,8 +128,11 @@ def _model_table(model: nn.Module, scales: pf.ScalingFactors, plan: pf.PruningPl
     for name, gamma in scales.items():
         table.add_row(name, f"{gamma.numel():,}")
     table.add_section()
-    table.add_row(f"{len(scales)} layers ({len(scales.pinned)} others stay)", f"{scales.numel():,}")
-    table.caption = f"{plan.macs_before / 1e6:,.2f} M MACs an image, {plan.params_before:,} parameters"
+    others = f"{len(scales)} layers ({len(scales.pinned)} others stay)"
+    table.add_row(others, f"{scales.numel():,}")
+    table.caption = (
+        f"{plan.macs_before / 1e6:,.2f} M MACs an image, {plan.params_before:,} parameters"
+    )
     return table
 
 

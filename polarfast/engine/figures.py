@@ -58,7 +58,7 @@ def gamma_histogram(
     axes.set_yticks([0] + [tick for tick in ROOT_TICKS if top / 200 < tick <= top])
     axes.set(xlim=(-0.01, 1), xlabel="scaling factor γ", ylabel="channels (square-root scale)")
     axes.legend(frameon=False, loc="upper right")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _mark_thresholds(axes: Axes, values: Sequence[float]) -> None:
@@ -98,7 +98,7 @@ def gamma_over_epochs(path: Path, histograms: Sequence[Tensor], epochs: Sequence
     axes.set(xlim=(0, 1), ylim=(-0.2, None), yticks=[])
     axes.set(xlabel="scaling factor γ", ylabel="channels (square-root scale)")
     axes.spines["left"].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def channels_kept(path: Path, kept: Mapping[str, int], widths: Mapping[str, int]) -> None:
@@ -115,16 +115,24 @@ def channels_kept(path: Path, kept: Mapping[str, int], widths: Mapping[str, int]
     axes.set_xticks(places, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set(xlim=(-0.7, len(names) - 0.3), ylabel="channels")
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure, panels = subplots(1, width, height)
+    return figure, panels[0]
+
+
+def subplots(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Panels side by side on a page of so many inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    panels = [figure.add_subplot(1, count, place + 1) for place in range(count)]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
     write_atomically(path, lambda file: figure.savefig(file, dpi=DPI, format="png"))

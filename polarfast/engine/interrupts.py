@@ -14,6 +14,9 @@ class Interrupted(Exception):
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
 
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[int]]:
+        return type(self), (self.number,)  # to pass between processes
+
 
 class StopSignals(AbstractContextManager["StopSignals"]):
     """Inside the block the first SIGTERM or SIGINT is noted; a second SIGINT interrupts at once.

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ class StageLoop:
         save: writes a checkpoint; told whether this is the stage's best epoch so far.
         signals: that may ask to stop.
         scales, predict: all γ that may be pruned, and what pruning them now would cut.
+
+    Attributes:
+        last: γ after the last epoch so far, at the end of the stage in any case.
     """
 
     def __init__(
@@ -50,8 +53,8 @@ class StageLoop:
         self._saved = self._shown = time.perf_counter()
         self._steps_shown = trainer.step
 
-    def run(self) -> None:
-        """Train to the end of the stage.
+    def epochs(self) -> Iterator[None]:
+        """Train to the end of the stage; yields after each epoch, its checkpoint written.
 
         Raises:
             Interrupted: a signal asked to stop; the checkpoint is written.
@@ -69,6 +72,9 @@ class StageLoop:
             # Now the checkpoint is there, so stopping costs nothing.
             if trainer.workers.agree(bool(self._signals.received)):
                 raise Interrupted(self._signals.received or signal.SIGTERM)
+            yield
+        if self.last is None:  # interrupted after the last epoch
+            self.last = self._gammas()
 
     def _pause(self) -> None:
         """Between two steps of an epoch: save or stop, where it is time or was asked for."""

@@ -96,7 +96,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, recipe: Recipe) -> d
         return optimizer.state_dict()
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    named = get_optimizer_state_dict(model, optimizer, options=_full())
+    named: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=_full()))
     number = {name: index for index, name in enumerate(_names(model, optimizer))}
     groups = [
         {**group, "params": [number[name] for name in group["params"]]}
@@ -121,7 +121,7 @@ def load_optimizer_state(
         for group in state["param_groups"]
     ]
     values = {names[index]: entry for index, entry in state["state"].items()}
-    named = {"state": values, "param_groups": groups}
+    named: Any = {"state": values, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, named, options=_full())
 
 

@@ -39,7 +39,9 @@ class Stage:
         if self.warmup < 0 or 0 < self.epochs <= self.warmup:
             raise ArgumentError(f"warmup={self.warmup}: must be at least 0 and below epochs")
         if bool(self.rates) != (self.schedule == "step"):
-            raise ArgumentError("rates: give {epoch: rate, ...} for schedule 'step', and only there")
+            raise ArgumentError(
+                "rates: give {epoch: rate, ...} for schedule 'step', and only there"
+            )
         for epoch, rate in self.rates.items():
             if epoch < 1 or not rate > 0:
                 raise ArgumentError(f"rates[{epoch}]={rate}: epochs from 1, rates above 0")
@@ -87,11 +89,12 @@ class Pruning:
     """How the trained network is cut.
 
     Attributes:
-        method: "valley" (the paper), "fixed", "percentile" (network slimming) on γ; "uniform": every
-            layer of an untrained network gets the same share of its width; "random": random channels
-            of the trained network, the same share of every layer; "none".
+        method: "valley" (the paper), "fixed", "percentile" (network slimming) on γ; "uniform":
+            every layer of an untrained network gets the same share of its width; "random": random
+            channels of the trained network, the same share of every layer; "none".
         value: threshold of "fixed", share of the channels to remove of "percentile".
-        cut: in place of ``value``, the share of the MACs to cut ("percentile", "uniform", "random").
+        cut: in place of ``value``, the share of the MACs to cut ("percentile", "uniform",
+            "random").
         fold: what becomes of removed channels' constants: "exact", "bias" or "none".
         round_to: widths become multiples of this. min_channels: no layer is narrower.
     """
@@ -202,7 +205,8 @@ class Recipe:
     def identity(self) -> dict[str, Any]:
         """What two runs must share for one to go on where the other stopped."""
         values = self.to_dict()
-        del values["hardware"], values["data"]["root"], values["data"]["workers"]
+        del values["hardware"], values["accumulate"]
+        del values["data"]["root"], values["data"]["workers"]
         return values
 
 

@@ -1,8 +1,8 @@
 """Seeds that follow from where a run is, so that no random state has to be kept.
 
-Order, augmentation and dropout of every micro-batch are drawn from a seed made of the run's seed and
-the place: a run goes on after an interruption, or on another number of processes, as if nothing
-had happened.
+Order, augmentation and dropout of every micro-batch are drawn from a seed made of the run's seed
+and the place: a run goes on after an interruption, or on another number of processes, as if
+nothing had happened.
 """
 
 _MASK = (1 << 64) - 1

@@ -1,0 +1,133 @@
+"""The commands that make or look at many runs: compare, sweep, search, report."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from polarfast.engine.checkpoint import write_text
+from polarfast.engine.recipe import Recipe
+from polarfast.engine.rivals import METHODS
+from polarfast.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Polarization and its rivals under the same budget, as the paper's Table 3, and plots.
+
+    Attributes:
+        recipe: schedule, data and model for all; every setting.
+        out: folder of all runs; by default runs/compare-RECIPE.
+        methods: which to compare, beside the dense network.
+        cuts: shares of the MACs to cut. seeds: how many runs of each.
+        lams: METHOD=λ where a method's differs from the recipe's.
+        jobs: runs at a time.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    out: Path
+    methods: tuple[str, ...] = tuple(METHODS)
+    cuts: tuple[float, ...] = (0.5, 0.7)
+    seeds: int = 3
+    lams: tuple[str, ...] = ()
+    jobs: int = 1
+
+
+def compare(options: CompareOptions, console: Console) -> None:
+    """Run what is missing; print and write the table and the plot."""
+    from polarfast.engine import comparison, comparison_output
+
+    lams = dict(_strength(pair) for pair in options.lams)
+    rows = comparison.compare(
+        options.recipe,
+        options.methods,
+        options.cuts,
+        options.seeds,
+        lams,
+        options.out,
+        options.jobs,
+        _noter(console),
+    )
+    title = f"{options.recipe.model} on {options.recipe.data.name}"
+    caption = comparison_output.caption(options.recipe, options.seeds, lams)
+    console.print(comparison_output.table(rows, title, caption))
+    write_text(options.out / "compare.md", comparison_output.markdown(rows, title, caption))
+    comparison_output.plot(rows, options.out / "compare.png", title)
+    console.print(f"Table and plot are in {options.out}/compare.*", highlight=False)
+
+
+def _strength(pair: str) -> tuple[str, float]:
+    method, _, number = pair.partition("=")
+    try:
+        return method, float(number)
+    except ValueError:
+        raise ArgumentError(f"lams: '{pair}' must read METHOD=λ, e.g. deephoyer=1e-3") from None
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """The effect of λ and of t on the share cut and on accuracy (Fig. 3).
+
+    Attributes:
+        recipe: the point around which λ and t vary; every setting.
+        out: folder of all runs; by default runs/sweep-RECIPE.
+        lams: values of λ, at the recipe's t. ts: values of t, at the recipe's λ.
+        seeds: runs of each setting. jobs: runs at a time.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    out: Path
+    lams: tuple[float, ...] = ()
+    ts: tuple[float, ...] = ()
+    seeds: int = 1
+    jobs: int = 1
+
+
+def sweep(options: SweepOptions, console: Console) -> None:
+    """Run what is missing; print and write the table and the plot."""
+    from polarfast.engine import sweeping
+
+    points = sweeping.sweep(
+        options.recipe,
+        options.lams,
+        options.ts,
+        options.seeds,
+        options.out,
+        options.jobs,
+        _noter(console),
+    )
+    console.print(sweeping.table(points, f"{options.recipe.model} on {options.recipe.data.name}"))
+    console.print(f"Table and plot are in {options.out}/sweep.*", highlight=False)
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """One self-contained HTML page on one or several runs, side by side.
+
+    Attributes:
+        runs: folders of runs, finished or not.
+        out: the page; by default report.html in the first run's folder.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = field(default=())
+    out: Path | None = None
+
+
+def report(options: ReportOptions, console: Console) -> None:
+    """Write the page and say where it is."""
+    from polarfast.engine.report import write_report
+
+    if not options.runs:
+        raise ArgumentError("report: give at least one folder of a run, e.g. runs/demo")
+    out = options.out or options.runs[0] / "report.html"
+    console.print(f"Report: {write_report(options.runs, out)}", highlight=False)
+
+
+def _noter(console: Console) -> Callable[[str], None]:
+    def note(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    return note

@@ -45,7 +45,7 @@ class PruningPlan:
         inputs: description of the example inputs (JSON data).
         macs_before, macs: multiply-accumulates of convolutions and linear layers on the example
             inputs.
-        params_before, params: number of parameters.
+        params_before, params: number of parameters, gates left out.
         inexact: reader's weight name -> why removed channels are not folded into it exactly.
     """
 

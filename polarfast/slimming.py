@@ -53,8 +53,8 @@ def slim(
     verify: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module:
-    """Build the slim model of a plan: same class, same forward, fewer channels. `model` is
-    untouched.
+    """Build the slim model of a plan: same class, same forward, fewer channels, gates multiplied
+    into their layers. `model` is untouched.
 
     Args:
         model: the network the plan was made for, or one built alike (an EMA copy, a newly
@@ -62,10 +62,10 @@ def slim(
         plan: which channels stay.
         fold: what becomes of the removed channels' constants: "exact", "bias" or "none"; by default
             as planned.
-        verify: compare the result with `model` (γ of removed channels zeroed) in float64 before
-            handing it over.
+        verify: compare the result with `model` (γ or gates of removed channels zeroed) in float64
+            before handing it over.
         optimizer: an optimizer of `model`'s parameters; its groups and state are cut to the slim
-            model's, in place and last.
+            model's, in place and last; gates leave it.
 
     Returns:
         A new module on the same device, in the same modes, dtypes and memory format, with

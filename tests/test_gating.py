@@ -184,6 +184,11 @@ def test_what_is_refused_leaves_the_model_as_it_was():
         def forward(self, x: Tensor) -> Tensor:
             return self.last(F.relu(self.second(F.relu(self.first(x)))))
 
+    class Unused(Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.aside = nn.BatchNorm2d(3)
+
     class Own(nn.BatchNorm2d):
         pass
 
@@ -198,6 +203,8 @@ def test_what_is_refused_leaves_the_model_as_it_was():
         (Residual(), "(", "not a regular expression"),
         (Residual(), ["fc"], "fc: "),
         (Residual(), ["first.2"], "first.2: is a ReLU"),
+        (Bottlenecks(), ["block.4"], "block.4: its channels are those of the layer before the dep"),
+        (Unused(), ["aside"], "aside: it does not run on the example inputs"),
         (Tied(), ["first"], "first: shares a parameter with 'second'"),
         (nn.Sequential(nn.Conv2d(3, 3, 1), Own(3), nn.Conv2d(3, 3, 1)), None, "1: is a Own"),
         (
@@ -252,6 +259,24 @@ def test_autocast_keeps_its_dtype(build):
     with torch.autocast("cpu", torch.bfloat16):
         model(X.float())
     assert seen and set(seen) == {torch.bfloat16}
+
+
+def test_wrappers_know_the_gates(tmp_path):
+    model = Residual()
+    scales = pf.add_gates(model, X.float(), residual="expand")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled.eval()(X.float()), model.eval()(X.float()))
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model.train())
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        wrapped(X.float()).square().sum().backward()
+        pf.step(optimizer, scales, pf.Polarization(lam=0.1, t=1.2))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert list(pf.scaling_factors(wrapped, X.float(), residual="expand")) == list(scales)
+    assert all(bool((gate != 1).any()) for gate in scales.values())
 
 
 def test_a_batch_is_optional_behind_a_bare_convolution():
@@ -388,6 +413,13 @@ def test_gates_beside_gammas(build, residual, fold, share, chosen, seed):
     assert not plan.inexact
     assert is_plain(slim, build())
     assert error(reference, slim) < TOLERANCE
+
+
+@pytest.mark.parametrize("build", [Bottlenecks, bare, lambda: chain(nn.Sigmoid)])
+def test_the_predicted_cut_is_the_plans(build):
+    model, scales = make(build, "expand")
+    predictor = pf.CutPredictor(model, X, scales, method="fixed")
+    assert predictor.cut() == pf.plan(model, X, scales, method="fixed").flops_reduction > 0
 
 
 def test_optimizer_loses_its_gates():

@@ -31,6 +31,16 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     _sync_folder(path.parent)
 
 
+def remove_partial(folder: Path, name: str) -> None:
+    """Remove what :func:`write_atomically` of ``folder / name`` left when it was killed.
+
+    Args:
+        name: of the files; may hold wildcards.
+    """
+    for left_over in folder.glob(f".{name}.{'?' * 8}"):  # as tempfile.mkstemp names them
+        left_over.unlink()
+
+
 def read_tensors(path: str | os.PathLike[str], hint: str) -> Any:
     """What `torch.save` wrote, on the CPU, without running code from it.
 

@@ -28,9 +28,9 @@ class Average:
         count = sum(buffer.is_floating_point() for buffer in self._model.buffers())
         return self.tensors[len(self.tensors) - count :]
 
-    def restore(self, tensors: list[Tensor]) -> None:
-        """Go on from the ``tensors`` of another time."""
-        _copy(self.tensors, tensors)
+    def take(self) -> None:
+        """Make the model's present values the averages."""
+        _copy(self.tensors, self._current())
 
     def _current(self) -> list[Tensor]:
         every = [*self._model.parameters(), *self._model.buffers()]
@@ -51,10 +51,6 @@ class Average:
             yield
         finally:
             _copy(current, own)
-
-    def load(self) -> None:
-        """Give the model the averages, for good."""
-        _copy(self._current(), self.tensors)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from polarfast.errors import FileFormatError
-from polarfast.storage import read_tensors, write_atomically
+from polarfast.storage import read_tensors, remove_partial, write_atomically
 
 FORMAT = 2
 FOLDER = "checkpoints"
@@ -23,6 +24,19 @@ def write_text(path: Path, text: str) -> None:
 def save_tensors(path: Path, content: Any) -> None:
     """Write tensors, numbers and strings, readable with ``torch.load(weights_only=True)``."""
     write_atomically(path, lambda file: torch.save(content, file))
+
+
+def _duplicate(path: Path, to: Path) -> None:
+    """A second name for a file where the file system has such, else a copy."""
+
+    def write(file: Path) -> None:
+        file.unlink()
+        try:
+            os.link(path, file)
+        except OSError:
+            shutil.copyfile(path, file)
+
+    write_atomically(to, write)
 
 
 class Checkpoints:
@@ -48,16 +62,17 @@ class Checkpoints:
             best: name of a stage whose best state this one is, kept as ``best-NAME.pt`` too.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left_over in self.folder.glob(".*.pt.*"):  # of a write that was killed
-            left_over.unlink()
+        remove_partial(self.folder, "*.pt")
         files = self.numbered()
         number = int(files[-1].stem) + 1 if files else 1
         path = self.folder / f"{number:08d}.pt"
-        save_tensors(path, {"format": FORMAT, **state})
-        if best is not None:
-            link = self.folder / f".best-{best}.pt.new"
-            os.link(path, link)
-            os.replace(link, self.folder / f"best-{best}.pt")
+        content = {"format": FORMAT, **state}
+        if best is None:
+            save_tensors(path, content)
+        else:
+            # The best comes first: a run killed between the two repeats the epoch and both writes.
+            save_tensors(self.folder / f"best-{best}.pt", content)
+            _duplicate(self.folder / f"best-{best}.pt", path)
         for old in self.numbered()[: -self.keep]:
             old.unlink()
 

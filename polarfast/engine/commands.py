@@ -15,8 +15,7 @@ from polarfast.engine.interrupts import Interrupted
 from polarfast.engine.launch import launch, progress
 from polarfast.engine.recipe import Recipe
 from polarfast.engine.recipe_files import load_recipe, recipe_names
-from polarfast.engine.run import Run
-from polarfast.engine.workers import Workers
+from polarfast.engine.workers import speaks
 
 Stages = tuple[str, ...]
 ALL: Stages = ("train", "prune", "finetune")
@@ -112,8 +111,7 @@ def run(options: RunOptions, phases: Stages = ALL) -> int:
     if options.dry_run:
         from polarfast.engine.estimates import dry_run
 
-        workers = Workers(options.recipe.hardware)
-        dry_run(Run(options.recipe, options.out, workers), Console())
+        dry_run(options.recipe, Console())
         return 0
     return _guarded(
         options.out,
@@ -154,13 +152,10 @@ def _guarded(folder: Path, work: Callable[[], object]) -> int:
     try:
         work()
         return 0
-    except Interrupted as stop:
-        print(f"\nS{str(stop)[1:]} {progress(folder)}; run the same command again to go on.")
-        return 128 + stop.number
-    except KeyboardInterrupt:
-        done = progress(folder)
-        if done is None:
-            print("\nInterrupted before the first checkpoint: nothing to resume.")
-        else:
-            print(f"\nInterrupted; run the same command again to go on {done}.")
-        return 128 + signal.SIGINT
+    except (Interrupted, KeyboardInterrupt) as stop:
+        if speaks():
+            what = f"S{str(stop)[1:]}" if isinstance(stop, Interrupted) else "Interrupted"
+            done = progress(folder)
+            again = "; run the same command again to go on" if done else ""
+            print(f"\n{what} {done or 'before the first checkpoint'}{again}.")
+        return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from polarfast.engine.evaluation import autocast
 from polarfast.engine.recipe import Recipe
 from polarfast.engine.recipe_files import to_yaml
 from polarfast.engine.run import Run
+from polarfast.engine.workers import Workers
 
 TIMED_STEPS = 3
 
@@ -26,7 +28,8 @@ class Estimate:
 
     Attributes:
         steps_per_epoch: optimizer steps. params: count.
-        state_bytes: weights, gradients, momentum. activation_bytes: kept for one backward pass.
+        state_bytes: weights, gradients, momentum, averages. activation_bytes: kept for one
+            backward pass.
         images_per_second: measured on ``timed`` images a pass, augmentation and loading left out.
     """
 
@@ -59,11 +62,18 @@ def estimate(model: nn.Module, data: DataSource, recipe: Recipe, world: int = 1)
     return Estimate(
         steps_per_epoch=data.train_size // recipe.batch_size,
         params=params,
-        state_bytes=12 * params * (2 if recipe.ema else 1),
+        state_bytes=_state_bytes(params, recipe, world),
         activation_bytes=kept * shard // count,
         images_per_second=world * count / seconds,
         timed=count,
     )
+
+
+def _state_bytes(params: int, recipe: Recipe, world: int) -> int:
+    """In float32: weights and gradients, and momentum and averaged weights where there are any."""
+    copies = 2 + (recipe.momentum > 0) + (recipe.ema > 0)
+    sharded = world if recipe.hardware.parallel == "fsdp" else 1
+    return 4 * params * copies // sharded
 
 
 def _kept_bytes(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> int:
@@ -102,11 +112,24 @@ def _step(
     return time.perf_counter() - start
 
 
-def dry_run(run: Run, console: Console) -> None:
-    """Print the resolved recipe, what may be pruned, and what the run will cost."""
+def dry_run(recipe: Recipe, console: Console) -> None:
+    """Print the resolved recipe, what may be pruned, and what the run will cost.
+
+    Under torchrun every process counts, and the first one prints.
+    """
+    torch.set_num_threads(recipe.hardware.threads)
+    workers = Workers(recipe.hardware)
+    try:
+        _dry_run(Run(recipe, Path(), workers), console if workers.first else Console(quiet=True))
+    finally:
+        workers.close()
+
+
+def _dry_run(run: Run, console: Console) -> None:
     recipe, data = run.recipe, run.data
-    torch.manual_seed(recipe.seed)
     model, scales = run.fresh()
+    if recipe.hardware.channels_last:
+        model.to(memory_format=torch.channels_last)
     console.print(to_yaml(recipe), markup=False, highlight=False)
     plan = pruning.make_plan(
         model.eval(), run.example, scales, pruning.KEEP_EVERYTHING, recipe.seed
@@ -144,7 +167,7 @@ def _cost_table(cost: Estimate, run: Run) -> Table:
         steps = cost.steps_per_epoch * stage.epochs
         table.add_row(f"{name}: steps", f"{stage.epochs} x {cost.steps_per_epoch:,} = {steps:,}")
     table.add_row("images", f"{data.train_size:,} to train, {data.test_size:,} to test")
-    table.add_row("weights, gradients, momentum", f"{cost.state_bytes / 2**20:,.0f} MiB a process")
+    table.add_row("weights, gradients, optimizer", f"{cost.state_bytes / 2**20:,.0f} MiB a process")
     table.add_row("activations", f"{cost.activation_bytes / 2**20:,.0f} MiB a process")
     table.add_row("speed", f"{cost.images_per_second:,.0f} images/s")
     table.add_row("time", f"about {cost.hours(recipe, data):,.2f} h, both stages")

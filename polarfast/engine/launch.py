@@ -112,6 +112,7 @@ def _check_order(run: Run, phases: tuple[str, ...]) -> None:
 
 def _execute_and_show(run: Run, console: Console, phases: tuple[str, ...], fresh: bool) -> None:
     folder = run.files.folder
+    run.files.prepare()
     if fresh:
         run.checkpoints.clear()
         run.files.clear()
@@ -244,5 +245,3 @@ def draw(run: Run) -> None:
         {name: len(plan.kept[name]) for name in scales},
         {name: gamma.numel() for name, gamma in scales.items()},
     )
-
-

@@ -189,7 +189,9 @@ def load_weights(model: nn.Module, path: str) -> None:
     except FileNotFoundError:
         raise ArgumentError(f"weights='{path}': there is no such file") from None
     for key in ("model", "state_dict"):
-        state = state.get(key, state)
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ArgumentError(f"weights='{path}': holds no state dict (names and their tensors)")
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     try:
         model.load_state_dict(state)

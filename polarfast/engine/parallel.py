@@ -1,6 +1,6 @@
 """A model on many processes: DistributedDataParallel or FSDP2, and its state in one plain form."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +31,15 @@ def prepare(model: nn.Module, recipe: Recipe, workers: Workers) -> nn.Module:
         _shard(model, workers)
     if hardware.compile:
         model.compile()
+    return model
+
+
+def settle(model: nn.Module) -> nn.Module:
+    """Bring FSDP2's parameters back into their sharded form, which a forward pass alone leaves."""
+    for module in model.modules():
+        reshard: Callable[[], None] | None = getattr(module, "reshard", None)
+        if reshard is not None:
+            reshard()
     return model
 
 

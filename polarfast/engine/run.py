@@ -1,7 +1,8 @@
 """A recipe carried out in a folder, resumable at any moment: train, prune, fine-tune."""
 
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,16 @@ from torch import nn
 import polarfast as pf
 from polarfast.engine import models, parallel, pruning
 from polarfast.engine.artifacts import Artifacts
-from polarfast.engine.checkpoint import Checkpoints
-from polarfast.engine.data import load
+from polarfast.engine.checkpoint import FORMAT, Checkpoints
+from polarfast.engine.data import DataSource, load
 from polarfast.engine.determinism import deterministic
 from polarfast.engine.evaluation import evaluate
 from polarfast.engine.events import Observer
-from polarfast.engine.interrupts import StopSignals
+from polarfast.engine.interrupts import Interrupted, StopSignals
 from polarfast.engine.loop import StageLoop
 from polarfast.engine.recipe import Recipe, Stage
 from polarfast.engine.seeds import mix
-from polarfast.engine.training import Trainer
+from polarfast.engine.training import Trainer, steps_per_epoch
 from polarfast.engine.workers import Workers
 
 PHASES = ("train", "prune", "finetune")
@@ -33,8 +34,8 @@ class Run:
     Every process of the run makes one of these; the first one writes and speaks.
 
     Args:
-        recipe: what to do. folder: where everything is written; made if it is not there.
-        state: a checkpoint to go on from; None starts anew.
+        recipe: what to do. folder: where everything is written; made when the run is executed.
+        state: a checkpoint to go on from; None starts anew. data: loaded already.
 
     Attributes:
         phase: the phase that goes on or comes next, or ``DONE``.
@@ -49,6 +50,7 @@ class Run:
         folder: Path,
         workers: Workers,
         state: dict[str, Any] | None = None,
+        data: DataSource | None = None,
     ) -> None:
         self.recipe, self.workers = recipe, workers
         self.files = Artifacts(folder)
@@ -64,7 +66,10 @@ class Run:
         self._trainer_state: dict[str, Any] | None = state.get("trainer")
         self._clock = time.perf_counter()
         self._signals = StopSignals()
-        self.data = load(recipe.data, workers.device)
+        self.data = data or load(recipe.data, workers.device)
+        steps_per_epoch(self.data, recipe, workers)  # refused before anything is written
+        step = self._trainer_state["step"] if self._trainer_state else 0
+        workers.check_same((self.phase, step, len(self.history)), f"checkpoint in '{folder}'")
 
     def execute(self, until: str = "finetune") -> None:
         """Do what is left of the run, up to and with a phase.
@@ -75,9 +80,13 @@ class Run:
         self._clock = time.perf_counter()
         work = {"train": self._train, "prune": self._prune, "finetune": self._finetune}
         last = self.phases.index(until)
+        if self.workers.first:
+            self.files.prepare()
         with deterministic(self.recipe.hardware.deterministic), self._signals:
             while self.phase != DONE and self.phases.index(self.phase) <= last:
                 work[self.phase]()
+                if self.workers.agree(self._signals.received):
+                    raise Interrupted(self._signals.received or signal.SIGTERM)
 
     @property
     def example(self) -> torch.Tensor:
@@ -131,7 +140,18 @@ class Run:
 
     def _train(self) -> None:
         if self.phases[0] == "prune":
-            return self._train_slim(self.recipe.train, "training", "pruned", "accuracy_pruned")
+            self._train_slim(self.recipe.train, "training", "pruned", "accuracy_pruned")
+        else:
+            for _ in self.training():
+                pass
+
+    def training(self) -> Iterator[float]:
+        """The training of the dense network; yields, after each epoch, the share of the MACs that
+        pruning would then cut. Epochs that were done before an interruption are yielded too.
+        """
+        yield from [past["cut"] for past in self.history if "cut" in past]
+        if self.phase != "train":
+            return
         model, scales = self.fresh()
         sparsity = self.recipe.sparsity
         predict = pruning.predictor(model, self.example, scales, self.recipe.pruning)
@@ -142,7 +162,8 @@ class Run:
         chosen = scales.select(sparsity.regularize) if sparsity.regularize else scales
         trainer = self._trainer(model, self.recipe.train, chosen, regularizer)
         name = "sparsity training" if regularizer else "training"
-        self._run_stage(trainer, name, scales, predict)
+        for _ in self._stage(trainer, name, scales, predict):
+            yield self.history[-1]["cut"]
         self.facts["accuracy_dense"] = trainer.accuracy()
         weights = self._result(trainer)
         if self.workers.first:
@@ -156,7 +177,8 @@ class Run:
         """A stage of the slim network, which ends in the file ``result``."""
         model = parallel.prepare(self.slim("pruned"), self.recipe, self.workers)
         trainer = self._trainer(model, stage)
-        self._run_stage(trainer, name)
+        for _ in self._stage(trainer, name):
+            pass
         self.facts[fact] = trainer.accuracy()
         weights = self._result(trainer)
         if self.workers.first:
@@ -191,9 +213,10 @@ class Run:
         self.files.write_slim("pruned", slim, plan)
         if self.phases[0] == "prune":
             return
-        alone = self.workers.alone()
-        self.facts["accuracy_pruned"] = evaluate(slim, self.data, alone)
-        without_beta = evaluate(pf.slim(model, plan, fold="none"), self.data, alone)
+        alone, precision = self.workers.alone(), self.recipe.precision
+        self.facts["accuracy_pruned"] = evaluate(slim, self.data, alone, precision)
+        dropped = pf.slim(model, plan, fold="none")
+        without_beta = evaluate(dropped, self.data, alone, precision)
         self._note(
             f"Pruned: {100 * plan.flops_reduction:.1f} % of the MACs cut; accuracy "
             f"{self.facts['accuracy_dense']:.2f} % before, {self.facts['accuracy_pruned']:.2f} % "
@@ -218,13 +241,13 @@ class Run:
             self._trainer_state = None
         return trainer
 
-    def _run_stage(
+    def _stage(
         self,
         trainer: Trainer,
         name: str,
         scales: pf.ScalingFactors | None = None,
         predict: pf.CutPredictor | None = None,
-    ) -> None:
+    ) -> Iterator[None]:
         def save(best: bool) -> None:
             self._save(trainer, self.phase if best else None)
 
@@ -239,13 +262,15 @@ class Run:
             scales,
             predict,
         )
-        loop.run()
-        if self.workers.first and loop.last is not None:
+        yield from loop.epochs()
+        if self.workers.first and loop.last is not None and self.gammas:
             self.files.write_gammas(self.gammas, loop.last.values)
 
     def _next_phase(self) -> None:
         following = (*self.phases, DONE)
         self.phase = following[following.index(self.phase) + 1]
+        if self.phase == "prune" and self.workers.first:
+            self.files.write("trained", {"format": FORMAT, **self._state(None)})
         self._save(None)
 
     def _save(self, trainer: Trainer | None, best: str | None = None) -> None:
@@ -253,7 +278,13 @@ class Run:
         now = time.perf_counter()
         self.facts["seconds"] += now - self._clock
         self._clock = now
-        state = {
+        state = self._state(trainer)
+        if self.workers.first:
+            self.checkpoints.save(state, best)
+        self.workers.wait()
+
+    def _state(self, trainer: Trainer | None) -> dict[str, Any]:
+        return {
             "recipe": self.recipe.to_dict(),
             "phase": self.phase,
             "trainer": None if trainer is None else trainer.state_dict(),
@@ -261,9 +292,6 @@ class Run:
             "gammas": self.gammas,
             "facts": self.facts,
         }
-        if self.workers.first:
-            self.checkpoints.save(state, best)
-        self.workers.wait()
 
     def _note(self, text: str) -> None:
         for observer in self.observers:

@@ -1,5 +1,6 @@
 """The training loop: one stage of epochs over a data set, resumable to the bit."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -19,6 +20,8 @@ from polarfast.engine.schedules import learning_rate
 from polarfast.engine.seeds import mix
 from polarfast.engine.workers import Workers
 from polarfast.errors import ArgumentError
+
+_log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -54,7 +57,7 @@ class Trainer:
         self.model, self.data, self.recipe, self.stage = model, data, recipe, stage
         self.seed, self.workers = seed, workers
         self.scales, self.regularizer = scales, regularizer
-        self.steps_per_epoch = _steps_per_epoch(data, recipe, workers)
+        self.steps_per_epoch = steps_per_epoch(data, recipe, workers)
         self.optimizer = torch.optim.SGD(
             _groups(model, recipe),
             lr=stage.lr,
@@ -114,7 +117,9 @@ class Trainer:
     def accuracy(self) -> float:
         """Of the test images, percent, of the averaged weights if there are any."""
         with self.averaged():
-            return evaluate(self.model, self.data, self.workers, self.recipe.precision)
+            right = evaluate(self.model, self.data, self.workers, self.recipe.precision)
+            parallel.settle(self.model)  # else the parameters stay what they are in this block
+        return right
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside this block the model holds the weights that the stage would result in."""
@@ -158,58 +163,66 @@ class Trainer:
         """Every process goes on with the mean of all processes' BatchNorm statistics."""
         if self.workers.world == 1:
             return
-        buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
-        if self.average:
-            buffers += self.average.buffers()
-        for buffer in buffers:
+        for buffer in filter(Tensor.is_floating_point, self._buffers()):
             buffer.copy_(self.workers.total(buffer) / self.workers.world)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the stage depends on. Every process must ask, at the same step."""
-        buffers = {name: buffer.cpu() for name, buffer in self.model.named_buffers()}
-        sharded = self.recipe.hardware.parallel == "fsdp"
-        average = self.average.tensors if self.average else None
+        averages = None
+        if self.average:
+            with self.averaged():
+                averages = parallel.model_state(self.model, self.recipe)
+                averages = {name: tensor.clone() for name, tensor in averages.items()}
         return {
             "model": parallel.model_state(self.model, self.recipe),
             "optimizer": parallel.optimizer_state(self.model, self.optimizer, self.recipe),
             "scaler": self.scaler.state_dict(),
-            "average": self.workers.gather(average) if sharded else [average],
+            "average": averages,
             "regularizer": self.regularizer.state_dict() if self.regularizer else {},
             "step": self.step,
+            "shards": self.workers.world * self.recipe.accumulate,
             "loss": self.workers.gather(self.loss.cpu()),
-            "buffers": self.workers.gather(buffers),
+            "buffers": self.workers.gather([buffer.cpu() for buffer in self._buffers()]),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, on as many processes or on another number.
-
-        Raises:
-            ArgumentError: averaged weights that were sharded over another number of processes.
-        """
+        """Go on from :meth:`state_dict`, on as many processes or on another number."""
+        if self.average:
+            parallel.load_model_state(self.model, state["average"], self.recipe)
+            self.average.take()
         parallel.load_model_state(self.model, state["model"], self.recipe)
         parallel.load_optimizer_state(self.model, self.optimizer, state["optimizer"], self.recipe)
         self.scaler.load_state_dict(state["scaler"])
         if self.regularizer:
             self.regularizer.load_state_dict(state["regularizer"])
         self.step = state["step"]
-        rank, same = self.workers.rank, len(state["loss"]) == self.workers.world
-        if same:
-            self.loss.copy_(state["loss"][rank])
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(state["buffers"][rank][name])
-        else:
+        shards = self.workers.world * self.recipe.accumulate
+        if shards != state["shards"] and self.workers.first:
+            _log.warning(
+                "batches are cut into %d parts from here on, %d before: BatchNorm sees other parts,"
+                " and results are no longer those of an uninterrupted run",
+                *(shards, state["shards"]),
+            )
+        if len(state["loss"]) != self.workers.world:
+            # Statistics are then the first process's, up to the end of this epoch.
             self.loss.copy_(torch.stack(state["loss"]).mean())
-        if self.average:
-            averages = state["average"]
-            if len(averages) > 1 and not same:
-                raise ArgumentError(
-                    f"ema: its weights are sharded over {len(averages)} processes; go on with "
-                    f"--nproc-per-node={len(averages)}"
-                )
-            self.average.restore(averages[rank if len(averages) > 1 else 0])
+            return
+        self.loss.copy_(state["loss"][self.workers.rank])
+        own = state["buffers"][self.workers.rank]
+        for buffer, value in zip(self._buffers(), own, strict=True):
+            buffer.copy_(value)
+
+    def _buffers(self) -> list[Tensor]:
+        """What differs between the processes within an epoch: BatchNorm's statistics."""
+        return [*self.model.buffers(), *(self.average.buffers() if self.average else ())]
 
 
-def _steps_per_epoch(data: DataSource, recipe: Recipe, workers: Workers) -> int:
+def steps_per_epoch(data: DataSource, recipe: Recipe, workers: Workers) -> int:
+    """Optimizer steps of an epoch; the images that fill no batch are left out.
+
+    Raises:
+        ArgumentError: the batch does not fit the training set, or cannot be shared out evenly.
+    """
     shards = workers.world * recipe.accumulate
     if recipe.batch_size % shards:
         raise ArgumentError(

@@ -3,6 +3,7 @@
 import copy
 import os
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from polarfast.engine.recipe import Hardware
 from polarfast.errors import ArgumentError
 
+T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # others wait while rank 0 plans, verifies and writes
 
 
@@ -62,13 +64,25 @@ class Workers:
             dist.all_reduce(values)
         return values
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: T) -> list[T]:
         """The value of every process, by rank."""
         if self.world == 1:
             return [value]
-        values: list[object] = [None] * self.world
+        values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def check_same(self, value: object, what: str) -> None:
+        """Refuse to go on where processes would mix up different things in silence.
+
+        Raises:
+            ArgumentError: another process has another ``value``.
+        """
+        if any(other != value for other in self.gather(value)):
+            raise ArgumentError(
+                f"the processes found not the same {what}: it must lie on a file system that all "
+                "of them share"
+            )
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -85,6 +99,11 @@ class Workers:
         """Leave the process group."""
         if self._owner:
             dist.destroy_process_group()
+
+
+def speaks() -> bool:
+    """Whether this process is alone, or the first one of those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -117,8 +117,10 @@ class Run:
         return pf.load(self.files.path(name), build=self.build).to(self.workers.device)
 
     def scales(self, model: nn.Module) -> pf.ScalingFactors:
-        """The scaling factors of a dense network that may be pruned."""
-        return pf.scaling_factors(model, self.example, residual=self.recipe.sparsity.residual)
+        """The scaling factors of a dense network that may be pruned; its gates, if it has any."""
+        sparsity = self.recipe.sparsity
+        scales = pf.scaling_factors(model, self.example, residual=sparsity.residual)
+        return scales.select(r"\.gate$") if sparsity.gates else scales
 
     def _gated(self, model: nn.Module) -> nn.Module:
         sparsity = self.recipe.sparsity

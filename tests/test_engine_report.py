@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from report_runs import RESULTS, gammas, metrics, widths, write_run
+from report_runs import ODD, RESULTS, four_runs, gammas, metrics, widths, write_run
 
 from polarfast.engine.report import write_report
 from polarfast.engine.report.markup import Markup, tag

@@ -1,4 +1,4 @@
-"""The report in a browser: nothing logged or fetched, nothing wider than a phone, light and dark."""
+"""The report in a browser: nothing logged or fetched, never wider than a phone, light and dark."""
 
 import re
 from collections.abc import Iterator

@@ -1,21 +1,16 @@
 """Labelled images that are not decoded yet, or stored as arrays; and what goes wrong in reading."""
 
-import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor
 
 from polarfast.errors import ArgumentError
 
 if TYPE_CHECKING:
     import numpy
-
-
-JPEG = b"\xff\xd8"  # first bytes of every JPEG file
 
 
 class UnreadableImage(ArgumentError):
@@ -25,35 +20,27 @@ class UnreadableImage(ArgumentError):
 def read_file(path: Path) -> Tensor:
     """Decode an image file to RGB, uint8 ``[3, H, W]``.
 
-    torchvision decodes JPEG, as it needs two thirds of Pillow's time and gives the same pixels;
-    Pillow decodes the rest. What is in the file counts, not its name: ImageNet holds a PNG that is
-    called .JPEG. Orientation tags are not applied, as in torchvision's own data sets.
+    By Pillow: torchvision's own decoders are about to be removed from it. What is in the file
+    counts, not its name: ImageNet holds a PNG that is called .JPEG. Orientation tags are not
+    applied, as in torchvision's data sets.
 
     Raises:
         UnreadableImage: missing, truncated, damaged, or of a kind that is not 8 bits a channel.
     """
     from PIL import Image
-    from torchvision.io import ImageReadMode, decode_jpeg
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     try:
-        encoded = path.read_bytes()
-        if not encoded:
-            raise ValueError("the file is empty")
-        if encoded.startswith(JPEG):
-            buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-            return decode_jpeg(buffer, ImageReadMode.RGB)
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(path) as image:
             if image.mode in ("I", "F") or image.mode.startswith("I;"):
                 raise ValueError(f"not 8 bits a channel but Pillow's mode {image.mode}")
             return pil_to_tensor(image.convert("RGB"))
     except MemoryError:
         raise
-    # Decoders raise OSError, RuntimeError, SyntaxError, ValueError, struct.error and more.
+    # Decoders raise OSError, SyntaxError, ValueError, struct.error and more.
     except Exception as error:
-        reason = str(error).split("\nException raised from")[0]
         raise UnreadableImage(
-            f"image '{path}' cannot be read ({reason}); replace or remove the file, or run with "
+            f"image '{path}' cannot be read ({error}); replace or remove the file, or run with "
             "--data.skip-bad-images to leave such images out"
         ) from error
 

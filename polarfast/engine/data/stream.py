@@ -137,12 +137,12 @@ class Queue:
                 generator=torch.Generator(),
             )
         for batch in self._loader:
+            yield batch
             if self._run != mine:
                 raise PolarfastError(
                     "this epoch of streamed images was given up when another one began; "
                     "finish one before the next, or load the data twice"
                 )
-            yield batch
 
 
 class StreamSource:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from report_runs import ODD, RESULTS, four_runs, gammas, metrics, widths, write_run
+from report_runs import ODD, RECIPE, RESULTS, four_runs, gammas, metrics, widths, write_run
 
 from polarfast.engine.report import write_report
 from polarfast.engine.report.markup import Markup, tag
@@ -119,10 +119,23 @@ def test_settings_that_differ_and_no_others(four: list[Path]) -> None:
     assert "All 6 settings are the same in all runs." in same.text
 
 
+def test_settings_are_written_plainly(tmp_path: Path) -> None:
+    settings = {"a": None, "b": True, "c": "", "d": {}, "e": {"f": [1, 2]}}
+    runs = [
+        write_run(tmp_path / "one", recipe={**RECIPE, **settings}),
+        write_run(tmp_path / "two", recipe={**RECIPE, **dict.fromkeys("abcde", 7)}),
+    ]
+    words = report(*runs).words
+    shown = [words[words.index(name) + 1] for name in ("a", "b", "c", "d", "e.f")]
+    assert shown == ["none", "yes", "empty", "empty", "[1, 2]"]
+
+
 def test_unfinished_runs_say_how_far_they_are(four: list[Path], tmp_path: Path) -> None:
     page = report(*four)
     assert "Unfinished: fine-tuning, epoch 2 of 6" in page.words
     assert "Unfinished: sparsity training, epoch 3 of 12" in page.words
+    assert "pruned is unfinished; not written yet: results." in page.text
+    assert "early is unfinished; not written yet: pruning plan, results." in page.text
     # The pruned one has a plan already.
     assert page.text.count("125 → 66.0 M") == 3
     nothing = write_run(tmp_path / "just begun", done=0)

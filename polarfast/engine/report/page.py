@@ -72,7 +72,7 @@ def _sections(runs: Sequence[RunRecord]) -> list[tuple[str, str, Markup]]:
     """(anchor, heading, content), of what there is."""
     samples = [Look(index).sample() for index in range(len(runs))]
     legend = _legend(runs, samples)
-    found = [("results", "Results", tables.results(runs))]
+    found = [("results", "Results", join(_missing(runs), tables.results(runs)))]
     if any(run.epochs for run in runs):
         panels = _grid(curves.training_curves(runs))
         found.append(("training", "Training", join(legend, _stages_key(runs), panels)))
@@ -138,6 +138,18 @@ def _legend(runs: Sequence[RunRecord], samples: Sequence[Markup]) -> Markup:
         return Markup()
     names = (tag("li", sample, run.name) for run, sample in zip(runs, samples, strict=True))
     return tag("ul", names, class_="legend", aria_label="Runs")
+
+
+def _missing(runs: Sequence[RunRecord]) -> Markup:
+    """What the page cannot show of unfinished runs."""
+    notes = []
+    for run in runs:
+        kinds = (("γ histograms", run.gammas), ("pruning plan", run.plan), ("results", run.results))
+        lacking = [name for name, content in kinds if content is None]
+        if run.unfinished:
+            notes.append(tag("p", f"{run.name} is unfinished; not written yet: ",
+                             f"{', '.join(lacking)}."))  # fmt: skip
+    return join(notes)
 
 
 def _stages_key(runs: Sequence[RunRecord]) -> Markup:

@@ -44,7 +44,7 @@ def settings(runs: Sequence[RunRecord]) -> Markup:
     if differing:
         body = [
             tag("tr", tag("th", name, scope="row"),
-                (_cell(str(values.get(name, NONE))) for values in flat))
+                (_cell(_setting(values.get(name, NONE))) for values in flat))
             for name in differing
         ]  # fmt: skip
         caption = f"The {len(names) - len(differing)} other settings are the same in all runs."
@@ -174,6 +174,13 @@ def _time(run: RunRecord) -> str:
     if hours:
         return f"{hours} h {rest // 60:02d} min{so_far}"
     return (f"{rest // 60} min {rest % 60:02d} s" if rest >= 60 else f"{rest} s") + so_far
+
+
+def _setting(value: Any) -> str:
+    """As a recipe writes it, in one line."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return str(value) if value not in ("", {}) else "empty"
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -90,10 +90,20 @@ class Data:
                 "data.keep=device: augment: resized-crop-flip cuts its crops from the images as "
                 "stored, which are of all sizes; choose keep: stream or auto"
             )
-        if self.loader == "dali" and (self.name != "folder" or self.keep == "device"):
+        if self.loader == "dali":
+            self._check_dali()
+
+    def _check_dali(self) -> None:
+        fits = self.name == "folder" and self.keep != "device"
+        if not fits or self.augment not in ("none", "resized-crop-flip") or self.side == 0:
             raise ArgumentError(
-                "data.loader=dali: streams the files of an image folder; it goes with name: folder "
-                "and keep: auto or stream"
+                "data.loader=dali: streams an image folder at one size; it goes with name: folder, "
+                "keep: auto or stream, augment: resized-crop-flip, or none with an image_size"
+            )
+        if self.skip_bad_images:
+            raise ArgumentError(
+                "data.loader=dali: fails on a bad image, so skip_bad_images must be off; use "
+                "loader: torch, or remove the images that it names"
             )
 
     @property

@@ -8,8 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from polarfast.errors import ArgumentError
-
 from . import normalization
 from .decode import decode, probe
 from .memory import MemorySource
@@ -75,8 +73,6 @@ def load(data: Data, device: torch.device) -> DataSource:
         ArgumentError: a file is missing or damaged, the folders do not fit together, or a setting
             does not fit what is in them; the message names the file or setting.
     """
-    if data.loader == "dali":
-        raise ArgumentError("data.loader=dali: not there yet; use loader: torch")
     parts = read_parts(data)
     view = as_stored if data.name == "digits" else fit(data)
     shape = probe(parts.train, view, data.skip_bad_images)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from polarfast.errors import ArgumentError, PolarfastError
 
 from .decode import wrong_size
-from .images import Images, UnreadableImage
+from .images import FileImages, Images, UnreadableImage
 from .normalization import Normalization
 from .plan import EpochPlan, mix
 from .reading import Parts
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
     problems: list[Problem]
 
 
-class Reader(Dataset[tuple[Tensor | None, int, list[Problem]]]):
+class Reader(Dataset[Any]):
     """Decodes and transforms the image at ``(index, seed)``, in a worker process or here.
 
     Args:
@@ -101,6 +101,12 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
+class BatchReader(Protocol):
+    """Reads batches of ``(index, seed)``, in order."""
+
+    def run(self, batches: Iterable[list[tuple[int, int]]]) -> Iterator[Batch]: ...
+
+
 class Batches:
     """What the workers are to read next: batches of ``(index, seed)``."""
 
@@ -112,15 +118,20 @@ class Batches:
 
 
 class Queue:
-    """A DataLoader whose workers live on from epoch to epoch, fed with batches of samples."""
+    """A DataLoader whose workers live on from epoch to epoch, fed with batches of samples.
 
-    def __init__(self, reader: Reader, workers: int, pin: bool) -> None:
+    Args:
+        reader: data set whose ``collate`` makes a batch of its items.
+        pin: give batches in pinned memory.
+    """
+
+    def __init__(self, reader: Any, workers: int, pin: bool) -> None:
         self._reader, self._workers, self._pin = reader, workers, pin
         self._batches = Batches()  # not self: a cycle would keep the workers of a source let go
         self._loader: DataLoader[Any] | None = None
         self._run = 0
 
-    def run(self, batches: Iterable[list[tuple[int, int]]]) -> Iterator[Batch]:
+    def run(self, batches: Iterable[list[tuple[int, int]]]) -> Iterator[Any]:
         """Read these batches, in order; a run that is not finished yet ends here."""
         self._run += 1
         mine = self._run
@@ -173,9 +184,16 @@ class StreamSource:
         self._bad: set[tuple[str, int]] = set()
         pin = device.type == "cuda"
         reader = Reader(parts.train, vary(data, shape), shape, replace=self._skip)
-        self._train = Queue(reader, data.workers, pin)
         self._test_reader = Reader(parts.test, fit(data), shape, replace=False)
-        self._test = Queue(self._test_reader, data.workers, pin)
+        self._train: BatchReader = Queue(reader, data.workers, pin)
+        self._test: BatchReader = Queue(self._test_reader, data.workers, pin)
+        if data.loader == "dali":
+            from .dali import DaliQueue
+
+            # Data admits folders only, whose images are files.
+            train, test = cast(FileImages, parts.train), cast(FileImages, parts.test)
+            self._train = DaliQueue(train, data, vary=True, device=device)
+            self._test = DaliQueue(test, data, vary=False, device=device)
 
     @property
     def bad_images(self) -> int:

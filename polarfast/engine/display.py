@@ -180,7 +180,7 @@ def _figures(now: Step | Epoch, epoch: Epoch | None) -> Table:
     table.add_column(min_width=30)
     table.add_column(style="dim", justify="right")
     table.add_column(min_width=10)
-    accuracy = "after the first epoch"
+    accuracy = "—"
     if epoch is not None:
         accuracy = f"[bold]{epoch.accuracy:.2f} %[/] (epoch {epoch.epoch})"
     table.add_row("loss", f"{now.loss:.4f}", "test accuracy", accuracy)

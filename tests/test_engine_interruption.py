@@ -92,12 +92,15 @@ def die_at_write(number: int, after: bool) -> None:
 
 
 def test_killed_between_any_two_writes(tmp_path: Path) -> None:
-    """Each process dies at its third write (the first is recipe.yaml's), before it or after."""
+    """Each process dies at its second write (the first is recipe.yaml's), after it, or before the
+    third; where that brings it no further than the one before, one write later."""
     stage = replace(TINY.train, epochs=1)
     recipe = replace(TINY, batch_size=48, train=stage, finetune=replace(TINY.finetune, epochs=1))
-    folder, deaths = tmp_path / "run", 0
-    while progress(folder) != "at its end":
-        dies = partial(die_at_write, *((3, False), (2, True))[deaths % 2])
+    folder, deaths, place, writes = tmp_path / "run", 0, None, 2
+    while (now := progress(folder)) != "at its end":
+        place, writes = now, 2 if now != place else writes + 1
+        after = deaths % 2 == 0
+        dies = partial(die_at_write, writes + (not after), after)
         assert finish([start(launched, recipe, folder, {}, dies)])[0] in (0, 9)
         deaths += 1
         assert deaths < 40

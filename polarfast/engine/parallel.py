@@ -1,5 +1,6 @@
 """A model on many processes: DistributedDataParallel or FSDP2, and its state in one plain form."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,7 +49,10 @@ def wrap(model: nn.Module, recipe: Recipe, workers: Workers) -> nn.Module:
     if workers.world == 1 or recipe.hardware.parallel == "fsdp":
         return model
     # Statistics stay each process's own; they are averaged where they are used (see Trainer).
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    distributed = nn.parallel.DistributedDataParallel
+    known = inspect.signature(distributed).parameters  # renamed in torch 2.14
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return distributed(model, **{switch: False})
 
 
 def _check(recipe: Recipe, workers: Workers) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import LOOPS, REGULARIZERS, WEIGHTS, example, network, run, sharded, single
+from distributed_cases import run, sharded
+from distributed_loop import LOOPS, REGULARIZERS, WEIGHTS, example, network, single
 from oracles import DEEPHOYER, L1, POLARIZATION, penalty, subgradients
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper

@@ -1,29 +1,47 @@
-"""The training loop, against a loop written out by hand, and stopped and resumed."""
+"""The training loop, against loops written out by hand and torch's own schedulers."""
 
-import io
+import copy
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from engine_cases import TINY, on
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import polarfast as pf
-from polarfast.engine import data, models
-from polarfast.engine.recipe import Recipe, Sparsity, Stage
-from polarfast.engine.training import Trainer, evaluate, learning_rate
+from polarfast.engine import models, parallel
+from polarfast.engine.data import Data, DataSource, EpochPlan, load
+from polarfast.engine.determinism import deterministic
+from polarfast.engine.evaluation import evaluate
+from polarfast.engine.recipe import Recipe, Stage
+from polarfast.engine.schedules import learning_rate
+from polarfast.engine.seeds import mix
+from polarfast.engine.training import Trainer
+from polarfast.engine.workers import Workers
 from polarfast.errors import ArgumentError
 
-STAGE = Stage(epochs=3, lr=0.05, warmup=0.2)
-RECIPE = Recipe(
-    "digits", "resnet8", Sparsity(lam=1e-3, t=1.2), STAGE, STAGE, batch_size=500, shift=1
-)
+STAGE = Stage(epochs=3, lr=0.05, warmup=0.5)
+PLAIN = replace(TINY, train=STAGE)  # 4 steps of 24 images an epoch
+SEED = 11
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
-def digits() -> data.DataSet:
-    return data.digits(torch.device("cpu"))
+def digits() -> DataSource:
+    return load(TINY.data, torch.device("cpu"))
 
 
 def network() -> nn.Module:
@@ -31,96 +49,291 @@ def network() -> nn.Module:
     return models.build("resnet8", 10, 1)
 
 
-def sparse_trainer(digits: data.DataSet) -> Trainer:
+def trainer_of(
+    digits: DataSource, recipe: Recipe, regularizer: pf.Regularizer | None = None
+) -> Trainer:
+    model, scales, workers = network(), None, Workers(recipe.hardware)
+    if regularizer is not None:
+        scales = pf.scaling_factors(model, digits.example(), residual="expand")
+        pf.init_scales(scales, 0.5)
+    model = parallel.prepare(model, recipe, workers)
+    return Trainer(model, digits, recipe, STAGE, SEED, workers, scales, regularizer)
+
+
+def train(trainer: Trainer, epochs: int = STAGE.epochs) -> list[float]:
+    losses = []
+    for _ in range(epochs):
+        for _ in trainer.rest_of_epoch():
+            pass
+        losses.append(trainer.mean_loss())
+    return losses
+
+
+def batches(digits: DataSource, epoch: int, shards: int = 1) -> list[tuple[Tensor, Tensor]]:
+    plan = EpochPlan(mix(SEED, epoch), 24, shards=shards, shard_count=shards)
+    return list(digits.train(plan))
+
+
+#: Warm-up over 2 of 12 steps, then a cosine to 0.
+RATES = [0.025, 0.05, *(0.025 * (1 + math.cos(math.pi * i / 10)) for i in range(10))]
+
+
+def written_out(digits: DataSource, recipe: Recipe) -> tuple[nn.Module, nn.Module, list[float]]:
+    """Three epochs of SGD with torch's own classes: the model, its average, losses by epoch."""
     model = network()
-    scales = pf.scaling_factors(model, digits.test.images[:2], residual="expand")
-    pf.init_scales(scales, 0.5)
-    regularizer = pf.Polarization(lam=1e-3, t=1.2)
-    generator = torch.Generator().manual_seed(1)
-    return Trainer(model, digits, RECIPE, STAGE, generator, scales, regularizer)
+    norms = [p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
+    apart = {id(p) for p in norms} | {id(m.bias) for m in model.modules() if hasattr(m, "bias")}
+    decayed = [p for p in model.parameters() if recipe.decay_norms or id(p) not in apart]
+    rest = [p for p in model.parameters() if not recipe.decay_norms and id(p) in apart]
+    optimizer = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest}],
+        lr=1.0,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+    )
+    decay = get_ema_multi_avg_fn(recipe.ema)
+    average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
+    average.update_parameters(model)  # the first one copies
+    precise = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
+    scaler = torch.amp.GradScaler("cpu", enabled=recipe.precision == "fp16")
+    losses: list[list[float]] = []
+    for epoch in range(3):
+        losses.append([])
+        shards = batches(digits, epoch, recipe.accumulate)
+        for step in range(4):
+            for group in optimizer.param_groups:
+                group["lr"] = RATES[4 * epoch + step]
+            optimizer.zero_grad()
+            total = 0.0
+            for images, labels in shards[recipe.accumulate * step :][: recipe.accumulate]:
+                with torch.autocast("cpu", precise, enabled=precise is not None):
+                    logits = model(images)
+                    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+                    loss = loss / recipe.accumulate
+                scaler.scale(loss).backward()
+                total += loss.item()
+            losses[-1].append(total)
+            if recipe.clip:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            average.update_parameters(model)
+    return model, average.module, [sum(epoch) / 4 for epoch in losses]
 
 
-def weights(model: nn.Module) -> torch.Tensor:
-    return torch.cat([v.flatten().double() for v in model.state_dict().values()])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"accumulate": 3},
+    "nesterov, norms not decayed": {"nesterov": True, "decay_norms": False},
+    "clipped": {"clip": 0.5},
+    "smoothed": {"label_smoothing": 0.1},
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16", "clip": 0.5},
+    "averaged": {"ema": 0.8},
+}
 
 
-def test_plain_training_is_sgd_written_out(digits: data.DataSet) -> None:
-    trainer = Trainer(network(), digits, RECIPE, STAGE, torch.Generator().manual_seed(1))
-    losses = [trainer.run_epoch() for _ in range(2)]
-
-    model, generator = network(), torch.Generator().manual_seed(1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
-    rates = [0.05, *(0.025 * (1 + math.cos(math.pi * i / 5)) for i in range(5))]
-    expected = []
-    for images, labels in [b for _ in range(2) for b in data.batches(digits, 500, 1, generator)]:
-        optimizer.param_groups[0]["lr"] = rates[len(expected)]
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        expected.append(loss.item())
-    assert losses == pytest.approx([sum(expected[:2]) / 2, sum(expected[2:]) / 2])
-    assert torch.equal(weights(trainer.model), weights(model))
-    assert trainer.epoch == 2
+@pytest.mark.parametrize("name", OPTIONS)
+def test_training_is_sgd_written_out(digits: DataSource, name: str) -> None:
+    recipe = replace(PLAIN, **OPTIONS[name])
+    trainer = trainer_of(digits, recipe)
+    losses = train(trainer)
+    model, average, expected = written_out(digits, recipe)
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert_equal(trainer.model.state_dict(), model.state_dict())
+    with trainer.averaged():
+        mine, other = trainer.model.state_dict(), (average if recipe.ema else model).state_dict()
+        assert_equal(floats(mine), floats(other))
+    assert_equal(trainer.model.state_dict(), model.state_dict())
+    assert trainer.epoch == 3 and trainer.step == trainer.steps == 12
 
 
-def test_resumed_training_is_the_same_to_the_bit(digits: data.DataSet) -> None:
-    whole = sparse_trainer(digits)
-    whole.run_epoch()
-    file = io.BytesIO()
-    torch.save(whole.state_dict(), file)
-    file.seek(0)
-    for _ in range(2):
-        whole.run_epoch()
-
-    resumed = sparse_trainer(digits)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    assert resumed.epoch == 1
-    for _ in range(2):
-        resumed.run_epoch()
-    assert torch.equal(weights(whole.model), weights(resumed.model))
+def floats(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the counters of batches, which torch averages too."""
+    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
 
 
-def test_scaling_factors_feel_the_regularizer(digits: data.DataSet) -> None:
-    trainer = sparse_trainer(digits)
-    assert trainer.scales is not None and trainer.regularizer is not None
-    before = trainer.regularizer.value(trainer.scales).item()
-    trainer.regularizer.lam = 20.0
-    trainer.run_epoch()
-    gammas = torch.cat([g.detach() for g in trainer.scales.values()])
+def assert_equal(mine: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert mine.keys() == other.keys()
+    different = {k: float((mine[k] - other[k]).abs().max()) for k in mine}
+    assert max(different.values()) <= 1e-6, different
+
+
+def test_options_do_something(digits: DataSource) -> None:
+    """That the test above could fail: every option ends elsewhere than plain training."""
+    ends = {}
+    for name, options in OPTIONS.items():
+        trainer = trainer_of(digits, replace(PLAIN, **options))
+        train(trainer, 1)
+        with trainer.averaged():
+            ends[name] = trainer.model.state_dict()["layer2.0.conv1.weight"].clone()
+    assert len({float(end.double().sum()) for end in ends.values()}) == len(ends)
+
+
+def after_one_step(digits: DataSource, recipe: Recipe) -> dict[str, Tensor]:
+    """Of sparsity training; more steps would tell rounding apart, by what lies close to 0."""
+    trainer = trainer_of(digits, recipe, pf.Polarization(lam=1e-3, t=1.2))
+    next(trainer.rest_of_epoch())
+    return trainer.model.state_dict()
+
+
+def assert_same_mathematics(mine: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    assert mine.keys() == others.keys()
+    assert all(torch.allclose(mine[k], others[k], atol=1e-4) for k in mine)
+    start = network().state_dict()
+    assert not torch.allclose(mine["fc.weight"], start["fc.weight"], atol=1e-3)
+
+
+def test_other_memory_format(digits: DataSource) -> None:
+    mine = after_one_step(digits, on(PLAIN, channels_last=True))
+    weight = mine["layer3.0.conv1.weight"]
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert_same_mathematics(mine, after_one_step(digits, PLAIN))
+
+
+@pytest.mark.slow
+def test_compiled(digits: DataSource) -> None:
+    mine = after_one_step(digits, on(PLAIN, compile=True))
+    assert_same_mathematics(mine, after_one_step(digits, PLAIN))
+
+
+def test_scaling_factors_feel_the_regularizer(digits: DataSource) -> None:
+    regularizer = pf.Polarization(lam=20.0, t=1.2)
+    trainer = trainer_of(digits, PLAIN, regularizer)
+    assert trainer.scales is not None
+    before = regularizer.value(trainer.scales).item()
+    train(trainer, 1)
+    gammas = torch.cat([gamma.detach() for gamma in trainer.scales.values()])
     assert gammas.min() == 0 and gammas.max() <= 1
-    assert trainer.regularizer.value(trainer.scales).item() < before
+    assert regularizer.value(trainer.scales).item() < before
 
 
-def test_batch_larger_than_the_data(digits: data.DataSet) -> None:
-    with pytest.raises(ArgumentError, match="batch_size=1001.*1000"):
-        Trainer(network(), digits, replace(RECIPE, batch_size=1001), STAGE, torch.Generator())
+def test_batches_that_do_not_fit(digits: DataSource) -> None:
+    with pytest.raises(ArgumentError, match="batch_size=101.*100"):
+        trainer_of(digits, replace(PLAIN, batch_size=101))
+    with pytest.raises(ArgumentError, match="1 processes x 5 passes"):
+        trainer_of(digits, replace(PLAIN, accumulate=5))
 
 
-def test_learning_rate() -> None:
-    stage = Stage(epochs=1, lr=0.4, warmup=0.2)
-    rates = [learning_rate(stage, step, 10) for step in range(10)]
-    assert rates[:3] == pytest.approx([0.2, 0.4, 0.4])
-    assert rates[6] == pytest.approx(0.2)
-    assert rates[9] == pytest.approx(0.4 * 0.5 * (1 + math.cos(math.pi * 7 / 8)))
-    assert learning_rate(Stage(epochs=1, lr=0.4, schedule="constant"), 9, 10) == 0.4
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_loss_goes_on_within_an_epoch(digits: DataSource, epochs: int) -> None:
+    whole, begun = trainer_of(digits, PLAIN), trainer_of(digits, PLAIN)
+    losses = train(whole, epochs + 1)
+    train(begun, epochs)
+    steps = begun.rest_of_epoch()
+    next(steps), next(steps)
+    resumed = trainer_of(digits, PLAIN)
+    resumed.load_state_dict(copy.deepcopy(begun.state_dict()))
+    assert resumed.step == 4 * epochs + 2
+    assert train(resumed, 1)[0] == losses[-1]
 
 
-def test_accuracy_counts_every_image_once(digits: data.DataSet) -> None:
-    class Oracle(nn.Module):
-        """Right on the first 400 images, wrong on the others."""
+# ---------------------------------------------------------------------------- learning rates
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen = 0
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            assert not self.training
-            labels = digits.test.labels[self.seen : self.seen + len(x)]
-            wrong = torch.arange(self.seen, self.seen + len(x)) >= 400
-            self.seen += len(x)
-            return F.one_hot((labels + wrong) % 10, 10).float()
+def test_cosine_with_warmup_is_torchs() -> None:
+    stage, steps = Stage(epochs=4, lr=0.4, warmup=1), 10
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
+    lr = torch.optim.lr_scheduler
+    rising = lr.LinearLR(optimizer, start_factor=0.1, end_factor=1.0, total_iters=9)
+    falling = lr.CosineAnnealingLR(optimizer, T_max=30)
+    schedule = lr.SequentialLR(optimizer, [rising, falling], milestones=[10])
+    for step in range(40):
+        expected = optimizer.param_groups[0]["lr"]
+        assert learning_rate(stage, step, steps) == pytest.approx(expected, rel=1e-6), step
+        optimizer.step()
+        schedule.step()
 
-    oracle = Oracle()
-    assert evaluate(oracle, digits.test, batch_size=100) == pytest.approx(100 * 400 / 797)
+
+def test_steps_are_torchs() -> None:
+    stage = Stage(epochs=9, lr=0.1, schedule="step", rates={3: 0.01, 6: 0.001})
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 6], gamma=0.1)
+    for epoch in range(9):
+        for step in range(5):
+            expected = optimizer.param_groups[0]["lr"]
+            assert learning_rate(stage, 5 * epoch + step, 5) == pytest.approx(expected)
+        optimizer.step()
+        schedule.step()
+
+
+def test_constant_rate() -> None:
+    stage = Stage(epochs=2, lr=0.4, schedule="constant", warmup=0.5)
+    rates = [learning_rate(stage, step, 4) for step in range(8)]
+    assert rates == pytest.approx([0.2, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4])
+
+
+# -------------------------------------------------------------------------------- evaluation
+
+
+class Oracle(nn.Module):
+    """Right on the first ``right`` images, wrong on the others."""
+
+    def __init__(self, labels: Tensor, right: int) -> None:
+        super().__init__()
+        self.labels, self.right, self.seen = labels, right, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not self.training
+        labels = self.labels[self.seen : self.seen + len(x)]
+        wrong = torch.arange(self.seen, self.seen + len(x)) >= self.right
+        self.seen += len(x)
+        return F.one_hot((labels + wrong) % 10, 10).float()
+
+
+def test_accuracy_counts_every_image_once() -> None:
+    data = load(Data("digits"), torch.device("cpu"))
+    labels = torch.cat([labels for _, labels in data.test(100)])
+    oracle = Oracle(labels, 400)
+    accuracy = evaluate(oracle, data, Workers(TINY.hardware))
+    assert accuracy == pytest.approx(100 * 400 / 797)
     assert oracle.training and oracle.seen == 797
+
+
+# ------------------------------------------------------------------------------- determinism
+
+
+@pytest.mark.parametrize("before", [(False, False), (True, False), (True, True)])
+def test_deterministic_mode_ends_with_the_block(before: tuple[bool, bool]) -> None:
+    def flags() -> tuple[bool, bool]:
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    try:
+        with pytest.raises(ZeroDivisionError), deterministic(True):
+            assert flags() == (True, False)
+            raise ZeroDivisionError
+        assert flags() == before
+        with deterministic(False):
+            assert flags() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ArgumentError, match="--hardware.device cpu"):
+        Workers(on(TINY, device="cuda").hardware)
+    assert Workers(on(TINY, device="auto").hardware).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sync_batchnorm": True}, "GPUs only"),
+        ({"precision": "fp16", "hardware": replace(TINY.hardware, parallel="fsdp")}, "use bf16"),
+    ],
+)
+def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
+    workers: Any = SimpleNamespace(device=torch.device("cpu"), distributed=True, world=2)
+    with pytest.raises(ArgumentError, match=message):
+        parallel.prepare(network(), replace(TINY, **changes), workers)
+
+
+def test_sharded_only_under_torchrun() -> None:
+    with pytest.raises(ArgumentError, match="torchrun"):
+        Workers(on(TINY, parallel="fsdp").hardware)

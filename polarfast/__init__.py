@@ -10,6 +10,7 @@ from .errors import (
     PlanError,
     PolarfastError,
     ScalingFactorError,
+    SearchError,
     StepError,
     ThresholdError,
     TracingError,
@@ -22,8 +23,10 @@ from .plans import PruningPlan
 from .prediction import CutPredictor
 from .regularizers import L1, DeepHoyer, Polarization, Regularizer
 from .scaling import ScalingFactors, init_scales, scaling_factors
+from .searching import SearchResult, Stability, Trial, search
 from .slimming import slim
 from .stepping import attach, step
+from .targeting import FlopsTarget
 from .thresholding import thresholds
 from .verification import Report, verify
 
@@ -36,6 +39,7 @@ __all__ = [
     "CutPredictor",
     "DeepHoyer",
     "FileFormatError",
+    "FlopsTarget",
     "PlanError",
     "PolarfastError",
     "Polarization",
@@ -44,9 +48,13 @@ __all__ = [
     "Report",
     "ScalingFactorError",
     "ScalingFactors",
+    "SearchError",
+    "SearchResult",
+    "Stability",
     "StepError",
     "ThresholdError",
     "TracingError",
+    "Trial",
     "VerificationError",
     "add_gates",
     "attach",
@@ -56,6 +64,7 @@ __all__ = [
     "plan",
     "save",
     "scaling_factors",
+    "search",
     "slim",
     "step",
     "thresholds",

@@ -29,6 +29,10 @@ class PlanError(PolarfastError, ValueError):
     """A plan that does not fit the model it is applied to, or cannot be read."""
 
 
+class SearchError(PolarfastError, RuntimeError):
+    """A search for λ and t that cannot end well; the message lists its trials."""
+
+
 class VerificationError(PolarfastError):
     """The slim model does not equal what the plan says it equals."""
 

@@ -141,18 +141,38 @@ class CutPredictor:
         if not 0.0 <= cut < 1.0:
             raise ArgumentError(f"cut={cut!r}: give a share of the MACs, in [0, 1)")
         compared = magnitudes(self.scales, scores)
+        return self.count_for(cut, compared) / self.scales.numel()
+
+    def count_for(self, cut: float, compared: Mapping[str, Tensor]) -> int:
+        """How many of the weakest channels must go for the share of MACs closest to `cut`.
+
+        Args:
+            cut: share of MACs.
+            compared: name -> float [C] on the CPU, what channels are ranked by; those at infinity
+                stay.
+        """
         order = torch.cat(list(compared.values())).sort().values
 
         def share(count: int) -> float:
             limit = float(order[count - 1]) if count else None
             return self._compare(compared, dict.fromkeys(self._names, limit))
 
-        low, high = 0, order.numel() - 1
+        low, high = 0, max(int(order.isfinite().sum()) - 1, 0)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if share(middle) < cut else (low, middle)
-        best = min((low, high), key=lambda count: abs(share(count) - cut))
-        return best / order.numel()
+        return min((low, high), key=lambda count: abs(share(count) - cut))
+
+    def largest_cut(self) -> float:
+        """The share of MACs cut when every layer is cut as far as it can be."""
+        nothing = {
+            name: torch.zeros(size) for name, size in zip(self._names, self._sizes, strict=True)
+        }
+        return self._compare(nothing, dict.fromkeys(self._names, 0.0))
+
+    def layers_that_stay(self) -> set[int]:
+        """Rows of the layers that cannot be emptied, even if all others stay whole."""
+        return {row for row in range(len(self._names)) if self._find_regime((row,)) is None}
 
     # --- the quick way
 

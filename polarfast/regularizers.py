@@ -154,6 +154,19 @@ class Regularizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
 
+    def steer(self, scale: Tensor | None = None, maximize: bool = False) -> bool:
+        """Called at each training step, gradients in place, before λ·∂R_s is added to them: for
+        regularizers that change as γ do. This one does not.
+
+        Args:
+            scale: what the gradients are still multiplied with under AMP; None: nothing.
+            maximize: whether the optimizer maximizes.
+
+        Returns:
+            Whether thresholds were looked at, so that addresses must be read again.
+        """
+        return False
+
     def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
         """R_s of 1-D float64 layers."""
         raise NotImplementedError

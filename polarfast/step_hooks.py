@@ -83,6 +83,9 @@ class StepHooks:
             self._fill(gammas)
             table.refresh(buffers)
         binding.warn_before_clamp(reg)
+        scale = _amp_scalar(optimizer, "grad_scale", table.device)
+        if reg.steer(scale, any(group.get("maximize", False) for group in groups)):
+            table.refresh(buffers)
         if len(gammas) < len(binding.params):  # a stale gradient would move a frozen γ
             self._withhold(param for param in binding.params if not param.requires_grad)
         if options:
@@ -90,7 +93,6 @@ class StepHooks:
             return
         maximize = _shared_maximize(groups)
         lam = -reg.lam if maximize else reg.lam
-        scale = _amp_scalar(optimizer, "grad_scale", table.device)
         table.add_subgradient_(reg.kind, lam, reg.t, reg.per_layer, scale)
         self._memory = [gamma.data_ptr() for gamma in binding.params]
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+import polarfast as pf
 from polarfast.engine.checkpoint import write_text
 from polarfast.engine.recipe import Recipe
 from polarfast.engine.rivals import METHODS
@@ -101,6 +102,56 @@ def sweep(options: SweepOptions, console: Console) -> None:
     )
     console.print(sweeping.table(points, f"{options.recipe.model} on {options.recipe.data.name}"))
     console.print(f"Table and plot are in {options.out}/sweep.*", highlight=False)
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """λ and t for a share of the MACs to cut: Algorithm 1, each trial a sparsity training.
+
+    A trial is left off as soon as its share is stable. Finished trials are kept in a journal.
+
+    Attributes:
+        recipe: what is trained; every setting.
+        out: folder of the trials; by default runs/search-RECIPE.
+        cut: share of the MACs to cut. tol: δ, how far from it the result may be.
+        max_trials: give up after so many. lam_high: where the search for λ begins to halve.
+        window, spread: a trial's share is stable when the last WINDOW epochs span at most SPREAD.
+        warm_epochs: train so long without a regularizer first, once, and start every trial there.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    out: Path
+    cut: float = 0.5
+    tol: float = 0.05
+    max_trials: int = 20
+    lam_high: float = 2e-4
+    window: int = pf.Stability.window
+    spread: float = pf.Stability.spread
+    warm_epochs: int = 0
+
+
+def search(options: SearchOptions, console: Console) -> None:
+    """Search, print the trials, and say how to go on."""
+    from polarfast.engine import seeking
+
+    result = seeking.seek(
+        options.recipe,
+        options.cut,
+        options.out,
+        _noter(console),
+        options.warm_epochs,
+        tol=options.tol,
+        max_trials=options.max_trials,
+        lam_high=options.lam_high,
+        t=options.recipe.sparsity.t,
+        stability=pf.Stability(options.window, options.spread),
+    )
+    console.print(seeking.table(result, options.cut))
+    console.print(
+        f"λ = {result.lam:g}, t = {result.t:g} cut {100 * result.cut:.1f} %. Now train in full: "
+        f"polarfast run RECIPE --sparsity.lam {result.lam:g} --sparsity.t {result.t:g}",
+        highlight=False,
+    )
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ def execute(name: str, arguments: Sequence[str]) -> int:
         "sweep": lambda name, arguments: _recipe_command(
             name, arguments, lambda options: _many(options, many.sweep), many.SweepOptions
         ),
+        "search": lambda name, arguments: _recipe_command(
+            name, arguments, lambda options: _many(options, many.search), many.SearchOptions
+        ),
         "report": lambda name, arguments: _report(_parse(many.ReportOptions, name, arguments)),
     }
     return commands[name](name, arguments)

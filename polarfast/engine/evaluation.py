@@ -26,14 +26,17 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    right = torch.zeros((), dtype=torch.int64, device=workers.device)
+    # Bad images that are skipped while streaming are missing from both.
+    right, seen = torch.zeros(2, dtype=torch.int64, device=workers.device)
     share = -(-data.test_size // workers.world)
     passes = -(-share // BATCH)
     with autocast(workers.device, precision):
         for images, labels in data.test(BATCH, workers.rank, workers.world):
             right += (model(images).argmax(1) == labels).sum()
+            seen += len(labels)
             passes -= 1
         for _ in range(passes):
             model(data.example())
     model.train(was_training)
-    return 100 * float(workers.total(right)) / data.test_size
+    right, seen = workers.total(torch.stack((right, seen)))
+    return 100 * float(right / seen)

@@ -11,7 +11,12 @@ KEEP_EVERYTHING = Pruning(method="none")
 
 
 def regularizer(
-    model: nn.Module, example: Tensor, scales: pf.ScalingFactors, sparsity: Sparsity, steps: int
+    model: nn.Module,
+    example: Tensor,
+    scales: pf.ScalingFactors,
+    sparsity: Sparsity,
+    pruning: Pruning,
+    steps: int,
 ) -> pf.Regularizer | None:
     """What a recipe's ``sparsity`` asks for; None for "none".
 
@@ -26,9 +31,19 @@ def regularizer(
     if sparsity.regularizer == "polarization":
         return pf.Polarization(lam, sparsity.t, upper=upper, mean=sparsity.mean, clamp=clamp)
     if sparsity.regularizer == "flops-target":
-        assert sparsity.cut is not None  # Sparsity checks
+        assert sparsity.cut is not None and upper is not None  # Sparsity checks
         return pf.FlopsTarget(
-            model, example, scales, cut=sparsity.cut, lam=lam, upper=upper, steps=steps
+            model,
+            example,
+            scales,
+            cut=sparsity.cut,
+            lam=lam,
+            upper=upper,
+            clamp=clamp,
+            steps=steps,
+            fold=pruning.fold,
+            round_to=pruning.round_to,
+            min_channels=pruning.min_channels,
         )
     return None
 

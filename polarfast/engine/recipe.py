@@ -81,6 +81,10 @@ class Sparsity:
     def __post_init__(self) -> None:
         if self.regularizer == "flops-target" and self.cut is None:
             raise ArgumentError("sparsity.cut: 'flops-target' needs the share of the MACs to cut")
+        if self.regularizer == "flops-target" and (self.upper is None or self.mean != "global"):
+            raise ArgumentError(
+                "sparsity: 'flops-target' needs a number for upper, and mean 'global'"
+            )
         _share("sparsity.cut", self.cut)
 
 

@@ -147,6 +147,13 @@ class Run:
             for _ in self.training():
                 pass
 
+    def trial(self) -> Iterator[float]:
+        """``training``, for a caller who looks at each epoch's share and may leave off early."""
+        self._clock = time.perf_counter()
+        self.files.folder.mkdir(parents=True, exist_ok=True)
+        with deterministic(self.recipe.hardware.deterministic), self._signals:
+            yield from self.training()
+
     def training(self) -> Iterator[float]:
         """The training of the dense network; yields, after each epoch, the share of the MACs that
         pruning would then cut. Epochs that were done before an interruption are yielded too.
@@ -158,7 +165,9 @@ class Run:
         sparsity = self.recipe.sparsity
         predict = pruning.predictor(model, self.example, scales, self.recipe.pruning)
         steps = self.data.train_size // self.recipe.batch_size * self.recipe.train.epochs
-        regularizer = pruning.regularizer(model, self.example, scales, sparsity, steps)
+        regularizer = pruning.regularizer(
+            model, self.example, scales, sparsity, self.recipe.pruning, steps
+        )
         model = parallel.prepare(model, self.recipe, self.workers)
         scales = scales.rebind(model)
         chosen = scales.select(sparsity.regularize) if sparsity.regularize else scales
@@ -251,6 +260,9 @@ class Run:
         predict: pf.CutPredictor | None = None,
     ) -> Iterator[None]:
         def save(best: bool) -> None:
+            # First, so that it is there whenever the checkpoint says that the epoch is done.
+            if self.workers.first and loop.last is not None:
+                self.files.write_gammas(self.gammas, loop.last.values)
             self._save(trainer, self.phase if best else None)
 
         loop = StageLoop(
@@ -265,8 +277,6 @@ class Run:
             predict,
         )
         yield from loop.epochs()
-        if self.workers.first and loop.last is not None and self.gammas:
-            self.files.write_gammas(self.gammas, loop.last.values)
 
     def _next_phase(self) -> None:
         following = (*self.phases, DONE)

@@ -1,0 +1,108 @@
+"""Algorithm 1 over whole trainings: each trial of (λ, t) is a resumable run in a folder."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import polarfast as pf
+from polarfast.engine.data import DataSource, load
+from polarfast.engine.launch import find_state
+from polarfast.engine.recipe import Pruning, Recipe
+from polarfast.engine.run import Run
+from polarfast.engine.workers import Workers
+from polarfast.errors import ArgumentError
+
+JOURNAL = "search.jsonl"
+WARM = "warm-start"
+
+
+def seek(
+    recipe: Recipe,
+    cut: float,
+    folder: Path,
+    note: Callable[[str], None],
+    warm_epochs: int = 0,
+    **settings: Any,
+) -> pf.SearchResult:
+    """Find λ and t for a share of the MACs to cut, by sparsity training alone.
+
+    Finished trials are read from the journal in ``folder``; the one that was interrupted goes on
+    from its checkpoint.
+
+    Args:
+        cut, settings: of ``pf.search``.
+        warm_epochs: if above 0, all trials start from one network that was trained for so many
+            epochs of the recipe's schedule without a regularizer.
+        note: told of every epoch.
+
+    Raises:
+        ArgumentError: the recipe is not of polarization with the valley rule.
+        Interrupted: a signal asked to stop; the trial's checkpoint is written.
+        SearchError: the share cannot be reached; the message lists the trials.
+    """
+    if recipe.sparsity.regularizer != "polarization" or recipe.pruning.method != "valley":
+        raise ArgumentError(
+            "search is for sparsity.regularizer 'polarization' and pruning.method 'valley'"
+        )
+    torch.set_num_threads(recipe.hardware.threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    workers = Workers(recipe.hardware)
+    if workers.world > 1:
+        raise ArgumentError("search: runs in one process; start it without torchrun")
+    data = load(recipe.data, workers.device)
+    if warm_epochs:
+        recipe = _warm_start(recipe, warm_epochs, folder, workers, data, note)
+
+    def train(lam: float, t: float) -> Iterator[float]:
+        sparsity = dataclasses.replace(recipe.sparsity, lam=lam, t=t)
+        trial = dataclasses.replace(recipe, sparsity=sparsity)
+        path = folder / f"lam{lam!r}-t{t!r}"
+        run = Run(trial, path, workers, find_state(path, trial), data)
+        for epoch, share in enumerate(run.trial(), 1):
+            note(f"λ={lam:g} t={t:g}: {100 * share:5.1f} % cut after epoch {epoch}")
+            yield share
+
+    return pf.search(train, cut=cut, journal=folder / JOURNAL, **settings)
+
+
+def _warm_start(
+    recipe: Recipe,
+    epochs: int,
+    folder: Path,
+    workers: Workers,
+    data: DataSource,
+    note: Callable[[str], None],
+) -> Recipe:
+    """The recipe, starting from weights trained without a regularizer."""
+    sparsity = dataclasses.replace(recipe.sparsity, regularizer="none")
+    stage = dataclasses.replace(recipe.train, epochs=epochs)
+    warm = dataclasses.replace(
+        recipe, sparsity=sparsity, train=stage, pruning=Pruning(method="none")
+    )
+    path = folder / WARM
+    run = Run(warm, path, workers, find_state(path, warm), data)
+    if run.phase == "train":
+        note(f"Warm start: {epochs} epochs without a regularizer")
+        run.execute(until="train")
+    start = dataclasses.replace(recipe.sparsity, init=None)
+    return dataclasses.replace(recipe, weights=str(run.files.path("dense")), sparsity=start)
+
+
+def table(result: pf.SearchResult, cut: float) -> Table:
+    """The trials, in order."""
+    shown = Table(title=f"Search for {100 * cut:g} % of the MACs", title_justify="left")
+    for heading in ("trial", "λ", "t", "MACs cut %", "epochs"):
+        shown.add_column(heading, justify="right")
+    for number, trial in enumerate(result.trials, 1):
+        shown.add_row(
+            str(number),
+            f"{trial.lam:g}",
+            f"{trial.t:g}",
+            f"{100 * trial.cut:.1f}",
+            str(trial.epochs),
+        )
+    return shown

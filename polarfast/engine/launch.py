@@ -111,7 +111,6 @@ def _check_order(run: Run, phases: tuple[str, ...]) -> None:
 
 
 def _execute_and_show(run: Run, console: Console, phases: tuple[str, ...], fresh: bool) -> None:
-    folder = run.files.folder
     run.files.prepare()
     if fresh:
         run.checkpoints.clear()
@@ -130,12 +129,21 @@ def _execute_and_show(run: Run, console: Console, phases: tuple[str, ...], fresh
     try:
         display.note(introduction(run))
         if not fresh:
-            display.note(f"Going on in {folder}, {progress(folder)}")
+            display.note(_place(run, phases))
         run.execute(until=phases[-1])
     finally:
         logging.getLogger("polarfast").removeHandler(handler)
         for observer in observers:
             observer.close()
+
+
+def _place(run: Run, phases: tuple[str, ...]) -> str:
+    """Where a run goes on, or that nothing is left to do."""
+    if run.phase == DONE:
+        return f"The run in {run.files.folder} is finished"
+    if run.phase not in phases:
+        return f"{progress(run.files.folder)}: nothing left of '{phases[-1]}'".capitalize()
+    return f"Going on in {run.files.folder}, {progress(run.files.folder)}"
 
 
 def introduction(run: Run) -> str:

@@ -23,7 +23,8 @@ class CompareOptions:
         recipe: schedule, data and model for all; every setting.
         out: folder of all runs; by default runs/compare-RECIPE.
         methods: which to compare, beside the dense network.
-        cuts: shares of the MACs to cut. seeds: how many runs of each.
+        cuts: shares of the MACs to cut.
+        seeds: how many runs of each.
         lams: METHOD=λ where a method's differs from the recipe's.
         jobs: runs at a time.
     """
@@ -75,8 +76,10 @@ class SweepOptions:
     Attributes:
         recipe: the point around which λ and t vary; every setting.
         out: folder of all runs; by default runs/sweep-RECIPE.
-        lams: values of λ, at the recipe's t. ts: values of t, at the recipe's λ.
-        seeds: runs of each setting. jobs: runs at a time.
+        lams: values of λ, at the recipe's t.
+        ts: values of t, at the recipe's λ.
+        seeds: runs of each setting.
+        jobs: runs at a time.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
@@ -113,9 +116,12 @@ class SearchOptions:
     Attributes:
         recipe: what is trained; every setting.
         out: folder of the trials; by default runs/search-RECIPE.
-        cut: share of the MACs to cut. tol: δ, how far from it the result may be.
-        max_trials: give up after so many. lam_high: where the search for λ begins to halve.
-        window, spread: a trial's share is stable when the last WINDOW epochs span at most SPREAD.
+        cut: share of the MACs to cut.
+        tol: δ, how far from it the result may be.
+        max_trials: give up after so many.
+        lam_high: where the search for λ begins to halve.
+        window: a trial's share is stable when the last WINDOW epochs span at most SPREAD.
+        spread: see window.
         warm_epochs: train so long without a regularizer first, once, and start every trial there.
     """
 

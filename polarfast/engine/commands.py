@@ -65,9 +65,10 @@ class DemoOptions:
     figures. Interrupted with Ctrl-C, the same command goes on where it was.
 
     Attributes:
-        quick: fewer epochs, under 45 seconds. resume: go on with the run in OUT, or fail if there
-            is none.
-        out: folder of the run. seed: of the initial weights and the order of the images.
+        quick: fewer epochs, under 45 seconds.
+        resume: go on with the run in OUT, or fail if there is none.
+        out: folder of the run.
+        seed: of the initial weights and the order of the images.
         device: where to train.
         threads: CPU threads. For a network this small, a second one helps on an idle machine only,
             and slows a busy one down a lot.

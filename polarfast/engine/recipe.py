@@ -54,9 +54,10 @@ class Sparsity:
     Attributes:
         regularizer: "polarization"; "flops-target": polarization that steers t towards ``cut``;
             "l1" (network slimming); "deephoyer"; "none".
-        lam: λ, strength. t: balance of polarization's two terms.
-        upper: a, scaling factors are clamped to [0, a]; None: no clamp. mean: of γ, "global" (the
-            paper) or of each "layer".
+        lam: λ, strength.
+        t: balance of polarization's two terms.
+        upper: a, scaling factors are clamped to [0, a]; None: no clamp.
+        mean: of γ, "global" (the paper) or of each "layer".
         clamp: "scales" clamps what is regularized; "all" every BatchNorm weight, or every gate.
         init: value of every scaling factor before the first step; None leaves them.
         residual: what happens to channels that are added: "keep", "expand" or "couple".
@@ -79,6 +80,8 @@ class Sparsity:
     cut: float | None = None
 
     def __post_init__(self) -> None:
+        if not self.lam >= 0:
+            raise ArgumentError(f"sparsity.lam={self.lam}: must not be negative")
         if self.regularizer == "flops-target" and self.cut is None:
             raise ArgumentError("sparsity.cut: 'flops-target' needs the share of the MACs to cut")
         if self.regularizer == "flops-target" and (self.upper is None or self.mean != "global"):
@@ -100,7 +103,8 @@ class Pruning:
         cut: in place of ``value``, the share of the MACs to cut ("percentile", "uniform",
             "random").
         fold: what becomes of removed channels' constants: "exact", "bias" or "none".
-        round_to: widths become multiples of this. min_channels: no layer is narrower.
+        round_to: widths become multiples of this.
+        min_channels: no layer is narrower.
     """
 
     method: Method = "valley"
@@ -126,8 +130,10 @@ class Hardware:
 
     Attributes:
         device: "auto" takes a GPU where there is one.
-        threads: CPU threads of each process. parallel: under torchrun, "ddp" or "fsdp" (FSDP2).
-        compile: through ``torch.compile``. channels_last: memory format of images and weights.
+        threads: CPU threads of each process.
+        parallel: under torchrun, "ddp" or "fsdp" (FSDP2).
+        compile: through ``torch.compile``.
+        channels_last: memory format of images and weights.
         deterministic: only deterministic kernels, so that equal runs end equal to the bit.
         checkpoint_minutes: between checkpoints within an epoch; each epoch ends with one.
         keep: how many checkpoints stay, the newest and the best apart.
@@ -154,20 +160,27 @@ class Recipe:
     """Sparsity training, pruning and fine-tuning of one model on one data set.
 
     Attributes:
-        data: which images, and their augmentation. model: name known to ``engine.models``.
-        sparsity, pruning: the method. train: stage with the regularizer; finetune: stage of the
-            slim model, without it.
+        data: which images, and their augmentation.
+        model: "resnet20" and the like for small images, "vgg16", or "torchvision/NAME".
+        sparsity: what acts on the scaling factors.
+        train: stage with the regularizer.
+        finetune: stage of the slim model, without it.
+        pruning: how the trained network is cut.
         batch_size: images of one optimizer step, over all processes; what is left of an epoch is
-            left out. accumulate: backward passes a step in each process.
-        momentum, nesterov, weight_decay: of SGD. decay_norms: weight decay also on BatchNorm and
-            on biases.
+            left out.
+        accumulate: backward passes a step in each process.
+        momentum: of SGD.
+        nesterov: Nesterov's form of it.
+        weight_decay: of SGD.
+        decay_norms: weight decay also on BatchNorm and on biases.
         clip: largest norm of the task gradient; 0: no clipping.
         label_smoothing: share of the target that is spread over all classes.
         ema: decay per step of averaged weights, which are then what is evaluated, pruned and
             kept; 0: none.
         precision: of the forward pass ("bf16" and "fp16" by autocast; "fp16" scales the loss).
         sync_batchnorm: statistics over all processes; needs GPUs.
-        weights: file with a state dict to start from. seed: of everything random.
+        weights: file with a state dict to start from.
+        seed: of everything random.
         hardware: how it is computed.
     """
 

@@ -59,7 +59,7 @@ def read_tensors(path: str | os.PathLike[str], hint: str) -> Any:
     except Exception as error:  # torch raises half a dozen unrelated types for a damaged file
         raise FileFormatError(
             f"'{path}' cannot be read, it is damaged or no file of polarfast's "
-            f"({type(error).__name__}: {error}); {hint}"
+            f"({type(error).__name__}); {hint}"
         ) from error
 
 

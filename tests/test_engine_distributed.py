@@ -247,6 +247,10 @@ def test_an_error_in_one_process_ends_the_others(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------- torchrun
 
 
+#: Longer than ``Workers`` waits for processes to find each other: gloo may need a second try.
+LONG_PATIENCE = 2 * PATIENCE + 180
+
+
 @contextmanager
 def torchrun(recipe: Recipe, folder: Path, *options: str) -> Iterator["subprocess.Popen[str]"]:
     """The real thing, in a process group that is gone afterwards whatever happens."""
@@ -261,14 +265,15 @@ def torchrun(recipe: Recipe, folder: Path, *options: str) -> Iterator["subproces
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
         yield process
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        # Workers have sessions of their own, and outlive a torchrun that is killed.
+        for one in [process.pid, *workers_of(process)]:
+            with suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
         process.wait()
 
 
@@ -280,32 +285,33 @@ def until_checkpoint(folder: Path, number: int) -> None:
 
 
 def workers_of(process: "subprocess.Popen[str]") -> list[int]:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(child) for child in children]
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(child) for child in children.read_text().split()] if children.exists() else []
 
 
 #: Fine-tuning is long, so that signals meet it.
 PATIENT = replace(TINY, finetune=replace(TINY.finetune, epochs=20))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for workers in /proc")
 def test_torchrun_stopped_resumed_and_restarted(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with torchrun(PATIENT, folder) as process:
         until_checkpoint(folder, 3)
         process.terminate()
-        output, errors = process.communicate(timeout=PATIENCE)
+        output, errors = process.communicate(timeout=LONG_PATIENCE)
     assert process.returncode != 0
     assert output.count("resnet8 on digits") == 1 and "2 processes" in output
     assert len(re.findall("Stopped by SIGTERM .*; run the same command again", output)) == 1
     assert find_state(folder, PATIENT) is not None
 
     # A worker that is killed takes the others with it; torchrun starts all of them again.
-    with torchrun(PATIENT, folder, "--max-restarts=1") as process:
+    with torchrun(PATIENT, folder, "--max-restarts=2") as process:
         until_checkpoint(folder, 10)
         os.kill(workers_of(process)[1], signal.SIGKILL)
-        output, errors = process.communicate(timeout=PATIENCE)
+        output, errors = process.communicate(timeout=LONG_PATIENCE)
     assert process.returncode == 0, errors
-    assert output.count("Going on in") == 2
+    assert output.count("Going on in") >= 2
     assert output.count("resnet8 on digits, polarization pruning") == 1
     assert (folder / "results.txt").exists()
 

@@ -1,35 +1,51 @@
-"""Recipes: what comes with the package, what YAML may hold, what is refused."""
+"""Recipes: what YAML may hold, what is refused, and which settings tell two runs apart."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
+from engine_cases import TINY, on
 
-from polarfast.engine.recipe import Recipe, Stage, load_recipe, recipe_from_dict
+from polarfast.engine.recipe import Recipe, Stage
+from polarfast.engine.recipe_files import (
+    differing_settings,
+    load_recipe,
+    recipe_from_dict,
+    recipe_names,
+    to_yaml,
+)
 from polarfast.errors import ArgumentError
 
 
-@pytest.mark.parametrize("name", ["demo", "demo-quick"])
+@pytest.mark.parametrize("name", recipe_names())
 def test_packaged_recipes_load(name: str) -> None:
     recipe = load_recipe(name)
-    assert recipe.data == "digits" and recipe.model == "resnet20"
     assert recipe_from_dict(recipe.to_dict()) == recipe
 
 
-def test_file_round_trip(tmp_path: Path) -> None:
-    recipe = load_recipe("demo")
+def test_every_row_of_the_paper_is_packaged() -> None:
+    assert {f"cifar{n}-{net}" for n in (10, 100) for net in ("resnet56", "vgg16")} <= set(
+        recipe_names()
+    )
+    assert {"imagenet-resnet50", "imagenet-mobilenet_v2", "demo", "mnist"} <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", ["demo", "cifar10-resnet56"])
+def test_file_round_trip(tmp_path: Path, name: str) -> None:
+    recipe = load_recipe(name)
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(recipe.to_dict()))
+    path.write_text(to_yaml(recipe), encoding="utf-8")
     assert load_recipe(path) == recipe
 
 
 def test_number_without_a_dot_is_a_number(tmp_path: Path) -> None:
     """YAML 1.1 reads 1e-3 as text, and people write it."""
-    values = load_recipe("demo").to_dict()
-    values["sparsity"]["lam"] = "1e-3"
-    values["sparsity"]["t"] = 1
-    sparsity = recipe_from_dict(values).sparsity
-    assert (sparsity.lam, sparsity.t) == (1e-3, 1.0)
+    path = tmp_path / "mine.yaml"
+    text = to_yaml(load_recipe("cifar10-vgg16")).replace("3.0e-05", "3e-5")
+    assert "lam: 3e-5" in text
+    path.write_text(text.replace("t: 1.5", "t: 1"), encoding="utf-8")
+    sparsity = load_recipe(path).sparsity
+    assert (sparsity.lam, sparsity.t) == (3e-5, 1.0)
 
 
 def changed(path: str, value: object) -> dict[str, object]:
@@ -52,16 +68,40 @@ def changed(path: str, value: object) -> dict[str, object]:
         ("train.epochs", True, "train.epochs=True must be of type int"),
         ("sparsity.lam", "strong", "sparsity.lam='strong' must be of type float"),
         ("sparsity.residual", "drop", "must be one of keep, expand, couple"),
+        ("sparsity.cut", 1.5, "sparsity.cut=1.5: a share in (0, 1)"),
+        ("sparsity.regularizer", "flops-target", "'flops-target' needs the share"),
         ("train", 3, "'train' must hold settings of its own"),
-        ("train.lr", 0.0, "lr=0.0"),
-        ("train.warmup", 1.0, "warmup=1.0"),
-        ("finetune.epochs", -1, "epochs=-1"),
+        ("train.lr", 0.0, "train: lr=0.0"),
+        ("train.warmup", 60.0, "train: warmup=60.0"),
+        ("train.rates", {2: 0.1}, "train: rates: give"),
+        ("train.schedule", "step", "train: rates: give"),
+        ("train.rates", [1], "must be a mapping"),
+        ("train.rates", {"soon": 0.1}, "must be of type int"),
+        ("finetune.epochs", -1, "finetune: epochs=-1"),
+        ("pruning.method", "uniform", "'uniform' needs the share"),
+        ("pruning.method", "percentile", "needs either value= or cut="),
+        ("pruning.value", 0.3, "'valley' takes neither"),
+        ("data.name", "svhn", "must be one of digits"),
+        ("batch_size", 0, "batch_size=0: must be at least 1"),
+        ("accumulate", 0, "accumulate=0"),
+        ("ema", 1.0, "ema=1.0: must lie in [0, 1)"),
+        ("clip", -1.0, "clip=-1.0: must not be negative"),
+        ("precision", "fp8", "must be one of fp32, bf16, fp16"),
+        ("hardware.keep", 0, "hardware.keep=0"),
+        ("hardware.checkpoint_minutes", -1.0, "hardware.checkpoint_minutes=-1.0"),
     ],
 )
 def test_refusals_name_the_setting(path: str, value: object, message: str) -> None:
     with pytest.raises(ArgumentError) as error:
         recipe_from_dict(changed(path, value))
     assert message in str(error.value)
+
+
+def test_rates_are_refused_one_by_one() -> None:
+    with pytest.raises(ArgumentError, match=r"rates\[0\]=0.1"):
+        Stage(3, 0.1, "step", {0: 0.1})
+    with pytest.raises(ArgumentError, match=r"rates\[2\]=0.0"):
+        Stage(3, 0.1, "step", {2: 0.0})
 
 
 def test_missing_setting() -> None:
@@ -74,9 +114,10 @@ def test_missing_setting() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("nowhere", None, "neither a .yaml file nor"),
+        ("nowhere", None, "give a .yaml file or one of cifar10-resnet56"),
         ("gone.yaml", None, "no such file"),
         ("list.yaml", "- 1\n", "key: value"),
+        ("empty.yaml", "", "key: value"),
         ("broken.yaml", "a: [", "not valid YAML"),
     ],
 )
@@ -89,7 +130,20 @@ def test_unreadable(tmp_path: Path, name: str, text: str | None, message: str) -
         load_recipe(path)
 
 
-def test_defaults_are_a_recipe() -> None:
-    sparsity = load_recipe("demo").sparsity
-    stage = Stage(epochs=1, lr=0.1)
-    assert Recipe("digits", "resnet20", sparsity, stage, stage).seed == 0
+def test_what_tells_two_runs_apart() -> None:
+    mine = TINY.identity()
+    same: list[Recipe] = [
+        on(TINY, threads=4, device="auto", keep=7),
+        replace(TINY, accumulate=2),
+        replace(TINY, data=replace(TINY.data, root="elsewhere", workers=0)),
+    ]
+    assert all(differing_settings(other.identity(), mine) == [] for other in same)
+    others: dict[str, Recipe] = {
+        "batch_size": replace(TINY, batch_size=48),
+        "data.shift": replace(TINY, data=replace(TINY.data, shift=2)),
+        "finetune.lr": replace(TINY, finetune=replace(TINY.finetune, lr=0.3)),
+        "train.rates": replace(TINY, train=replace(TINY.train, schedule="step", rates={1: 0.1})),
+    }
+    for name, other in others.items():
+        assert name in differing_settings(other.identity(), mine)
+        assert len(differing_settings(other.identity(), mine)) == (2 if "rates" in name else 1)

@@ -12,6 +12,8 @@ from polarfast.engine.recipe import Hardware
 from polarfast.errors import ArgumentError
 
 T = TypeVar("T")
+# gloo sometimes never connects; an error then lets torchrun start all processes again.
+JOINING = timedelta(minutes=3)
 PATIENCE = timedelta(hours=2)  # others wait while rank 0 plans, verifies and writes
 
 
@@ -42,7 +44,10 @@ class Workers:
         if self._owner:
             # Small agreements travel by gloo, so that no GPU is waited for.
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=PATIENCE)
+            dist.init_process_group(backend, timeout=JOINING)
+            # Public from torch 2.14 on.
+            private = dist.distributed_c10d._set_pg_timeout
+            getattr(dist, "set_timeout", private)(PATIENCE, None)
 
     @property
     def first(self) -> bool:

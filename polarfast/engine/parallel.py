@@ -52,7 +52,8 @@ def wrap(model: nn.Module, recipe: Recipe, workers: Workers) -> nn.Module:
     distributed = nn.parallel.DistributedDataParallel
     known = inspect.signature(distributed).parameters  # renamed in torch 2.14
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return distributed(model, **{switch: False})
+    options: dict[str, Any] = {switch: False}
+    return distributed(model, **options)
 
 
 def _check(recipe: Recipe, workers: Workers) -> None:

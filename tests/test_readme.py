@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import polarfast as pf
 from polarfast.engine.models import resnet
 
 README = Path(__file__).parent.parent / "README.md"
@@ -14,7 +15,7 @@ README = Path(__file__).parent.parent / "README.md"
 def test_code_blocks(tmp_path, monkeypatch, capsys):
     models = pytest.importorskip("torchvision").models
     monkeypatch.chdir(tmp_path)
-    first, use = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    first, use, target = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     model = resnet(8)
     images = torch.randn(2, 4, 3, 32, 32)
     names = {
@@ -29,3 +30,11 @@ def test_code_blocks(tmp_path, monkeypatch, capsys):
     names["torchvision"] = __import__("torchvision")
     exec(use, names)
     assert type(names["slim"]) is type(model)
+    fresh = resnet(8)
+    names |= {
+        "model": fresh,
+        "scales": pf.scaling_factors(fresh, names["x"], residual="expand"),
+        "train": lambda lam, t: [0.54] * 10,
+    }
+    exec(target, names)
+    assert names["result"].cut == 0.54 and names["reg"].cut == 0.54

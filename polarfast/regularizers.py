@@ -6,7 +6,7 @@ Polarization: "Neuron-level Structured Pruning using Polarization Regularizer" (
 import math
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from .errors import ArgumentError, ScalingFactorError
 from .kernels.polarize_ref import KIND_DEEPHOYER, KIND_L1, KIND_POLARIZATION
 from .sharded import whole
+
+if TYPE_CHECKING:
+    from .scaling import ScalingFactors
 
 
 def _finite(name: str, value: float) -> float:
@@ -148,17 +151,20 @@ class Regularizer:
         return value.to(torch.promote_types(dtype, torch.float32))
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes by itself while training goes on, as plain numbers; {} where nothing does."""
+        """What changes by itself in training, as plain numbers; {} where nothing does."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
 
-    def steer(self, scale: Tensor | None = None, maximize: bool = False) -> bool:
+    def steer(
+        self, scales: "ScalingFactors", scale: Tensor | None = None, maximize: bool = False
+    ) -> bool:
         """Called at each training step, gradients in place, before λ·∂R_s is added to them: for
         regularizers that change as γ do. This one does not.
 
         Args:
+            scales: the factors that the step is for.
             scale: what the gradients are still multiplied with under AMP; None: nothing.
             maximize: whether the optimizer maximizes.
 

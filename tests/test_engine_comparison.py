@@ -8,12 +8,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from polarfast.engine import comparison, comparison_output
-from polarfast.engine.campaign import Trial, done, run_all
+from polarfast.engine.campaigns import comparison, comparison_output
+from polarfast.engine.campaigns.rivals import DENSE, METHODS, chains, method_recipe
+from polarfast.engine.campaigns.trials import Trial, done, run_all
 from polarfast.engine.data import Data
 from polarfast.engine.launch import find_state
 from polarfast.engine.recipe import Hardware, Recipe, Sparsity, Stage
-from polarfast.engine.rivals import DENSE, METHODS, chains, method_recipe
 from polarfast.engine.run import Run
 from polarfast.engine.workers import Workers
 from polarfast.errors import ArgumentError, PolarfastError

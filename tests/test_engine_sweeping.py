@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 import polarfast as pf
-from polarfast.engine import seeking, sweeping
+from polarfast.engine.campaigns import seeking, sweeping
 from polarfast.engine.data import Data
 from polarfast.engine.recipe import Hardware, Recipe, Sparsity, Stage
 from polarfast.errors import ArgumentError

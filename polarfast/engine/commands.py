@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from polarfast.engine import campaign_commands as many
+from polarfast.engine.campaigns import commands as many
 from polarfast.engine.interrupts import Interrupted
 from polarfast.engine.launch import launch, progress
 from polarfast.engine.recipe import Recipe

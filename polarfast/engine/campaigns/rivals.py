@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polarfast.engine.campaign import Trial
+from polarfast.engine.campaigns.trials import Trial
 from polarfast.engine.recipe import Pruning, Recipe
 from polarfast.errors import ArgumentError
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from polarfast.engine.artifacts import NAMES
-from polarfast.engine.campaign import Trial, run_all
+from polarfast.engine.campaigns.rivals import DENSE, METHODS, chains
+from polarfast.engine.campaigns.trials import Trial, run_all
 from polarfast.engine.checkpoint import write_text
 from polarfast.engine.data import load as load_data
 from polarfast.engine.latency import median_latencies
 from polarfast.engine.launch import find_state
 from polarfast.engine.recipe import Recipe
-from polarfast.engine.rivals import DENSE, METHODS, chains
 from polarfast.engine.run import Run
 from polarfast.engine.workers import Workers
 from polarfast.errors import ArgumentError

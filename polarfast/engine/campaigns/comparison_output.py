@@ -6,11 +6,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from polarfast.engine.comparison import LATENCY_BATCH, Row
+from polarfast.engine.campaigns.comparison import LATENCY_BATCH, Row
+from polarfast.engine.campaigns.rivals import DENSE, METHODS
 from polarfast.engine.figures import save, subplots
 from polarfast.engine.latency import device_name
 from polarfast.engine.recipe import Recipe
-from polarfast.engine.rivals import DENSE, METHODS
 from polarfast.engine.workers import Workers
 
 

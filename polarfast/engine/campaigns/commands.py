@@ -9,9 +9,9 @@ import tyro
 from rich.console import Console
 
 import polarfast as pf
+from polarfast.engine.campaigns.rivals import METHODS
 from polarfast.engine.checkpoint import write_text
 from polarfast.engine.recipe import Recipe
-from polarfast.engine.rivals import METHODS
 from polarfast.errors import ArgumentError
 
 
@@ -40,7 +40,7 @@ class CompareOptions:
 
 def compare(options: CompareOptions, console: Console) -> None:
     """Run what is missing; print and write the table and the plot."""
-    from polarfast.engine import comparison, comparison_output
+    from polarfast.engine.campaigns import comparison, comparison_output
 
     lams = dict(_strength(pair) for pair in options.lams)
     rows = comparison.compare(
@@ -92,7 +92,7 @@ class SweepOptions:
 
 def sweep(options: SweepOptions, console: Console) -> None:
     """Run what is missing; print and write the table and the plot."""
-    from polarfast.engine import sweeping
+    from polarfast.engine.campaigns import sweeping
 
     points = sweeping.sweep(
         options.recipe,
@@ -138,7 +138,7 @@ class SearchOptions:
 
 def search(options: SearchOptions, console: Console) -> None:
     """Search, print the trials, and say how to go on."""
-    from polarfast.engine import seeking
+    from polarfast.engine.campaigns import seeking
 
     result = seeking.seek(
         options.recipe,

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from polarfast.engine.artifacts import NAMES
-from polarfast.engine.campaign import Trial, run_all
+from polarfast.engine.campaigns.trials import Trial, run_all
 from polarfast.engine.checkpoint import write_text
 from polarfast.engine.figures import BLUE, ORANGE, save, subplots
 from polarfast.engine.recipe import Recipe

@@ -158,8 +158,9 @@ def main() -> None:
                     share, accuracy, epochs, trainings = one_training(task, cut)
                 else:
                     share, accuracy, epochs, trainings = algorithm_1(task, cut, journal)
+                off = 100 * abs(share - cut)
                 print(
-                    f"{cut:5.0%}  {seed:4d}  {name:11s}  {share:5.1%}  {100 * abs(share - cut):3.1f}"
+                    f"{cut:5.0%}  {seed:4d}  {name:11s}  {share:5.1%}  {off:3.1f}"
                     f" pt  {accuracy:8.2f} %  {epochs:6d}  {trainings:9d}",
                     flush=True,
                 )

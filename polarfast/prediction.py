@@ -1,7 +1,8 @@
 """`CutPredictor`: the share of MACs that `plan` would cut now, cheap enough for every step."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from .planning import (
     check_limits,
     magnitudes,
     select,
-    whole,
 )
 from .scaling import ScalingFactors, analyze
 from .selection import Selection
+from .sharded import is_sharded, present_parameters, whole
 from .thresholding import thresholds, valleys
 from .tracing import PIN
 
@@ -101,7 +102,9 @@ class CutPredictor:
         self._seen = visibility(self._model, self._channels, self._names, self._spec, fold)
         params: dict[str, Tensor] = dict(self._model.named_parameters())
         biases = {name: self._channels.calls[name].bias for name in self._seen.readers}
-        self._beta = {name: params[bias] for name, bias in biases.items() if bias is not None}
+        self._beta_names = {name: bias for name, bias in biases.items() if bias is not None}
+        self._beta = {name: params[bias] for name, bias in self._beta_names.items()}
+        self._beta_now: Mapping[str, Tensor] = self._beta  # sharded ones as they were last gathered
         self._counted = [c for c in self._channels.graph.projections if c.counted]
         self.macs_before = self._macs(~self._channels.graph.mask())
         self._shared = self._find_shared()
@@ -124,7 +127,7 @@ class CutPredictor:
             found = valleys(self.scales)
             limits = {name: threshold for name, (threshold, _) in found.items()}
             return self._share(None, limits, [above for _, above in found.values()])
-        compared = magnitudes(self.scales, scores)
+        compared = self.look(scores)
         factors = self.scales if scores is None and _plain(first) else as_factors(compared)
         return self._compare(compared, thresholds(factors, self.method, self.value))
 
@@ -140,35 +143,104 @@ class CutPredictor:
         """
         if not 0.0 <= cut < 1.0:
             raise ArgumentError(f"cut={cut!r}: give a share of the MACs, in [0, 1)")
-        compared = magnitudes(self.scales, scores)
-        return self.count_for(cut, compared) / self.scales.numel()
+        return self.count_for(cut, self.look(scores)) / self.scales.numel()
 
-    def count_for(self, cut: float, compared: Mapping[str, Tensor]) -> int:
+    def rebind(self, scales: ScalingFactors) -> None:
+        """Follow parameters that were replaced in the same model since, as `fully_shard` and
+        `load_state_dict(assign=True)` do. Once they are sharded, all processes must predict
+        together.
+
+        Args:
+            scales: `scales.rebind(model)`; those left out by `select` may be missing.
+
+        Raises:
+            ArgumentError: a factor is missing, or is no parameter of this model; or the prediction
+                takes passes through the network, which is now sharded.
+        """
+        known = {**scales.others, **scales}
+        for name in self._names:
+            if name not in known:
+                raise ArgumentError(f"scales lack {name!r}, which is predicted to be pruned too")
+        if all(known[name] is self.scales[name] for name in self._names):
+            return
+        present = present_parameters(self._model)
+        for name in self._names:
+            if present.get(name) is not known[name]:
+                raise ArgumentError(
+                    f"{name!r} is no parameter of the model that this prediction was made for: "
+                    "make it anew, from the model that is trained (before it is sharded)"
+                )
+        if any(is_sharded(known[name]) for name in self._names):
+            self._check_needs_no_pass()
+        self.scales = ScalingFactors(
+            {name: known[name] for name in self._names}, residual=self.scales.residual
+        )
+        self._beta = {name: present[bias] for name, bias in self._beta_names.items()}
+
+    def look(self, scores: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What is compared with thresholds: name -> float32 [C] on the CPU, for `cut_of` and
+        `count_for`. Sharded γ and β are gathered, in one collective.
+
+        Args:
+            scores: as in `plan`; by default, |γ| decides.
+        """
+        gammas = {} if scores is not None else {n: g.detach() for n, g in self.scales.items()}
+        betas = {self._beta_names[name]: beta.detach() for name, beta in self._beta.items()}
+        if any(map(is_sharded, self.scales.values())):
+            found = whole({**gammas, **betas})
+            gammas = {name: found[name] for name in gammas}
+            betas = {name: found[name] for name in betas}
+        self._beta_now = {name: betas[bias] for name, bias in self._beta_names.items()}
+        return magnitudes(gammas if scores is None else self.scales, scores)
+
+    def cut_of(self, compared: Mapping[str, Tensor]) -> float:
+        """As `cut`, from what `look` found."""
+        return self._compare(compared, thresholds(as_factors(compared), self.method, self.value))
+
+    def count_for(
+        self,
+        cut: float,
+        compared: Mapping[str, Tensor],
+        usual: int = 0,
+        slack: float = 0.0,
+        held: Mapping[str, float | None] = MappingProxyType({}),
+    ) -> int:
         """How many of the weakest channels must go for the share of MACs closest to `cut`.
 
         Args:
             cut: share of MACs.
             compared: name -> float [C] on the CPU, what channels are ranked by; those at infinity
                 stay.
+            usual: the answer if it is not worse than the best by more than `slack`.
+            held: name -> threshold of layers that are not ranked with the others.
         """
-        order = torch.cat(list(compared.values())).sort().values
+        ranked = [values for name, values in compared.items() if name not in held]
+        order = torch.cat(ranked).sort().values
 
         def share(count: int) -> float:
             limit = float(order[count - 1]) if count else None
-            return self._compare(compared, dict.fromkeys(self._names, limit))
+            return self._compare(compared, {**dict.fromkeys(self._names, limit), **held})
 
         low, high = 0, max(int(order.isfinite().sum()) - 1, 0)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if share(middle) < cut else (low, middle)
-        return min((low, high), key=lambda count: abs(share(count) - cut))
+        best = min(abs(share(low) - cut), abs(share(high) - cut))
+        if usual and abs(share(usual) - cut) <= best + slack:
+            return usual
+        return low if abs(share(low) - cut) == best else high
 
-    def largest_cut(self) -> float:
-        """The share of MACs cut when every layer is cut as far as it can be."""
-        nothing = {
-            name: torch.zeros(size) for name, size in zip(self._names, self._sizes, strict=True)
+    def largest_cut(self, names: Collection[str] | None = None) -> float:
+        """The share of MACs cut when every layer is cut as far as it can be.
+
+        Args:
+            names: of layers, if only these are cut.
+        """
+        left = {
+            name: torch.full((size,), float(names is not None and name not in names))
+            for name, size in zip(self._names, self._sizes, strict=True)
         }
-        return self._compare(nothing, dict.fromkeys(self._names, 0.0))
+        return self._compare(left, dict.fromkeys(self._names, 0.0))
 
     def layers_that_stay(self) -> set[int]:
         """Rows of the layers that cannot be emptied, even if all others stay whole."""
@@ -233,7 +305,7 @@ class CutPredictor:
             for row in regime.rows
         ]
         gone = score <= score.new_tensor(bounds).index_select(0, rows)
-        beta = torch.cat([whole(self._beta[name]).detach() for name in names]).to(score.device)
+        beta = torch.cat([self._beta_now[name].detach() for name in names]).to(score.device)
         if all(answers == POSITIVE for answers in regime.answers):
             shows = torch.bincount(rows[gone & (beta > 0)], minlength=len(names)).tolist()
             return [row for row, count in zip(regime.rows, shows, strict=True) if count]
@@ -252,6 +324,17 @@ class CutPredictor:
             rows = torch.arange(len(regime.rows)).repeat_interleave(sizes)
             self._tables[key] = rows.to(device), torch.tensor(regime.answers).to(device)
         return self._tables[key]
+
+    def _check_needs_no_pass(self) -> None:
+        """Raise ArgumentError if `_constants` may have to pass inputs through the network."""
+        answers = [self._seen.answers(name) for name in self._seen.readers]
+        if answers and (self._shared or any(UNKNOWN in each for each in answers)):
+            raise ArgumentError(
+                "the share of MACs that pruning cuts cannot be predicted while this model is "
+                "sharded: whether removed channels leave a constant behind takes passes through "
+                "the whole network (coupled channels, or activations such as hardswish); use "
+                "fold='bias', or DistributedDataParallel"
+            )
 
     # --- prepared once
 
@@ -351,7 +434,7 @@ class CutPredictor:
             if not bool(gone.any()):
                 continue
             answers = torch.tensor(self._seen.answers(name, reading), device="cpu")
-            found = answers[ranges(whole(self._beta[name]).detach().cpu())[gone]]
+            found = answers[ranges(self._beta_now[name].detach().cpu())[gone]]
             if self._shared or (bool((found == UNKNOWN).any()) and VISIBLE not in found):
                 kept, alive = choice.kept(), choice.alive()
                 return fold_constants(

@@ -55,13 +55,14 @@ class Stability:
     Attributes:
         window, spread: the last `window` epochs' shares span at most `spread`.
         least: a trial has at least so many epochs.
-        patience: while all of the window is 0, the γ have not parted yet: that is stable only after
-            `patience` times `least` epochs.
+        begun, patience: while all of the window is under `begun`, the γ are only starting to part:
+            that is stable only after `patience` times `least` epochs.
     """
 
     window: int = 5
     spread: float = 0.01
     least: int = 10
+    begun: float = 0.05
     patience: int = 3
 
     def reached(self, cuts: list[float]) -> bool:
@@ -69,7 +70,7 @@ class Stability:
         if len(cuts) < max(self.window, self.least):
             return False
         recent = cuts[-self.window :]
-        if not any(recent) and len(cuts) < self.least * self.patience:
+        if max(recent) < self.begun and len(cuts) < self.least * self.patience:
             return False
         return max(recent) - min(recent) <= self.spread
 

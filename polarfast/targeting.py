@@ -18,6 +18,8 @@ LEAN = 0.5
 RAMP = 100
 #: λ may grow to this many times its value while the factors have not parted in time.
 LARGEST_GROWTH = 30.0
+#: A factor under this has arrived at 0: in the first bin of the valley's histogram.
+AT_ZERO = 0.01
 #: What the live cut may differ from the one asked for before t and λ act on it.
 CLOSE = 0.003
 #: How t answers to what the live cut lacks.
@@ -89,6 +91,7 @@ class FlopsTarget(Polarization):
         self._factor = 1.0  # λ of the moment / λ given, but for the first rise
         self._step = 0
         self._border = 0.0  # c
+        self._count = 0  # factors up to c
         self._protected: list[int] = []  # flat places of factors that count as above c
         self._parted = False
         self._rows = self.predictor.layers_that_stay()
@@ -96,7 +99,9 @@ class FlopsTarget(Polarization):
 
     # --- what a training step calls
 
-    def steer(self, scale: Tensor | None = None, maximize: bool = False) -> bool:
+    def steer(
+        self, scales: ScalingFactors, scale: Tensor | None = None, maximize: bool = False
+    ) -> bool:
         """Called by `pf.step` and attached optimizers before λ·∂R_s is added to γ.grad: looks at
         the γ now and then, and puts factors between c and γ̄ on the side that c says.
         """
@@ -144,14 +149,16 @@ class FlopsTarget(Polarization):
         flat_guarded[self._protected] = float("inf")
         sizes = [gamma.numel() for gamma in compared.values()]
         guarded = dict(zip(compared, flat_guarded.split(sizes), strict=True))
-        self._border = _between(flat_guarded, self.predictor.count_for(self.cut, guarded))
+        self._count = self.predictor.count_for(self.cut, guarded, self._count, CLOSE)
+        self._border = _between(flat_guarded, self._count)
         signs, sides = torch.sign(flat - flat.mean()), self._side(flat)
         self._parted = bool((signs == sides).all())
         lacking = self.cut - self.predictor.cut()
         wanted = 2.0 - 4.0 * float((sides > 0).float().mean()) + GAIN * lacking
         balance = -float(signs.mean())
         self.t = min(max(wanted, balance - LEAN, -2.0), balance + LEAN, 2.0)
-        if lacking <= CLOSE:
+        falling = bool(((sides < 0) & (flat > AT_ZERO)).any())
+        if lacking <= CLOSE or not falling:
             self._factor = max(1.0, self._factor * 0.8)
         elif self._step > self._ramp:
             self._factor = min(LARGEST_GROWTH, self._factor * self._growth)
@@ -188,6 +195,7 @@ class FlopsTarget(Polarization):
             "step": self._step,
             "factor": self._factor,
             "border": self._border,
+            "count": self._count,
             "protected": list(self._protected),
             "parted": self._parted,
             "lam": self.lam,
@@ -206,7 +214,8 @@ class FlopsTarget(Polarization):
         if state["cut"] != self.cut:
             raise ArgumentError(f"state is of cut={state['cut']!r}, not of cut={self.cut!r}")
         self._step, self._factor = state["step"], state["factor"]
-        self._border, self._protected = state["border"], list(state["protected"])
+        self._border, self._count = state["border"], state["count"]
+        self._protected = list(state["protected"])
         self._parted, self.lam, self.t = state["parted"], state["lam"], state["t"]
 
 

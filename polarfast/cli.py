@@ -33,7 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(report())
             return 0
-        if name not in " ".join(COMMANDS).split():
+        if name == "info":
+            print(f"polarfast info: takes no options, not '{rest[0]}'", file=sys.stderr)
+            return 2
+        if name not in _names():
             print(f"polarfast: no command '{name}'\n\n{usage()}", file=sys.stderr)
             return 2
         missing = [module for module in EXTRA if importlib.util.find_spec(module) is None]
@@ -55,6 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _names() -> list[str]:
+    """The words of ``COMMANDS`` that are commands: those in front of RECIPE, RUN and options."""
+    words = " ".join(COMMANDS).split()
+    return [word for word in words if word.isalpha() and word.islower()]
+
+
 def usage() -> str:
     """What ``polarfast --help`` prints."""
     width = max(map(len, COMMANDS))
@@ -65,10 +74,10 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "RECIPE is a name (polarfast run --help lists them) or a YAML file. Every setting in",
-            "it is an option too; polarfast COMMAND RECIPE --help shows all of them:",
+            "RECIPE is a YAML file or a name (polarfast run --help lists them); settings are options:",
             "  polarfast run cifar10-resnet56 --data.root ~/cifar --sparsity.lam 1e-4 --dry-run",
-            "  torchrun --nproc-per-node=8 -m polarfast run imagenet-resnet50 --data.root /data",
+            "  torchrun --nproc-per-node=8 -m polarfast run imagenet-resnet50 --data.root /imagenet",
             "The same command again goes on where it was stopped.",
+            "polarfast COMMAND RECIPE --help shows all options.",
         ]
     )

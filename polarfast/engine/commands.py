@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,11 +129,13 @@ def _recipe_command(
 ) -> int:
     """A command whose first argument is a recipe and whose options are the recipe's settings."""
     if not arguments or arguments[0].startswith("-"):
+        asked = bool(arguments) and arguments[0] in ("-h", "--help")
         print(
-            f"usage: polarfast {name} RECIPE [options]; polarfast {name} RECIPE --help shows them"
+            f"usage: polarfast {name} RECIPE [options]; polarfast {name} RECIPE --help shows them\n"
+            f"RECIPE: a .yaml file, or one of {', '.join(recipe_names())}",
+            file=sys.stdout if asked else sys.stderr,
         )
-        print(f"RECIPE: a .yaml file, or one of {', '.join(recipe_names())}")
-        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+        return 0 if asked else 2
     chosen, *rest = arguments
     recipe = load_recipe(chosen)
     folder = Path(chosen).stem if kind is RunOptions else f"{name}-{Path(chosen).stem}"

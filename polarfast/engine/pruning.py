@@ -1,5 +1,7 @@
 """From a recipe's settings to regularizers and plans, the paper's and its rivals'."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -83,24 +85,26 @@ def make_plan(
             model,
             example,
             scales,
-            method=method,
-            value=0.5,
+            method="fixed",  # only asked for the percentile below
             fold=pruning.fold,
             round_to=pruning.round_to,
             min_channels=pruning.min_channels,
         )
         value = predict.percentile_for(pruning.cut, scores)
-    return pf.plan(
-        model,
-        example,
-        scales,
-        method=method,
-        value=value,
-        fold=pruning.fold,
-        round_to=pruning.round_to,
-        min_channels=pruning.min_channels,
-        scores=scores,
-    )
+    with warnings.catch_warnings():
+        if scores is not None:  # layers of equal width have equal scores, which go together
+            warnings.filterwarnings("ignore", message="percentile")
+        return pf.plan(
+            model,
+            example,
+            scales,
+            method=method,
+            value=value,
+            fold=pruning.fold,
+            round_to=pruning.round_to,
+            min_channels=pruning.min_channels,
+            scores=scores,
+        )
 
 
 def _scores(scales: pf.ScalingFactors, method: str, seed: int) -> dict[str, Tensor] | None:

@@ -9,7 +9,7 @@ from .errors import PolarfastError
 INTERRUPTED = 130  # the shell's exit status for a program stopped by Ctrl-C
 EXTRA = ("tyro", "rich", "yaml", "sklearn", "matplotlib", "tensorboard", "torchvision")
 COMMANDS = {
-    "demo": "prune a ResNet-20 on 1,797 real images, start to finish, in two minutes",
+    "demo": "prune a ResNet-20 on 1,797 images, start to finish, in two minutes",
     "run RECIPE": "sparsity training, pruning, fine-tuning",
     "train | prune | finetune RECIPE": "one stage of it alone",
     "search RECIPE --cut 0.54": "λ and t for a share of MACs to cut (Algorithm 1)",
@@ -74,10 +74,10 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "RECIPE is a YAML file or a name (polarfast run --help lists them); settings are options:",
+            "RECIPE is a name (polarfast run --help lists them) or a YAML file. Every setting in",
+            "it is an option too; polarfast COMMAND RECIPE --help shows all of them:",
             "  polarfast run cifar10-resnet56 --data.root ~/cifar --sparsity.lam 1e-4 --dry-run",
-            "  torchrun --nproc-per-node=8 -m polarfast run imagenet-resnet50 --data.root /imagenet",
+            "  torchrun --nproc-per-node=8 -m polarfast run imagenet-resnet50 --data.root /data",
             "The same command again goes on where it was stopped.",
-            "polarfast COMMAND RECIPE --help shows all options.",
         ]
     )

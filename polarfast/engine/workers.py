@@ -12,8 +12,7 @@ from polarfast.engine.recipe import Hardware
 from polarfast.errors import ArgumentError
 
 T = TypeVar("T")
-# gloo sometimes never connects; an error then lets torchrun start all processes again.
-JOINING = timedelta(minutes=3)
+JOINING = timedelta(minutes=5)  # until all processes are there
 PATIENCE = timedelta(hours=2)  # others wait while rank 0 plans, verifies and writes
 
 
@@ -42,12 +41,7 @@ class Workers:
             )
         self._owner = self.distributed and not dist.is_initialized()
         if self._owner:
-            # Small agreements travel by gloo, so that no GPU is waited for.
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=JOINING)
-            # Public from torch 2.14 on.
-            private = dist.distributed_c10d._set_pg_timeout
-            getattr(dist, "set_timeout", private)(PATIENCE, None)
+            _join(self.device)
 
     @property
     def first(self) -> bool:
@@ -104,6 +98,21 @@ class Workers:
         """Leave the process group."""
         if self._owner:
             dist.destroy_process_group()
+
+
+def _join(device: torch.device) -> None:
+    """Enter the process group that torchrun's environment describes."""
+    # Small agreements travel by gloo, so that no GPU is waited for.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, rank, world = next(dist.rendezvous("env://", timeout=JOINING))
+    # torchrun may keep its store when it starts processes again: without names of their own they
+    # would look for each other where their predecessors were.
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world}"
+    store = dist.PrefixStore(attempt, store)
+    dist.init_process_group(backend, timeout=JOINING, store=store, rank=rank, world_size=world)
+    # Public from torch 2.14 on.
+    private = dist.distributed_c10d._set_pg_timeout
+    getattr(dist, "set_timeout", private)(PATIENCE, None)
 
 
 def speaks() -> bool:

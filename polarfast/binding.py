@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -133,17 +133,34 @@ class Binding:
             clamped |= self._others
         outside = {name: _outside(p, reg.upper) for name, p in clamped.items() if p.requires_grad}
         outside = {name: count for name, count in outside.items() if count}
-        if not outside:
-            return
-        shown = ", ".join(f"{name} ({count})" for name, count in list(outside.items())[:4])
-        more = f" and {len(outside) - 4} more" if len(outside) > 4 else ""
-        warnings.warn(
-            f"{sum(outside.values())} values in {len(outside)} of {len(clamped)} BatchNorm weights "
-            f"lie outside [0, {reg.upper:g}] and are clamped from now on: {shown}{more}. What a "
-            "trained network has learned there is lost: put gates behind these layers, raise "
-            "upper=, or train from scratch after pf.init_scales",
-            stacklevel=2,
+        if outside and _is_first_process():  # all have counted: that may be collective
+            warnings.warn(_first_clamp(outside, tuple(clamped), reg.upper), stacklevel=2)
+
+
+def _first_clamp(outside: Mapping[str, int], clamped: Sequence[str], upper: float) -> str:
+    """What the first clamp cuts off, for people: how many values by name."""
+    shown = ", ".join(f"{name} ({count})" for name, count in list(outside.items())[:4])
+    more = f" and {len(outside) - 4} more" if len(outside) > 4 else ""
+    gates = [name.rpartition(".")[2] == "gate" for name in clamped]
+    if all(gates):
+        what, advice = "gates", "raise upper=, or start from gates of 1 (pf.init_scales)"
+    else:
+        what = "scaling factors" if any(gates) else "BatchNorm weights"
+        advice = (
+            "put gates behind these layers, raise upper=, or train from scratch after "
+            "pf.init_scales"
         )
+    return (
+        f"{sum(outside.values())} values in {len(outside)} of {len(clamped)} {what} lie outside "
+        f"[0, {upper:g}] and are clamped from now on: {shown}{more}. What a trained network has "
+        f"learned there is lost: {advice}"
+    )
+
+
+def _is_first_process() -> bool:
+    distributed = torch.distributed
+    ready = distributed.is_available() and distributed.is_initialized()
+    return not ready or distributed.get_rank() == 0
 
 
 def _check_sizes(scales: ScalingFactors) -> None:

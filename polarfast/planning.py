@@ -17,6 +17,7 @@ from .modules import can_be_silent
 from .plans import LayerPlan, PruningPlan
 from .scaling import ScalingFactors, analyze
 from .selection import Selection
+from .sharded import whole
 from .thresholding import thresholds
 
 FOLDS = ("exact", "bias", "none")
@@ -115,15 +116,17 @@ def select(
 
 
 def magnitudes(
-    scales: ScalingFactors, scores: Mapping[str, Tensor] | None = None
+    scales: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """What is compared with a threshold: |γ|, or the given scores. Float32 on the CPU.
+    """What is compared with a threshold: |γ|, or the given scores. Float32 on the CPU. Sharded γ
+    are gathered in one collective.
 
     Raises:
         ArgumentError: `scores` are not one finite number >= 0 for each γ.
     """
     if scores is None:
-        return {name: whole(gamma).detach().abs().float().cpu() for name, gamma in scales.items()}
+        gammas = whole({name: gamma.detach() for name, gamma in scales.items()})
+        return {name: gamma.abs().float().cpu() for name, gamma in gammas.items()}
     _check_names(scales, scores)
     found = {}
     for name, gamma in scales.items():
@@ -141,19 +144,13 @@ def magnitudes(
     return found
 
 
-def _check_names(scales: ScalingFactors, scores: Mapping[str, Tensor]) -> None:
+def _check_names(scales: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
     for name in scores:
         if name not in scales:
             raise ArgumentError(f"scores[{name!r}]: no such layer among the scaling factors")
     for name in scales:
         if name not in scores:
             raise ArgumentError(f"scores lack {name!r}: give one for every layer of scales")
-
-
-def whole(gamma: Tensor) -> Tensor:
-    """A γ that FSDP has sharded, gathered; others as they are."""
-    gather: Callable[[], Tensor] | None = getattr(gamma, "full_tensor", None)
-    return gamma if gather is None else gather()
 
 
 def check_limits(round_to: int, min_channels: int, fold: str) -> None:

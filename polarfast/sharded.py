@@ -142,6 +142,10 @@ class Sharding:
         """How many elements of a tensor the first process holds; none holds more."""
         return -(-shape[0] // self.ranks) * shape[1:].numel() if shape else 1
 
+    def start(self, shape: torch.Size) -> int:
+        """Which element of a tensor is the first that this process holds."""
+        return min(self.rank * self.chunk(shape), shape.numel())
+
     def sum(self, partial: Tensor) -> Tensor:
         """The sum over all processes, in place; the same bits on each, and waited for by none."""
         if self.group is None:
@@ -159,6 +163,38 @@ class Sharding:
         found = shared.new_empty((self.ranks, flat.numel()))
         torch.distributed.all_gather(list(found.unbind(0)), shared, group=self.group)
         return found.to(flat.device)
+
+
+class Part:
+    """What this process holds of all channels of some γ, one after the other: all, unless sharded.
+
+    Raises:
+        ScalingFactorError: they are not all sharded alike; the message names one.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._numel = sum(tensor.numel() for tensor in tensors.values())
+        self._sharding: Sharding | None = None
+        self._place: dict[int, int] = {}  # among all channels -> among those held here
+        if not any(map(is_sharded, tensors.values())):
+            return
+        self._sharding, start = Sharding(tensors), 0
+        for tensor in tensors.values():
+            first = start + self._sharding.start(tensor.shape)
+            for place in range(first, first + local(tensor).numel()):
+                self._place[place] = len(self._place)
+            start += tensor.numel()
+
+    def places(self, among_all: list[int]) -> list[int]:
+        """Of these places, those held here, counted here."""
+        if self._sharding is None:
+            return among_all
+        return [self._place[place] for place in among_all if place in self._place]
+
+    def mean(self, held: Tensor) -> Tensor:
+        """The mean over all processes, of the values [k] that each holds; the same bits on each."""
+        total = held.sum()
+        return (total if self._sharding is None else self._sharding.sum(total)) / self._numel
 
 
 class _Gather(torch.autograd.Function):
@@ -185,7 +221,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         own: list[Tensor] = []
         for grad, shape, local_shape in zip(grads, ctx.shapes, ctx.local, strict=True):
-            start = min(ctx.sharding.rank * ctx.sharding.chunk(shape), shape.numel())
+            start = ctx.sharding.start(shape)
             piece = grad.reshape(-1)[start : start + local_shape.numel()]
             own.append(piece.reshape(local_shape).clone())
         return None, None, *own

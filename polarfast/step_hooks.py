@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from .binding import Binding
 from .errors import StepError
 from .kernels.table import ScaleTable
+from .nesting import Nesting
 from .sharded import local
 
 if TYPE_CHECKING:
@@ -24,7 +25,15 @@ _SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maxi
 
 
 class StepHooks:
-    """What surrounds one `optimizer.step()`, as a pre and a post hook."""
+    """What surrounds one `optimizer.step()`, as a pre and a post hook.
+
+    Where a subclass's `step` calls its base class's, torch runs both hooks at both levels: only the
+    outermost ones count.
+
+    Attributes:
+        scales, reg: as for `pf.step`.
+        called: whether the pre hook ever ran.
+    """
 
     def __init__(self, scales: ScalingFactors, reg: Regularizer, may_fuse: bool) -> None:
         self.scales = scales
@@ -32,7 +41,10 @@ class StepHooks:
         self._may_fuse = may_fuse
         self._options: dict[str, Any] | None = None  # SGD's, where the fused kernel moves the γ
         self._memory: list[int] = []  # where the γ were when their addresses were read
-        self._filled: list[Tensor] = []  # γ that had no gradient
+        self.called = False
+        self._nesting = Nesting()
+        self._filled: list[tuple[Tensor, Tensor]] = []  # γ that had no gradient, what they got
+        self._versions: list[int] = []  # of what they got, when the optimizer's turn came
         self._withheld: list[tuple[Tensor, Tensor]] = []  # γ hidden from the optimizer, their .grad
 
     def hook(self, optimizer: Optimizer) -> tuple[RemovableHandle, RemovableHandle]:
@@ -53,8 +65,10 @@ class StepHooks:
                 "torch), so polarfast cannot tell whether gradients are scaled: call "
                 "scaler.unscale_(optimizer), then pf.step without a scaler"
             )
-        self._filled.clear()
-        self._withheld.clear()
+        self.called = True
+        if not self._nesting.enter():
+            return None
+        self._recover()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._begin(optimizer)
@@ -71,6 +85,14 @@ class StepHooks:
 
     def _begin(self, optimizer: Optimizer) -> None:
         """The gradients are there: add λ·∂R_s to them, or keep the γ for the fused step."""
+        try:
+            self._penalize(optimizer)
+        except BaseException:
+            self.put_back()
+            raise
+        self._versions = [grad._version for _, grad in self._filled]
+
+    def _penalize(self, optimizer: Optimizer) -> None:
         binding, reg = Binding.of(self.scales), self.reg
         binding.check_members(optimizer)
         gammas = binding.trainable
@@ -84,7 +106,7 @@ class StepHooks:
             table.refresh(buffers)
         binding.warn_before_clamp(reg)
         scale = _amp_scalar(optimizer, "grad_scale", table.device)
-        if reg.steer(scale, any(group.get("maximize", False) for group in groups)):
+        if reg.steer(self.scales, scale, any(group.get("maximize", False) for group in groups)):
             table.refresh(buffers)
         if len(gammas) < len(binding.params):  # a stale gradient would move a frozen γ
             self._withhold(param for param in binding.params if not param.requires_grad)
@@ -122,7 +144,7 @@ class StepHooks:
         for gamma in gammas:
             if gamma.grad is None:
                 gamma.grad = torch.zeros_like(gamma)
-                self._filled.append(gamma)
+                self._filled.append((gamma, gamma.grad))
 
     def _withhold(self, gammas: Iterable[Tensor]) -> None:
         """Hide γ from the optimizer: it passes over parameters that have no gradient."""
@@ -136,8 +158,24 @@ class StepHooks:
         """Gradients as the caller left them: withheld ones return, filled-in ones go."""
         for gamma, grad in self._withheld:
             gamma.grad = grad
-        for gamma in self._filled:
+        for gamma, _ in self._filled:
             gamma.grad = None
+        self._withheld.clear()
+        self._filled.clear()
+
+    def end(self) -> None:
+        """After a step that is not followed by another with these hooks, however it ended."""
+        self.put_back()
+        self._nesting.clear()
+
+    def _recover(self) -> None:
+        """As `put_back`, after a step that raised: gradients may have been made anew since."""
+        for gamma, grad in self._withheld:
+            if gamma.grad is None:
+                gamma.grad = grad
+        for (gamma, grad), version in zip(self._filled, self._versions, strict=True):
+            if gamma.grad is grad and grad._version == version:
+                gamma.grad = None
         self._withheld.clear()
         self._filled.clear()
 
@@ -145,6 +183,8 @@ class StepHooks:
         """Post hook: the fused step of the γ or their clamp, then the clamp of the others."""
         if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(self.after)(optimizer, args, kwargs)
+        if not self._nesting.leave():
+            return
         binding, reg = Binding.of(self.scales), self.reg
         table = binding.table(reg)
         found_inf = _amp_scalar(optimizer, "found_inf", table.device)

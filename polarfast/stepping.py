@@ -72,12 +72,19 @@ def step(
     handles = work.hook(optimizer)
     try:
         if scaler is not None and scaling:
-            return scaler.step(optimizer)
-        return optimizer.step() if closure is None else optimizer.step(closure)
+            return scaler.step(optimizer)  # which may find that this step is to be skipped
+        result = optimizer.step() if closure is None else optimizer.step(closure)
     finally:
         for handle in handles:
             handle.remove()
-        work.put_back()
+        work.end()
+    if not work.called:
+        raise StepError(
+            f"{type(optimizer).__name__}.step() ran without its step hooks: γ got a plain step, "
+            "without λ·R_s and clamp; call the step of torch.optim.Optimizer, or of a class "
+            "derived from it, that nothing replaces on the instance"
+        )
+    return result
 
 
 def attach(optimizer: Optimizer, scales: ScalingFactors, reg: Regularizer) -> Attachment:
@@ -138,6 +145,24 @@ def _check_optimizer(optimizer: Optimizer) -> None:
             "LBFGS searches along lines with the loss that the closure returns, which lacks R_s: "
             "add reg.value(scales) to the loss and call optimizer.step(closure), or use SGD or Adam"
         )
+    _check_hooked(optimizer)
+
+
+def _check_hooked(optimizer: Optimizer) -> None:
+    """See that `optimizer.step()` runs step hooks. `Optimizer.__init__` puts them around a class's
+    `step`, and `zero_grad` where a class has never called that.
+    """
+    own_step = vars(optimizer).get("step")
+    hooked = getattr(type(optimizer).step, "hooked", False)
+    scheduled = hasattr(own_step, "_wrapped_by_lr_sched")  # holds the step that it found, for good
+    if own_step is not None and not getattr(own_step, "hooked", hooked and not scheduled):
+        raise StepError(
+            f"{type(optimizer).__name__}.step was replaced on this instance, by a learning-rate "
+            "scheduler perhaps, before torch put step hooks around it: call optimizer.zero_grad() "
+            "once before making the scheduler"
+        )
+    if not hooked:
+        optimizer._patch_step_function()
 
 
 def _refuse_second(optimizer: Optimizer, scales: ScalingFactors) -> None:

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError
-from .planning import magnitudes
+from .planning import as_factors
 from .prediction import CutPredictor
 from .regularizers import Polarization
 from .scaling import ScalingFactors
+from .sharded import Part, local
+from .thresholding import thresholds
 
 #: How far t may lean from the balance at which both sides are pushed alike; at 1, one is not.
 LEAN = 0.5
@@ -45,10 +47,12 @@ class FlopsTarget(Polarization):
       it grows for as long as the live cut lacks; once the cut is reached it returns.
 
     `lam` and `t` can be read at any time. Everything follows from γ, so all processes of a
-    data-parallel training agree without talking to each other.
+    data-parallel training agree without talking to each other; sharded γ (`fully_shard`) are
+    gathered every `every` steps. What is steered are the factors of the step: `scales`,
+    `scales.rebind(model)` or `scales.select(...)` of these.
 
     Args:
-        model, example_inputs, scales: as for `plan`.
+        model, example_inputs, scales: as for `plan`; the model before it is sharded.
         cut: the share of MACs to cut, in (0, 1).
         lam: λ > 0 to start from; 3 times too much or too little is mended.
         steps: number of optimizer steps of the training, if it is known: λ rises over the first
@@ -84,7 +88,8 @@ class FlopsTarget(Polarization):
         self.predictor = CutPredictor(
             model, example_inputs, scales, fold=fold, round_to=round_to, min_channels=min_channels
         )
-        self._scales, self._every = scales, every
+        self._every = every
+        self._steered: ScalingFactors | None = None  # those of the last step
         self._ramp = RAMP if steps is None else max(steps // 10, 1)
         self._growth = 1.01**every if steps is None else 10 ** (4 * every / steps)
         self._start = float(lam)
@@ -94,7 +99,8 @@ class FlopsTarget(Polarization):
         self._count = 0  # factors up to c
         self._protected: list[int] = []  # flat places of factors that count as above c
         self._parted = False
-        self._rows = self.predictor.layers_that_stay()
+        names = list(scales)
+        self._staying = {names[row] for row in self.predictor.layers_that_stay()}
         self._check_reachable()
 
     # --- what a training step calls
@@ -105,55 +111,85 @@ class FlopsTarget(Polarization):
         """Called by `pf.step` and attached optimizers before λ·∂R_s is added to γ.grad: looks at
         the γ now and then, and puts factors between c and γ̄ on the side that c says.
         """
+        if scales is not self._steered:
+            self._follow(scales)
         looks = self._step % self._every == 0
         if looks:
-            self._look()
+            self._look(scales)
         self._step += 1
         self.lam = self._start * self._factor * min(self._step / self._ramp, 1.0)
         if not self._parted:
-            self._correct(scale, maximize)
+            self._correct(scales, scale, maximize)
         return looks
 
+    def _follow(self, scales: ScalingFactors) -> None:
+        """Steer these factors from now on: those that were given, as their parameters are now, or
+        some of them. The others are predicted to be pruned where their own valleys say so.
+        """
+        pruned = self.predictor.scales
+        if self._steered is not None and set(scales) != set(self._steered):
+            raise ArgumentError(
+                f"this FlopsTarget steered {len(self._steered)} layers before and is now to steer "
+                f"{len(scales)}, others among them: make one for each set of factors"
+            )
+        for name in scales:
+            if name not in pruned:
+                raise ArgumentError(
+                    f"{name!r} is stepped, and is not among the scales that FlopsTarget was made "
+                    "with: give it all that are pruned"
+                )
+        self.predictor.rebind(scales)
+        if len(scales) < len(pruned):
+            self._check_reachable(scales)
+        self._steered, self._part = scales, Part(scales)
+
     @torch.no_grad()
-    def _correct(self, scale: Tensor | None, maximize: bool) -> None:
-        gammas = list(self._scales.values())
-        flat = torch.cat([gamma.detach().reshape(-1) for gamma in gammas])
-        wanted = self._side(flat)
+    def _correct(self, scales: ScalingFactors, scale: Tensor | None, maximize: bool) -> None:
+        part, gammas = self._part, scales.values()
+        held = [local(gamma.detach()) for gamma in gammas]
+        flat = torch.cat([gamma.reshape(-1) for gamma in held]).double()
+        wanted = self._side(flat, part.places(self._protected))
         # The kernel adds −sgn(γ − γ̄): what is missing to −σ.
-        change = (self.lam * (-1 if maximize else 1)) * (torch.sign(flat - flat.mean()) - wanted)
+        change = (self.lam * (-1 if maximize else 1)) * (
+            torch.sign(flat - part.mean(flat)) - wanted
+        )
         if scale is not None:
             change = change * scale.to(change.dtype)
-        parts = change.split([gamma.numel() for gamma in gammas])
-        grads = [gamma.grad for gamma in gammas]
+        pieces = change.to(held[0].dtype).split([gamma.numel() for gamma in held])
         pairs = [
-            (grad, part.view_as(grad))
-            for grad, part in zip(grads, parts, strict=True)
-            if grad is not None
+            (local(gamma.grad), piece)
+            for gamma, piece in zip(gammas, pieces, strict=True)
+            if gamma.grad is not None and gamma.requires_grad and piece.numel()
         ]
-        torch._foreach_add_([grad for grad, _ in pairs], [part for _, part in pairs])
+        if pairs:
+            grads = [grad for grad, _ in pairs]
+            torch._foreach_add_(grads, [piece.view_as(grad) for grad, piece in pairs])
 
-    def _side(self, flat: Tensor) -> Tensor:
-        """σ of each factor."""
+    def _side(self, flat: Tensor, protected: list[int]) -> Tensor:
+        """σ of factors, those at the places `protected` above c."""
         side = torch.where(flat > self._border, 1.0, -1.0).to(flat.dtype)
-        if self._protected:
-            side[self._protected] = 1.0
+        if protected:
+            side[protected] = 1.0
         return side
 
     @torch.no_grad()
-    def _look(self) -> None:
+    def _look(self, scales: ScalingFactors) -> None:
         """Set c, t and the growth of λ from the γ of the moment."""
-        compared = magnitudes(self._scales)
-        flat = torch.cat(list(compared.values()))
-        self._protected = self._strongest(compared)
+        compared = self.predictor.look()
+        steered = {name: compared[name] for name in scales}
+        others = {name: gamma for name, gamma in compared.items() if name not in steered}
+        flat = torch.cat(list(steered.values()))
+        self._protected = self._strongest(steered)
         flat_guarded = flat.clone()
         flat_guarded[self._protected] = float("inf")
-        sizes = [gamma.numel() for gamma in compared.values()]
-        guarded = dict(zip(compared, flat_guarded.split(sizes), strict=True))
-        self._count = self.predictor.count_for(self.cut, guarded, self._count, CLOSE)
+        sizes = [gamma.numel() for gamma in steered.values()]
+        guarded = {**compared, **dict(zip(steered, flat_guarded.split(sizes), strict=True))}
+        held = thresholds(as_factors(others)) if others else {}
+        self._count = self.predictor.count_for(self.cut, guarded, self._count, CLOSE, held)
         self._border = _between(flat_guarded, self._count)
-        signs, sides = torch.sign(flat - flat.mean()), self._side(flat)
+        signs, sides = torch.sign(flat - flat.mean()), self._side(flat, self._protected)
         self._parted = bool((signs == sides).all())
-        lacking = self.cut - self.predictor.cut()
+        lacking = self.cut - self.predictor.cut_of(compared)
         wanted = 2.0 - 4.0 * float((sides > 0).float().mean()) + GAIN * lacking
         balance = -float(signs.mean())
         self.t = min(max(wanted, balance - LEAN, -2.0), balance + LEAN, 2.0)
@@ -163,22 +199,23 @@ class FlopsTarget(Polarization):
         elif self._step > self._ramp:
             self._factor = min(LARGEST_GROWTH, self._factor * self._growth)
 
-    def _strongest(self, compared: Mapping[str, Tensor]) -> list[int]:
+    def _strongest(self, steered: Mapping[str, Tensor]) -> list[int]:
         """Place of the largest factor in each layer without which nothing would reach an output."""
         places, start = [], 0
-        for row, gamma in enumerate(compared.values()):
-            if row in self._rows:
+        for name, gamma in steered.items():
+            if name in self._staying:
                 places.append(start + int(gamma.argmax()))
             start += gamma.numel()
         return places
 
-    def _check_reachable(self) -> None:
-        largest = self.predictor.largest_cut()
+    def _check_reachable(self, steered: Mapping[str, Tensor] | None = None) -> None:
+        largest = self.predictor.largest_cut(steered)
         if self.cut > largest:
+            some = "" if steered is None else " that are stepped"
             raise ArgumentError(
-                f"cut={self.cut:g}: these scaling factors can cut {largest:.3f} of the MACs at "
-                "most, with every layer at its last channel; ask for less, or let more layers take "
-                "part (residual='expand' or 'couple' in scaling_factors, smaller min_channels)"
+                f"cut={self.cut:g}: these scaling factors{some} can cut {largest:.3f} of the MACs "
+                "at most, with every layer at its last channel; ask for less, or let more layers "
+                "take part (residual='expand' or 'couple' in scaling_factors, smaller min_channels)"
             )
 
     # --- the penalty's value, checkpoints
@@ -186,7 +223,7 @@ class FlopsTarget(Polarization):
     def _terms(self, gamma: Tensor, mean: Tensor) -> Tensor:
         if self._step == 0:
             return super()._terms(gamma, mean)
-        return self.t * gamma.abs() - self._side(gamma.detach()) * (gamma - mean)
+        return self.t * gamma.abs() - self._side(gamma.detach(), self._protected) * (gamma - mean)
 
     def state_dict(self) -> dict[str, Any]:
         """All that steering depends on besides γ: plain numbers."""

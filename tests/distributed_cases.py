@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import distributed_loop
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -75,6 +76,29 @@ def hybrid(shape: str) -> dict[str, Tensor]:
     return fsdp(
         "sgd-4-shards", init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard"))
     )
+
+
+def target(how: str) -> dict[str, Any]:
+    """FlopsTarget, made before the model is spread."""
+    way, _, which = how.partition("-")
+    model, scales, loop = distributed_loop.target(which)
+    if way == "fsdp":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(model[3], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        scales = scales.rebind(model)
+
+        def sync(last: bool) -> Any:
+            model.set_requires_gradient_sync(last)
+            return nullcontext()
+    else:
+        model = DistributedDataParallel(model)
+
+        def sync(last: bool) -> Any:
+            return nullcontext() if last else model.no_sync()
+
+    gammas = loop.run(model, scales, dist.get_rank(), dist.get_world_size(), sync)
+    return distributed_loop.steered(scales, loop, gammas)
 
 
 def subgradient(reg_name: str, **kwargs: Any) -> dict[str, Any]:
@@ -179,7 +203,7 @@ def fsdp1() -> list[str]:
 CASES: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        *(ddp, fsdp, hybrid, subgradient, mixed),
+        *(ddp, fsdp, target, hybrid, subgradient, mixed),
         *(infinite, clamped, cutting, fsdp1),
     )
 }

@@ -66,9 +66,10 @@ class Loop:
         scaler: bool = False,
         clip: bool = False,
         shards: int = SHARDS,
+        steps: int = STEPS,
     ) -> None:
         self.optimizer_name, self.reg = optimizer, REGULARIZERS[reg]()
-        self.attach, self.clip, self.shards = attach, clip, shards
+        self.attach, self.clip, self.shards, self.steps = attach, clip, shards, steps
         self.scaler = torch.amp.GradScaler("cpu", enabled=scaler, init_scale=1024.0)
 
     def run(
@@ -83,7 +84,7 @@ class Loop:
         if self.attach:
             pf.attach(optimizer, scales, self.reg)
         mine = range(rank, self.shards, world)
-        for step in range(STEPS):
+        for step in range(self.steps):
             optimizer.zero_grad()
             for shard in mine:
                 images, labels = batch(step, shard)
@@ -124,3 +125,23 @@ def single(name: str) -> dict[str, Tensor]:
     """One process that accumulates all shards."""
     model = network()
     return Loop(**LOOPS[name]).run(model, pf.scaling_factors(model, example()))
+
+
+def target(how: str) -> tuple[nn.Module, pf.ScalingFactors, Loop]:
+    """A network and a loop that steers to a share of MACs; how: "all" factors, or "some"."""
+    model = network()
+    scales = pf.scaling_factors(model, example())
+    loop = Loop(steps=24, attach=how == "some")
+    loop.reg = pf.FlopsTarget(model, example(), scales, 0.5, lam=0.004, steps=100, every=4)
+    return model, scales.select("^[17]") if how == "some" else scales, loop
+
+
+def steered(scales: pf.ScalingFactors, loop: Loop, gammas: dict[str, Tensor]) -> dict[str, Any]:
+    """What came of it."""
+    assert isinstance(loop.reg, pf.FlopsTarget)
+    return {
+        "gammas": gammas,
+        "state": loop.reg.state_dict(),
+        "value": loop.reg.value(scales).detach(),
+        "cut": loop.reg.predictor.cut(),
+    }

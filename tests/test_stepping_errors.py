@@ -154,6 +154,22 @@ def test_the_first_clamp_of_learned_factors_warns_once() -> None:
         step(optimizer, scales, L1(0.02))
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("gate", "a.gate"), "gates lie outside .* gates of 1"),
+        (("delegate", "a.weight"), "BatchNorm weights lie outside .* put gates behind"),
+        (("a.gate", "b.weight"), "scaling factors lie outside"),
+    ],
+)
+def test_the_first_clamp_calls_gates_gates(names: tuple[str, str], words: str) -> None:
+    scales = ScalingFactors({name: nn.Parameter(torch.full((2,), 1.5)) for name in names})
+    for gamma in scales.values():
+        gamma.grad = torch.zeros_like(gamma)
+    with pytest.warns(UserWarning, match=f"4 values in 2 of 2 {words}"):
+        step(SGD(scales.values(), lr=0.1), scales, REG)
+
+
 def test_an_attachment_keeps_no_optimizer_alive_and_is_not_copied() -> None:
     scales, params, optimizer = _case()
     attach(optimizer, scales, REG)

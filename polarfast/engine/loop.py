@@ -12,6 +12,7 @@ import polarfast as pf
 from polarfast.engine.events import Epoch, Gammas, Observer, Step
 from polarfast.engine.interrupts import Interrupted, StopSignals
 from polarfast.engine.training import Trainer
+from polarfast.sharded import whole
 
 _SAVE, _STOP = 1, 2
 AGREE_EVERY = 8  # steps between agreements of several processes on whether to save or stop
@@ -48,6 +49,8 @@ class StageLoop:
         self.trainer, self.name, self.observers = trainer, name, observers
         self.history, self.gammas, self._save, self._signals = history, gammas, save, signals
         self.scales, self.predict = scales, predict
+        if scales is not None and predict is not None:
+            predict.rebind(scales)
         self.last: Gammas | None = None
         self._minutes = trainer.recipe.hardware.checkpoint_minutes
         self._saved = self._shown = time.perf_counter()
@@ -146,7 +149,8 @@ class StageLoop:
     def _gammas(self) -> Gammas | None:
         if self.scales is None or self.predict is None:
             return None
-        values = {name: _whole(gamma) for name, gamma in self.scales.items()}
+        with torch.no_grad():
+            values = {n: g.float().cpu().flatten() for n, g in whole(self.scales).items()}
         regularizer = self.trainer.regularizer
         return Gammas(
             values=values,
@@ -154,10 +158,3 @@ class StageLoop:
             lam=regularizer.lam if regularizer else 0.0,
             t=regularizer.t if regularizer else 0.0,
         )
-
-
-@torch.no_grad()
-def _whole(gamma: Tensor) -> Tensor:
-    gamma = gamma.detach()
-    gamma = gamma.full_tensor() if hasattr(gamma, "full_tensor") else gamma
-    return gamma.float().cpu().flatten()

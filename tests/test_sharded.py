@@ -1,5 +1,6 @@
 """Factors on several processes: DDP, and FSDP2, where γ is cut (gloo, 2 to 4 processes)."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_cases import run, sharded
-from distributed_loop import LOOPS, REGULARIZERS, WEIGHTS, example, network, single
+from distributed_loop import LOOPS, REGULARIZERS, WEIGHTS, example, network, single, steered, target
+from nets import Residual, chain, settle, zero
 from oracles import DEEPHOYER, L1, POLARIZATION, penalty, subgradients
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -25,9 +27,17 @@ PLAN = {
     3: [
         *(f"{how}:{loop}" for how in ("ddp", "fsdp") for loop in LOOPS if loop != "sgd-4-shards"),
         *(f"subgradient:{name}" for name in REGULARIZERS),
+        *(f"target:{way}-{which}" for way in ("ddp", "fsdp") for which in ("all", "some")),
         *("mixed:bfloat16", "mixed:offload", "infinite", "clamped", "cutting"),
     ],
-    2: ["ddp:sgd", "fsdp:sgd", "fsdp:adamw-layer", "subgradient:weighted", "fsdp1"],
+    2: [
+        "ddp:sgd",
+        "fsdp:sgd",
+        "fsdp:adamw-layer",
+        "subgradient:weighted",
+        "target:fsdp-all",
+        "fsdp1",
+    ],
     4: ["hybrid:2x2"],
 }
 TRAINED = [
@@ -36,6 +46,7 @@ TRAINED = [
     for case in cases
     if case.split(":")[0] in ("ddp", "fsdp", "hybrid")
 ]
+TARGETS = [f"{world} {case}" for world in PLAN for case in PLAN[world] if "target" in case]
 STEPPED = [
     f"{world} {case}"
     for world, cases in PLAN.items()
@@ -83,6 +94,25 @@ def test_training_equals_one_process(case: str, results: Any, alone: Any) -> Non
         torch.testing.assert_close(ranks[0][name], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", TARGETS)
+def test_steering_to_a_share_equals_one_process(case: str, results: Any) -> None:
+    model, scales, loop = target(case.rpartition("-")[2])
+    start = {name: gamma.detach().clone() for name, gamma in scales.items()}
+    alone = steered(scales, loop, loop.run(model, scales))
+    ranks = results[case]
+    for rank in ranks:
+        assert rank["state"] == ranks[0]["state"] and rank["cut"] == alone["cut"]
+        for name, gamma in alone["gammas"].items():
+            assert torch.equal(rank["gammas"][name], ranks[0]["gammas"][name])
+            torch.testing.assert_close(rank["gammas"][name], gamma, rtol=0, atol=1e-5)
+            assert (gamma - start[name]).abs().max() > 0.03
+        torch.testing.assert_close(rank["value"], alone["value"], rtol=0, atol=1e-5)
+        for what in ("step", "count", "protected", "parted"):
+            assert rank["state"][what] == alone["state"][what]
+        for what in ("lam", "t", "border", "factor"):
+            assert rank["state"][what] == pytest.approx(alone["state"][what], abs=1e-5)
+
+
 @pytest.mark.parametrize("case", STEPPED)
 def test_subgradient_equals_autograd(case: str, results: Any) -> None:
     kind, per_layer, weights = FORMULAS[
@@ -110,11 +140,12 @@ def test_a_step_with_an_infinite_gradient_moves_no_rank(results: Any) -> None:
             assert torch.equal(rank["after"][name], before)
 
 
-def test_clamp_reaches_all_and_counts_over_all_ranks(results: Any) -> None:
+def test_clamp_reaches_all_and_one_rank_warns_of_all_that_is_cut_off(results: Any) -> None:
     for rank in results["3 clamped"]:
         assert all(gamma.max() == 1.0 for gamma in rank["after"].values())
-        (warning,) = rank["warning"]
-        assert warning.startswith("23 values in 3 of 3 BatchNorm weights")
+    (warning,), *others = [rank["warning"] for rank in results["3 clamped"]]
+    assert warning.startswith("23 values in 3 of 3 BatchNorm weights")
+    assert others == [[], []]
 
 
 @pytest.mark.parametrize("method", ["valley", "percentile", "fixed"])
@@ -246,3 +277,49 @@ def test_wrappers_and_synchronized_norms_keep_names_and_factors(process_group: N
     found = pf.scaling_factors(synchronized, example())
     assert list(found) == list(scales)
     assert all(found[name] is scales[name] for name in scales)
+
+
+def test_a_share_is_predicted_from_sharded_gammas_and_betas(process_group: None) -> None:
+    x = torch.randn(2, 3, 12, 12)
+    model = settle(Residual(), torch.randn(4, 3, 12, 12)).float()
+    scales = pf.scaling_factors(model, x, residual="expand")
+    predictor = pf.CutPredictor(model, x, scales)
+    left_out = pf.CutPredictor(model, x, scales)
+    zero(scales)
+    plain = copy.deepcopy(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    scales = scales.rebind(model)
+    biases = [name.removesuffix("weight") + "bias" for name in scales]
+    shares = []
+    for sign in (-1.0, 1.0):
+        for name in biases:
+            for each in (model, plain):
+                beta = each.get_parameter(name).detach()
+                (beta.to_local() if isinstance(beta, DTensor) else beta).fill_(sign)
+        predictor.rebind(scales)
+        shares.append(pf.plan(plain, x, scales.rebind(plain)).flops_reduction)
+        assert predictor.cut() == predictor.cut_of(predictor.look()) == shares[-1]
+    assert shares[0] != shares[1], "a constant channel more"
+    with pytest.raises(pf.ArgumentError, match="'.*' is no parameter of the model"):
+        left_out.rebind(scales.rebind(plain))
+    with pytest.raises(pf.ArgumentError, match="which is predicted to be pruned too"):
+        left_out.rebind(pf.ScalingFactors({name: scales[name] for name in list(scales)[1:]}))
+    assert left_out.scales is not scales and left_out.cut() >= 0
+
+
+def test_a_share_that_takes_passes_through_the_network_is_not_predicted_when_sharded(
+    process_group: None,
+) -> None:
+    x = torch.randn(2, 3, 12, 12)
+    model = settle(chain(nn.Hardswish), torch.randn(4, 3, 12, 12)).float()
+    scales = pf.scaling_factors(model, x)
+    target = pf.FlopsTarget(model, x, scales, 0.3)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    scales = scales.rebind(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).sum().backward()
+    before = whole({name: gamma.detach().clone() for name, gamma in scales.items()})
+    with pytest.raises(pf.ArgumentError, match="passes through the whole network"):
+        pf.step(optimizer, scales, target)
+    for name, gamma in whole({name: gamma.detach() for name, gamma in scales.items()}).items():
+        assert torch.equal(gamma, before[name])

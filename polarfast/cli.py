@@ -9,7 +9,7 @@ from .errors import PolarfastError
 INTERRUPTED = 130  # the shell's exit status for a program stopped by Ctrl-C
 EXTRA = ("tyro", "rich", "yaml", "sklearn", "matplotlib", "tensorboard", "torchvision")
 COMMANDS = {
-    "demo": "prune a ResNet-20 on 1,797 images, start to finish, in two minutes",
+    "demo": "prune a ResNet-20 on 1,797 images from start to end, in 2 minutes",
     "run RECIPE": "sparsity training, pruning, fine-tuning",
     "train | prune | finetune RECIPE": "one stage of it alone",
     "search RECIPE --cut 0.54": "λ and t for a share of MACs to cut (Algorithm 1)",

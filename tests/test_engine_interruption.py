@@ -63,16 +63,24 @@ def test_the_tiny_run_does_prune(whole: Path) -> None:
     assert_tidy(whole)
 
 
+def newest(folder: Path) -> int:
+    return max((int(file.stem) for file in (folder / "checkpoints").glob("0*.pt")), default=0)
+
+
 def test_killed_at_random_moments(whole: Path, tmp_path: Path) -> None:
+    """Some milliseconds after the start, or after a few more checkpoints, however fast all is."""
     folder, kills, chance = tmp_path / "run", 0, random.Random(0)
     while not finished(folder):
         process = start(launched, TINY, folder, {})
-        process.join(chance.uniform(0.3, 1.5) * (1 + kills / 10))
+        aim = newest(folder) + (kills % 4 > 0) * chance.randint(1, 4)
+        while newest(folder) < aim and process.is_alive():
+            time.sleep(0.001)
+        process.join(chance.uniform(0.0, 0.05))
         kills += process.is_alive()
         process.kill()
         process.join()
         assert kills < 60
-    assert kills >= 3
+    assert kills >= 5
     assert_same(outcome(folder), outcome(whole))
 
 

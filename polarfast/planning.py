@@ -23,6 +23,8 @@ from .thresholding import thresholds
 FOLDS = ("exact", "bias", "none")
 #: A layer that keeps a smaller share of its channels is pointed out.
 ALMOST_NOTHING = 0.05
+#: γ that have parted leave at least this much free above a valley's threshold.
+GAP = 0.05
 
 
 def plan(
@@ -44,7 +46,8 @@ def plan(
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; MACs are
             counted on these.
         scales: the scaling factors that may lose channels; their residual mode is used.
-        method: "valley" (the paper's), "fixed" or "percentile", as in `thresholds`.
+        method: "valley" (the paper's), "fixed" or "percentile", as in `thresholds`. Layers whose
+            γ have no gap at the valley, as before they settle, are noted.
         round_to: widths become multiples of this; channels are added back in order of γ, never
             removed for it.
         min_channels: no layer that stays is narrower.
@@ -76,6 +79,8 @@ def plan(
     choice, folded, unread = select(
         channels, compared, limits, vanishing, constants, round_to, min_channels
     )
+    if method == "valley" and scores is None:
+        _note_crowds(choice, compared, limits)
     return _write(
         model, channels, choice, folded, limits, unread, spec=spec, method=method, fold=fold
     )
@@ -151,6 +156,22 @@ def _check_names(scales: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> 
     for name in scales:
         if name not in scores:
             raise ArgumentError(f"scores lack {name!r}: give one for every layer of scales")
+
+
+def _note_crowds(
+    choice: Selection, compared: Mapping[str, Tensor], limits: Mapping[str, float | None]
+) -> None:
+    """Point out layers whose threshold runs through γ that have not parted: what is removed there
+    may be missed, and a little more training would remove another part.
+    """
+    for name, limit in limits.items():
+        gamma = compared[name]
+        if limit is None or not bool((gamma <= limit).any()):
+            continue
+        near = int(((gamma > limit) & (gamma <= limit + GAP)).sum())
+        if near:
+            lie = "channel lies" if near == 1 else "channels lie"
+            choice.notes[name].append(f"no gap: {near} {lie} within {GAP:g} above the threshold")
 
 
 def check_limits(round_to: int, min_channels: int, fold: str) -> None:

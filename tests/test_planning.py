@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from nets import Bottlenecks, Branches, Grouped, Residual, chain, empty, settle, zero
+from nets import Bottlenecks, Branches, Grouped, Residual, chain, conv_bn, empty, settle, zero
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import polarfast as pf
@@ -149,6 +150,36 @@ def test_limits_hold_and_only_add_back(share, round_to, min_channels, residual, 
     with FlopCounterMode(display=False) as counter:
         slim(X)
     assert plan.macs == counter.get_total_flops() // 2
+
+
+def test_valleys_without_a_gap_are_noted():
+    parts = [*conv_bn(3, 12), nn.ReLU(), *conv_bn(12, 12), nn.ReLU(), *conv_bn(12, 12), nn.ReLU()]
+    model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)).double()
+    scales = pf.scaling_factors(model, X)
+    first, second, third = scales.values()
+
+    def notes(**options):
+        return [layer.note for layer in pf.plan(model, X, scales, **options).layers.values()]
+
+    with torch.no_grad():
+        for gamma in scales.values():  # parted: the smallest of those that stay is far above
+            gamma.copy_(torch.linspace(0.3, 0.9, 12))
+            gamma[:3] = torch.tensor([0.0, 0.004, 0.008])
+        assert notes() == ["", "", ""]
+        first.copy_(torch.linspace(0.02, 0.3, 12))  # nothing goes, so nothing is missed
+        second[3] = 0.05  # one channel on its way
+        third.copy_(torch.linspace(0.003, 0.12, 12))
+    plan = pf.plan(model, X, scales)
+    limit = plan.layers[list(scales)[2]].threshold
+    near = sum(limit < gamma <= limit + 0.05 for gamma in third.tolist())
+    assert near > 1 and plan.kept[next(iter(scales))].numel() == 12
+    said = [
+        "",
+        "no gap: 1 channel lies within 0.05 above the threshold",
+        f"no gap: {near} channels lie within 0.05 above the threshold",
+    ]
+    assert notes() == said and said[2] in str(plan)
+    assert notes(method="fixed", value=limit) == ["", "", ""]
 
 
 @pytest.mark.parametrize("residual", ["keep", "expand", "couple"])

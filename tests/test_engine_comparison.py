@@ -98,7 +98,7 @@ def test_accuracies_are_those_of_the_saved_networks(compared) -> None:  # type: 
             state = find_state(folder / trial.name, trial.recipe)
             run = Run(trial.recipe, folder / trial.name, Workers(TINY.hardware), state)
             images, labels = map(torch.cat, zip(*run.data.test(60), strict=True))
-            model = run.slim().eval()
+            model = run.networks.slim().eval()
             right = int((model(images).argmax(1) == labels).sum())
             assert by_name[trial.name].outcomes[0].accuracy == pytest.approx(100 * right / 60)
 

@@ -70,14 +70,15 @@ def test_results_agree_with_the_files(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     plan = pf.PruningPlan.from_json((finished / "plan.json").read_text())
     run = Run(TINY, finished, Workers(TINY.hardware), find_state(finished, TINY))
-    dense, slim = run.dense(), run.slim()
+    dense, slim = run.networks.dense(), run.networks.slim()
     assert results["macs"] == {"dense": plan.macs_before, "slim": plan.macs}
     assert 0 < plan.flops_reduction < 1
     assert results["params"]["dense"] == sum(p.numel() for p in dense.parameters())
     assert results["params"]["slim"] == sum(p.numel() for p in slim.parameters())
     assert results["file_bytes"]["slim"] == (finished / "slim.pt").stat().st_size
     assert results["verified_error"] < 1e-6
-    for name, model in {"dense": dense, "finetuned": slim, "pruned": run.slim("pruned")}.items():
+    pruned = run.networks.slim("pruned")
+    for name, model in {"dense": dense, "finetuned": slim, "pruned": pruned}.items():
         model.eval()
         with torch.no_grad():
             right = [(model(images).argmax(1) == labels) for images, labels in run.data.test(500)]

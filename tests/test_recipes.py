@@ -100,7 +100,7 @@ def test_two_steps(name: str, roots: dict[str, Path], tmp_path: Path) -> None:
     plan = pf.PruningPlan.from_json((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))
     assert plan.macs <= plan.macs_before
     with torch.no_grad():
-        assert torch.isfinite(run.slim().eval()(run.example)).all()
+        assert torch.isfinite(run.networks.slim().eval()(run.networks.example)).all()
 
 
 def batch_of_two_steps(recipe: Recipe) -> int:

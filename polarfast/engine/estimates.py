@@ -127,12 +127,12 @@ def dry_run(recipe: Recipe, console: Console) -> None:
 
 def _dry_run(run: Run, console: Console) -> None:
     recipe, data = run.recipe, run.data
-    model, scales = run.fresh()
+    model, scales = run.networks.fresh()
     if recipe.hardware.channels_last:
         model.to(memory_format=torch.channels_last)
     console.print(to_yaml(recipe), markup=False, highlight=False)
     plan = pruning.make_plan(
-        model.eval(), run.example, scales, pruning.KEEP_EVERYTHING, recipe.seed
+        model.eval(), run.networks.example, scales, pruning.KEEP_EVERYTHING, recipe.seed
     )
     console.print(_model_table(model, scales, plan))
     cost = estimate(model.train(), data, recipe, run.workers.world)

@@ -206,10 +206,10 @@ def _method(recipe: Recipe) -> str:
 
 def measure(run: Run) -> Results:
     """The figures of a finished run; latency is measured now."""
-    plan, slim = run.files.plan(), run.slim()
+    plan, slim = run.files.plan(), run.networks.slim()
     # Beside a network that was narrow from the start stands the wide one, untrained.
     untrained = run.phases[0] == "prune"
-    dense = run.build().to(run.workers.device) if untrained else run.plain_dense()
+    dense = run.networks.build().to(run.workers.device) if untrained else run.networks.plain_dense()
     images = run.data.example(max(BATCHES))
     latency = {
         batch: Pair(*median_latencies([dense, slim], images[:batch], seconds=LATENCY_SECONDS))
@@ -241,7 +241,7 @@ def draw(run: Run) -> None:
     plan, folder = run.files.plan(), run.files.folder
     if run.phases[0] == "prune":
         return
-    scales = run.scales(run.dense())
+    scales = run.networks.scales(run.networks.dense())
     limits = {name: layer.threshold for name, layer in plan.layers.items()}
     figures.gamma_histogram(folder / "gamma_histogram.png", scales, plan.kept, limits)
     if run.gammas:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import polarfast as pf
-from polarfast.engine import models, parallel, pruning
+from polarfast.engine import parallel, pruning
 from polarfast.engine.artifacts import Artifacts
 from polarfast.engine.checkpoint import FORMAT, Checkpoints
 from polarfast.engine.data import DataSource, load
@@ -19,6 +19,7 @@ from polarfast.engine.evaluation import evaluate
 from polarfast.engine.events import Observer
 from polarfast.engine.interrupts import Interrupted, StopSignals
 from polarfast.engine.loop import StageLoop
+from polarfast.engine.networks import Networks
 from polarfast.engine.recipe import Recipe, Stage
 from polarfast.engine.seeds import mix
 from polarfast.engine.training import Trainer, steps_per_epoch
@@ -41,6 +42,7 @@ class Run:
         phase: the phase that goes on or comes next, or ``DONE``.
         history: one dict of numbers for each finished epoch.
         gammas: counts of γ by epoch, layer and bin; facts: what became known on the way.
+        networks: the networks, as they were or are now.
         observers: told of every stage, step and epoch.
     """
 
@@ -67,6 +69,7 @@ class Run:
         self._clock = time.perf_counter()
         self._signals = StopSignals()
         self.data = data or load(recipe.data, workers.device)
+        self.networks = Networks(recipe, self.data, self.files, workers.device)
         steps_per_epoch(self.data, recipe, workers)  # refused before anything is written
         step = self._trainer_state["step"] if self._trainer_state else 0
         workers.check_same((self.phase, step, len(self.history)), f"checkpoint in '{folder}'")
@@ -87,58 +90,6 @@ class Run:
                 work[self.phase]()
                 if self.workers.agree(self._signals.received):
                     raise Interrupted(self._signals.received or signal.SIGTERM)
-
-    @property
-    def example(self) -> torch.Tensor:
-        """One test image, to trace with and to count the MACs of."""
-        return self.data.example()
-
-    def build(self) -> nn.Module:
-        """The dense network, without gates, with freshly drawn weights."""
-        return models.build(self.recipe.model, self.data.classes, self.data.image_shape[0])
-
-    def dense(self) -> nn.Module:
-        """The dense network as training left it, with its gates if it has any."""
-        model = self._gated(self.build().to(self.workers.device))
-        model.load_state_dict(self.files.read("dense", self.workers.device))
-        return model
-
-    def plain_dense(self) -> nn.Module:
-        """The dense network as training left it, its gates folded away."""
-        model = self.dense().eval()
-        if not self.recipe.sparsity.gates:
-            return model
-        scales, everything = self.scales(model), pruning.KEEP_EVERYTHING
-        plan = pruning.make_plan(model, self.example, scales, everything, self.recipe.seed)
-        return pf.slim(model, plan)
-
-    def slim(self, name: str = "slim") -> nn.Module:
-        """The slim network: fine-tuned, or as it was right after pruning ("pruned")."""
-        return pf.load(self.files.path(name), build=self.build).to(self.workers.device)
-
-    def scales(self, model: nn.Module) -> pf.ScalingFactors:
-        """The scaling factors of a dense network that may be pruned; its gates, if it has any."""
-        sparsity = self.recipe.sparsity
-        scales = pf.scaling_factors(model, self.example, residual=sparsity.residual)
-        return scales.select(r"\.gate$") if sparsity.gates else scales
-
-    def _gated(self, model: nn.Module) -> nn.Module:
-        sparsity = self.recipe.sparsity
-        if sparsity.gates:
-            pf.add_gates(model, self.example, where=sparsity.gates, residual=sparsity.residual)
-        return model
-
-    def fresh(self) -> tuple[nn.Module, pf.ScalingFactors]:
-        """The network as training starts from it; the same weights in every process."""
-        torch.manual_seed(self.recipe.seed)
-        model = self.build()
-        if self.recipe.weights:
-            models.load_weights(model, self.recipe.weights)
-        model = self._gated(model.to(self.workers.device))
-        scales = self.scales(model)
-        if self.recipe.sparsity.init is not None:
-            pf.init_scales(scales, self.recipe.sparsity.init)
-        return model, scales
 
     def _train(self) -> None:
         if self.phases[0] == "prune":
@@ -161,12 +112,12 @@ class Run:
         yield from [past["cut"] for past in self.history if "cut" in past]
         if self.phase != "train":
             return
-        model, scales = self.fresh()
+        model, scales = self.networks.fresh()
         sparsity = self.recipe.sparsity
-        predict = pruning.predictor(model, self.example, scales, self.recipe.pruning)
+        predict = pruning.predictor(model, self.networks.example, scales, self.recipe.pruning)
         steps = self.data.train_size // self.recipe.batch_size * self.recipe.train.epochs
         regularizer = pruning.regularizer(
-            model, self.example, scales, sparsity, self.recipe.pruning, steps
+            model, self.networks.example, scales, sparsity, self.recipe.pruning, steps
         )
         model = parallel.prepare(model, self.recipe, self.workers)
         scales = scales.rebind(model)
@@ -186,14 +137,14 @@ class Run:
 
     def _train_slim(self, stage: Stage, name: str, result: str, fact: str) -> None:
         """A stage of the slim network, which ends in the file ``result``."""
-        model = parallel.prepare(self.slim("pruned"), self.recipe, self.workers)
+        model = parallel.prepare(self.networks.slim("pruned"), self.recipe, self.workers)
         trainer = self._trainer(model, stage)
         for _ in self._stage(trainer, name):
             pass
         self.facts[fact] = trainer.accuracy()
         weights = self._result(trainer)
         if self.workers.first:
-            slim = self.slim("pruned")
+            slim = self.networks.slim("pruned")
             slim.load_state_dict(weights)
             self.files.write_slim(result, slim, self.files.plan())
         self._next_phase()
@@ -207,15 +158,17 @@ class Run:
     def _prune(self) -> None:
         """The first process plans and verifies; the others read what it wrote."""
         if self.workers.first:
-            self._cut(self.fresh()[0] if self.phases[0] == "prune" else self.dense())
+            self._cut(
+                self.networks.fresh()[0] if self.phases[0] == "prune" else self.networks.dense()
+            )
         self.workers.wait()
         self._next_phase()
 
     def _cut(self, model: nn.Module) -> None:
         model.eval()
-        scales = self.scales(model)
+        scales = self.networks.scales(model)
         settings = self.recipe.pruning
-        plan = pruning.make_plan(model, self.example, scales, settings, self.recipe.seed)
+        plan = pruning.make_plan(model, self.networks.example, scales, settings, self.recipe.seed)
         slim = pf.slim(model, plan, verify=True)
         report = pf.verify(model, slim, plan, self.data.example(64))
         self.facts["verified_error"] = float(report.rel_error)

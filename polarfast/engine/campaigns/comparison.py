@@ -116,6 +116,6 @@ def _latencies(trials: Sequence[Trial], folder: Path) -> list[float]:
     for trial in trials:
         state = find_state(folder / trial.name, trial.recipe)
         run = Run(trial.recipe, folder / trial.name, workers, state, data)
-        networks.append(run.slim())
+        networks.append(run.networks.slim())
     images = data.example(LATENCY_BATCH)
     return median_latencies(networks, images, seconds=LATENCY_SECONDS)

@@ -18,9 +18,7 @@ class Nesting:
 
     def enter(self) -> bool:
         """In the first hook: whether this call is the outermost."""
-        caller = sys._getframe(2)
-        while caller.f_back is not None and _of_dynamo(caller):
-            caller = caller.f_back  # what torch.compiler.disable puts between, which ends at once
+        caller = _caller(sys._getframe(1))
         if self._calls:
             self._forget_ended(caller)
         self._calls.append(caller)
@@ -45,5 +43,17 @@ class Nesting:
         self._calls = [call for call in self._calls if call in running]
 
 
-def _of_dynamo(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__")).startswith("torch._dynamo")
+def _caller(hook: FrameType) -> FrameType:
+    """Who runs a hook. A compiled hook calls itself through `torch.compiler.disable`: these frames
+    end with the hook.
+    """
+    assert hook.f_back is not None
+    caller, own = hook.f_back, _module(hook)
+    if _module(caller).startswith("torch._dynamo"):
+        while caller.f_back is not None and _module(caller).startswith((own, "torch._dynamo")):
+            caller = caller.f_back
+    return caller
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))

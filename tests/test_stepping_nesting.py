@@ -79,6 +79,23 @@ def test_a_step_within_a_step_counts_once(base: Any, closed: bool, how: str) -> 
 
 
 @pytest.mark.parametrize("how", ["step", "attach"])
+def test_a_compiled_step_within_a_step_counts_once(how: str) -> None:
+    found = []
+    for compiled in (False, True):
+        scales = make_scales()
+        params: list[Tensor] = list(scales.values())
+        take: Any = Steps(how, nested(SGD)(params, lr=0.1), scales)  # type: ignore[call-arg]
+        if compiled:
+            take = torch.compile(take.__call__, backend="eager")
+        for i in range(3):
+            set_gradients(params, i)
+            take()
+        found.append(params)
+    for eager, param in zip(*found, strict=True):
+        torch.testing.assert_close(param, eager, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["step", "attach"])
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_the_step_after_one_that_raised_is_right(where: str, how: str) -> None:
     scales = make_scales()

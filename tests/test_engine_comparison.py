@@ -1,13 +1,13 @@
 """compare: rivals differ from polarization in nothing but the method; runs are shared and kept."""
 
 import dataclasses
-import json
 import statistics
 
 import pytest
 import torch
 from rich.console import Console
 
+import polarfast as pf
 from polarfast.engine.campaigns import comparison, comparison_output
 from polarfast.engine.campaigns.rivals import DENSE, METHODS, chains, method_recipe
 from polarfast.engine.campaigns.trials import Trial, done, run_all
@@ -106,8 +106,8 @@ def test_accuracies_are_those_of_the_saved_networks(compared) -> None:  # type: 
 def test_uniform_and_random_take_the_same_share_of_every_layer(compared) -> None:  # type: ignore[no-untyped-def]
     folder, _, _ = compared
     for method in ("uniform", "random"):
-        plan = json.loads((folder / f"{method}-60-seed0" / "plan.json").read_text())
-        shares = [len(layer["kept"]) / layer["channels"] for layer in plan["layers"].values()]
+        plan = pf.PruningPlan.from_json((folder / f"{method}-60-seed0" / "plan.json").read_text())
+        shares = [len(kept) / plan.layers[name].channels for name, kept in plan.kept.items()]
         assert max(shares) - min(shares) <= 1 / 16
 
 

@@ -23,7 +23,7 @@ from polarfast.engine.run import DONE, Run
 from polarfast.engine.workers import Workers
 from polarfast.errors import ArgumentError
 
-LATENCY_SECONDS = 1.0  # for each batch size
+LATENCY_SECONDS = 0.5  # for each batch size
 
 
 def launch(

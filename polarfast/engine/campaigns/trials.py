@@ -108,7 +108,7 @@ def _run_chain(chain: Sequence[Trial], folder: Path) -> None:
             try:
                 launch(trial.recipe, path, console)
             except (PolarfastError, Interrupted) as stop:
-                console.print(str(stop), markup=False)
+                console.print(str(stop), markup=False, highlight=False, soft_wrap=True)
                 raise SystemExit(1) from stop
 
 

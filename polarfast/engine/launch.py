@@ -158,7 +158,7 @@ def introduction(run: Run) -> str:
         aim = f"{sparsity.regularizer}, lam={sparsity.lam:g}"
     several = f", {run.workers.world} processes" if run.workers.world > 1 else ""
     return (
-        f"{recipe.model} on {data.name}: {data.train_size:,} images to train and "
+        f"{recipe.model} on {recipe.data.title}: {data.train_size:,} images to train and "
         f"{data.test_size:,} to test, {channels}x{height}x{width}; {aim}, "
         f"{recipe.train.epochs} + {recipe.finetune.epochs} epochs{several}"
     )
@@ -179,7 +179,7 @@ def report(run: Run, console: Console) -> Results:
     """Measure a finished run, draw its figures, write and print its table."""
     results = measure(run)
     draw(run)
-    table = results_table(results, f"{run.recipe.model} on {run.data.name}, {_method(run.recipe)}")
+    table = results_table(results, f"{run.recipe.model} on {run.recipe.data.title}, {_method(run.recipe)}")
     page = Console(width=100, file=io.StringIO(), record=True)
     page.print(table)
     write_text(run.files.path("results_table"), page.export_text())

@@ -53,8 +53,9 @@ def compare(options: CompareOptions, console: Console) -> None:
         options.jobs,
         _noter(console),
     )
-    title = f"{options.recipe.model} on {options.recipe.data.name}"
-    caption = comparison_output.caption(options.recipe, options.seeds, lams)
+    title = f"{options.recipe.model} on {options.recipe.data.title}"
+    used = {method: lam for method, lam in lams.items() if method in options.methods}
+    caption = comparison_output.caption(options.recipe, options.seeds, used)
     console.print(comparison_output.table(rows, title, caption))
     write_text(options.out / "compare.md", comparison_output.markdown(rows, title, caption))
     comparison_output.plot(rows, options.out / "compare.png", title)
@@ -103,7 +104,7 @@ def sweep(options: SweepOptions, console: Console) -> None:
         options.jobs,
         _noter(console),
     )
-    console.print(sweeping.table(points, f"{options.recipe.model} on {options.recipe.data.name}"))
+    console.print(sweeping.table(points, f"{options.recipe.model} on {options.recipe.data.title}"))
     console.print(f"Table and plot are in {options.out}/sweep.*", highlight=False)
 
 

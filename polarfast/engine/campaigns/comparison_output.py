@@ -90,7 +90,7 @@ def caption(recipe: Recipe, seeds: int, lams: Mapping[str, float]) -> str:
     device = device_name(Workers(recipe.hardware).device)
     strengths = ", ".join(f"{name} {lam:g}" for name, lam in lams.items())
     return (
-        f"{recipe.model} on {data.name}; {recipe.train.epochs} + {recipe.finetune.epochs} epochs "
+        f"{recipe.model} on {data.title}; {recipe.train.epochs} + {recipe.finetune.epochs} epochs "
         f"for every method; mean ± standard deviation over {seeds} seed(s). λ = "
         f"{recipe.sparsity.lam:g}{' (' + strengths + ')' if strengths else ''}. Accuracy: on "
         f"{'held-out training' if data.validation else 'test'} images, fine-tuned. Latency: "

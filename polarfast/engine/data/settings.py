@@ -1,6 +1,7 @@
 """The ``data:`` block of a recipe."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from polarfast.errors import ArgumentError
@@ -105,6 +106,11 @@ class Data:
                 "data.loader=dali: fails on a bad image, so skip_bad_images must be off; use "
                 "loader: torch, or remove the images that it names"
             )
+
+    @property
+    def title(self) -> str:
+        """The data set for people: its name, or that of its folder."""
+        return f"folder '{Path(self.root).name}'" if self.name == "folder" else self.name
 
     @property
     def pad(self) -> int:

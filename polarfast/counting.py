@@ -1,0 +1,267 @@
+"""The share of MACs that thresholds cut in a network traced once: `CutCounter`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .channels import Channels
+from .constants import UNKNOWN, VISIBLE, Answers, ranges, visibility
+from .errors import ArgumentError
+from .fields import Fold
+from .folding import fold_constants
+from .inputs import Spec
+from .planning import can_vanish, magnitudes, select
+from .scaling import ScalingFactors
+from .selection import Selection
+from .widths import Widths, shares_channels
+
+#: What a β says where only positive constants get through, as behind a ReLU.
+POSITIVE: Answers = (0, 0, 0, VISIBLE, VISIBLE)
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """What decides at one moment which channels go.
+
+    Attributes:
+        scales: γ.
+        betas: name -> β [C] of each of `CutCounter.readers`.
+        limits: name -> threshold; None removes nothing.
+        compared: what is compared with the thresholds: name -> float [C] on the CPU; None for γ as
+            they are, none of them negative.
+    """
+
+    scales: ScalingFactors
+    betas: Mapping[str, Tensor]
+    limits: Mapping[str, float | None]
+    compared: Mapping[str, Tensor] | None = None
+
+    def magnitudes(self) -> Mapping[str, Tensor]:
+        """What is compared with the thresholds: name -> float [C] on the CPU."""
+        return magnitudes(self.scales) if self.compared is None else self.compared
+
+
+@dataclass(frozen=True, eq=False)
+class _Regime:
+    """What follows from some layers' being emptied.
+
+    Attributes:
+        dropped: rows of the layers that go with them, and theirs: nothing reads them any more.
+        rows: layers that may need a constant channel.
+        answers: for each of these, what a removed channel's β says.
+        positive: whether that is always: a constant channel, if β > 0.
+    """
+
+    dropped: frozenset[int]
+    rows: tuple[int, ...]
+    answers: tuple[Answers, ...]
+    positive: bool
+
+
+class CutCounter:
+    """The share of MACs that is cut by removing what is not over a layer's threshold.
+
+    Where that is enough, it counts channels over their thresholds and looks the MACs up; otherwise
+    it goes the way that `plan` goes.
+
+    Args:
+        model: the network, not wrapped.
+        channels: its channel classes.
+        spec: description of the inputs.
+        names: layers that may lose channels.
+        fold, round_to, min_channels: as in `plan`.
+
+    Attributes:
+        macs_before: multiply-accumulates of the whole network on the inputs.
+        quick: whether MACs can be looked up at all.
+        readers: γ name -> name of its β, for layers that may need a constant channel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        channels: Channels,
+        spec: Spec,
+        names: Sequence[str],
+        *,
+        fold: str,
+        round_to: int,
+        min_channels: int,
+    ) -> None:
+        self._model, self._channels, self._spec = model, channels, spec
+        self._fold, self._round_to, self._min_channels = fold, round_to, min_channels
+        self._names = list(names)
+        self._sizes = [channels.layers[name].numel() for name in names]
+        self._vanishing = can_vanish(model, channels)
+        self._seen = visibility(model, channels, self._names, spec, fold)
+        biases = {name: channels.calls[name].bias for name in self._seen.readers}
+        self.readers = {name: bias for name, bias in biases.items() if bias is not None}
+        self._counted = [c for c in channels.graph.projections if c.counted]
+        self.macs_before = self._macs(~channels.graph.mask())
+        self._shared = shares_channels(channels, self._names)
+        limited = (round_to, min_channels) != (1, 1) or min(self._sizes) < 2
+        self._widths = None if self._shared or limited else Widths.of(channels, self._names)
+        self.quick = self._widths is not None
+        self._regimes: dict[tuple[int, ...], _Regime | None] = {}
+        self._tables: dict[tuple[_Regime, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def share(self, moment: Moment) -> float:
+        """The share of MACs cut."""
+        if not self.quick:
+            return self._by_selection(moment)
+        compared = moment.magnitudes()
+        bounds = torch.tensor([_bound(moment.limits[name]) for name in self._names])
+        sizes = torch.tensor(self._sizes)
+        above = torch.cat(list(compared.values())) > bounds.repeat_interleave(sizes)
+        ends = torch.cat((torch.zeros(1, dtype=torch.long), above.cumsum(0)[sizes.cumsum(0) - 1]))
+        return self.share_of(moment, ends.diff().tolist())
+
+    def share_of(self, moment: Moment, kept: Sequence[int]) -> float:
+        """As `share`, from the channels over the threshold in each layer."""
+        empty = tuple(row for row, count in enumerate(kept) if count == 0)
+        if empty:
+            compared = moment.magnitudes()
+            moment = replace(moment, compared=compared)
+            strength = {row: float(compared[self._names[row]].max()) for row in empty}
+            empty = tuple(sorted(empty, key=lambda row: -strength[row]))
+        if empty not in self._regimes:
+            self._regimes[empty] = self._find_regime(empty)
+        regime = self._regimes[empty]
+        extra = None if regime is None else self._extra(regime, moment, kept)
+        if regime is None or extra is None or self._widths is None:
+            return self._by_selection(moment)
+        widths = [0 if row in regime.dropped else count for row, count in enumerate(kept)]
+        for row in extra:
+            widths[row] += 1
+        return 1.0 - self._widths.macs(widths) / self.macs_before
+
+    def stays(self, row: int) -> bool:
+        """Whether this layer cannot be emptied, even if all others stay whole."""
+        return self._find_regime((row,)) is None
+
+    def check_needs_no_pass(self) -> None:
+        """Raise ArgumentError if `_constants` may have to pass inputs through the network."""
+        answers = [self._seen.answers(name) for name in self._seen.readers]
+        if answers and (self._shared or any(UNKNOWN in each for each in answers)):
+            raise ArgumentError(
+                "the share of MACs that pruning cuts cannot be predicted while this model is "
+                "sharded: whether removed channels leave a constant behind takes passes through "
+                "the whole network (coupled channels, or activations such as hardswish); use "
+                "fold='bias', or DistributedDataParallel"
+            )
+
+    # --- the quick way
+
+    def _extra(self, regime: _Regime, moment: Moment, kept: Sequence[int]) -> list[int] | None:
+        """Rows of the layers that need a constant channel; None: β alone do not tell."""
+        names = [self._names[row] for row in regime.rows]
+        if not names or all(kept[row] == self._sizes[row] for row in regime.rows):
+            return []
+        if moment.compared is None:
+            score = torch.cat([moment.scales[name].detach() for name in names])
+        else:
+            score = torch.cat([moment.compared[name] for name in names])
+        rows, table = self._table(regime, score.device)
+        bounds = [
+            float("inf") if row in regime.dropped else _bound(moment.limits[self._names[row]])
+            for row in regime.rows
+        ]
+        gone = score <= score.new_tensor(bounds).index_select(0, rows)
+        beta = torch.cat([moment.betas[name].detach() for name in names]).to(score.device)
+        if regime.positive:
+            shows = torch.bincount(rows[gone & (beta > 0)], minlength=len(names)).tolist()
+            return [row for row, count in zip(regime.rows, shows, strict=True) if count]
+        answer = table[rows, ranges(beta)]
+        shows = torch.bincount(rows[gone & (answer == VISIBLE)], minlength=len(names)).tolist()
+        doubts = torch.bincount(rows[gone & (answer == UNKNOWN)], minlength=len(names)).tolist()
+        if any(doubt and not show for show, doubt in zip(shows, doubts, strict=True)):
+            return None
+        return [row for row, count in zip(regime.rows, shows, strict=True) if count]
+
+    def _table(self, regime: _Regime, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Index into `regime.rows` of each of these layers' channels; their answers [rows, 5]."""
+        key = (regime, device)
+        if key not in self._tables:
+            sizes = torch.tensor([self._sizes[row] for row in regime.rows])
+            rows = torch.arange(len(regime.rows)).repeat_interleave(sizes)
+            self._tables[key] = rows.to(device), torch.tensor(regime.answers).to(device)
+        return self._tables[key]
+
+    # --- prepared once
+
+    def _find_regime(self, empty: tuple[int, ...]) -> _Regime | None:
+        """What follows when these layers (strongest first) are emptied and the others lose nothing;
+        None where one of them is given a channel back.
+        """
+        strength = {self._names[row]: 1.0 / (2 + rank) for rank, row in enumerate(empty)}
+        compared = {
+            name: torch.full((size,), strength.get(name, 2.0))
+            for name, size in zip(self._names, self._sizes, strict=True)
+        }
+        limits = dict.fromkeys(self._names, 1.0)
+        choice, _, _ = select(
+            self._channels, compared, limits, self._vanishing, lambda choice: Fold(), 1, 1
+        )
+        counts = [choice.count(name) for name in self._names]
+        if any(counts[row] for row in empty):
+            return None
+        reading = self._reading(choice.alive())
+        rows, answers = [], []
+        for row, name in enumerate(self._names):
+            answer = self._seen.answers(name, reading)
+            if any(answer):
+                rows.append(row)
+                answers.append(answer)
+        dropped = frozenset(row for row, count in enumerate(counts) if count == 0)
+        positive = all(answer == POSITIVE for answer in answers)
+        return _Regime(dropped, tuple(rows), tuple(answers), positive)
+
+    # --- the way of `plan`
+
+    def _by_selection(self, moment: Moment) -> float:
+        choice, folded, _ = select(
+            self._channels,
+            moment.magnitudes(),
+            moment.limits,
+            self._vanishing,
+            lambda choice: self._constants(choice, moment.betas),
+            self._round_to,
+            self._min_channels,
+        )
+        alive = choice.alive() | self._channels.in_classes(folded.constant)
+        return 1.0 - self._macs(alive) / self.macs_before
+
+    def _macs(self, alive: Tensor) -> int:
+        sizes = [(int(alive[c.inputs].sum()), int(alive[c.outputs].sum())) for c in self._counted]
+        macs = sum(call.macs(*pair) for call, pair in zip(self._counted, sizes, strict=True))
+        return macs + self._channels.graph.fixed_macs
+
+    def _constants(self, choice: Selection, betas: Mapping[str, Tensor]) -> Fold:
+        """What `fold_constants` would find, of which the constant channels are enough here."""
+        reading = self._reading(choice.alive())
+        constant = set()
+        for name in self._seen.readers:
+            labels = choice.layers[name]
+            gone = ~choice.stays[labels]
+            if not bool(gone.any()):
+                continue
+            answers = torch.tensor(self._seen.answers(name, reading), device="cpu")
+            found = answers[ranges(betas[name].detach().cpu())[gone]]
+            if self._shared or (bool((found == UNKNOWN).any()) and VISIBLE not in found):
+                kept, alive = choice.kept(), choice.alive()
+                return fold_constants(
+                    self._model, self._channels, kept, alive, self._spec, self._fold
+                )
+            if VISIBLE in found:
+                constant.add(int(labels[gone].min()))
+        return Fold(constant=constant)
+
+    def _reading(self, alive: Tensor) -> set[int]:
+        calls = enumerate(self._channels.graph.projections)
+        return {i for i, call in calls if not call.depthwise and bool(alive[call.outputs].any())}
+
+
+def _bound(threshold: float | None) -> float:
+    return -1.0 if threshold is None else threshold

@@ -39,7 +39,9 @@ class Journal:
         if lines:
             self._check(lines[0], settings)
             self.entries = lines[1:]
-        else:
+        if self.path.exists():
+            self._drop_torn_line(self.path)
+        if not lines:
             self._write(header)
 
     def add(self, entry: dict[str, Any]) -> None:
@@ -55,11 +57,12 @@ class Journal:
             os.fsync(file.fileno())
 
     def _whole_lines(self, path: Path) -> list[dict[str, Any]]:
+        """The entries in the file, which is left as it is: it may be somebody else's."""
         content = path.read_bytes()
         end = content.rfind(b"\n") + 1
-        if end < len(content):
-            _log.warning("%s: the last line was not written to its end and is dropped", path)
-            os.truncate(path, end)
+        beginning = f'{{"format": "{FORMAT}"'.encode()
+        if content[: len(beginning)] != beginning[: len(content)]:
+            raise self._foreign()
         lines = []
         for number, line in enumerate(content[:end].splitlines(), 1):
             try:
@@ -74,12 +77,22 @@ class Journal:
             lines.append(entry)
         return lines
 
+    def _drop_torn_line(self, path: Path) -> None:
+        content = path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            _log.warning("%s: the last line was not written to its end and is dropped", path)
+            os.truncate(path, end)
+
+    def _foreign(self) -> FileFormatError:
+        return FileFormatError(
+            f"{self.path} is not a search journal that this polarfast reads: name another file"
+        )
+
     def _check(self, header: dict[str, Any], settings: dict[str, Any]) -> None:
-        if header.get("format") != FORMAT or header.get("version") != VERSION:
-            raise FileFormatError(
-                f"{self.path} is not a search journal that this polarfast reads: name another file"
-            )
-        old = header.get("settings", {})
+        old = header.get("settings")
+        if header.get("version") != VERSION or not isinstance(old, dict):
+            raise self._foreign()
         names = [n for n in {**old, **settings} if old.get(n) != settings.get(n)]
         if names:
             differing = ", ".join(f"{n} ({old.get(n)!r}, now {settings.get(n)!r})" for n in names)

@@ -160,8 +160,7 @@ class StepHooks:
             gamma.grad = grad
         for gamma, _ in self._filled:
             gamma.grad = None
-        self._withheld.clear()
-        self._filled.clear()
+        self._forget()
 
     def end(self) -> None:
         """After a step that is not followed by another with these hooks, however it ended."""
@@ -176,8 +175,12 @@ class StepHooks:
         for (gamma, grad), version in zip(self._filled, self._versions, strict=True):
             if gamma.grad is grad and grad._version == version:
                 gamma.grad = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._withheld.clear()
         self._filled.clear()
+        self._versions.clear()
 
     def after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Post hook: the fused step of the γ or their clamp, then the clamp of the others."""

@@ -218,9 +218,27 @@ def test_journals_of_others_and_damaged_ones_are_refused(tmp_path):
     path.write_bytes(lines[0] + b'{"lam": 1}\n')
     with pytest.raises(pf.FileFormatError, match="not a trial"):
         pf.search(trains(response), cut=0.42, journal=path)
-    path.write_text("hello\n")
-    with pytest.raises(pf.FileFormatError):
-        pf.search(trains(response), cut=0.42, journal=path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello\n", b"hello", b"hello\nworld", b'{"format": "another"}\n{"a', b"[1]\n"]
+)
+def test_a_file_that_is_no_journal_is_refused_and_left_alone(tmp_path, content):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(pf.FileFormatError, match="name another file"):
+        pf.search(trains(nominal(2e-5)), cut=0.42, journal=path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("length", [0, 1, 20, 60])
+def test_a_torn_header_is_written_anew(tmp_path, length):
+    path = tmp_path / "search.jsonl"
+    result = pf.search(trains(nominal(2e-5)), cut=0.42, journal=path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:length])
+    assert pf.search(trains(nominal(2e-5)), cut=0.42, journal=path) == result
+    assert path.read_bytes() == whole
 
 
 def test_killed_and_restarted_finished_trials_are_not_run_again(tmp_path):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from stepping_cases import Oracle, make_scales, set_gradients, task_gradients
+from stepping_cases import Oracle, assert_same, make_scales, set_gradients, task_gradients
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR
@@ -153,6 +153,22 @@ def test_a_gradient_made_after_a_step_that_raised_is_kept() -> None:
     (1000 * params[2]).sum().backward()  # accumulates into what was filled in
     take()
     assert params[2].grad is not None and before > 0 and params[2].item() == 0
+
+
+@pytest.mark.parametrize("how", ["step", "attach"])
+def test_a_missing_gradient_may_be_missing_again(how: str) -> None:
+    scales = make_scales()
+    params: list[Tensor] = list(scales.values())
+    oracle = Oracle(params, lambda p: SGD(p, lr=0.1))
+    take = Steps(how, SGD(params, lr=0.1), scales)
+    for i in range(3):
+        set_gradients(params, i)
+        gradients = task_gradients(params, i)
+        params[2].grad, gradients[2] = None, torch.zeros_like(params[2])
+        take()
+        assert params[2].grad is None
+        oracle.step(gradients, 0.02, 1.2)
+        assert_same(params, oracle.params, 1e-6)
 
 
 def test_a_step_that_is_refused_leaves_the_gradients_as_they_were() -> None:

@@ -135,6 +135,12 @@ def assert_same(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
     assert not different
 
 
+def close(first: dict[str, Tensor], second: dict[str, Tensor], limit: float = 1e-5) -> bool:
+    """Whether no two numbers of the same name are further apart."""
+    assert first.keys() == second.keys()
+    return max(float((first[k] - second[k]).abs().max()) for k in first) < limit
+
+
 # --------------------------------------------------------------------- processes of their own
 
 

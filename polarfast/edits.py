@@ -59,7 +59,8 @@ def write_edits(model: nn.Module, channels: Channels, fold: Fold) -> Edits:
             continue  # calls that share a sink agree on what it takes up
         done.add(reader.sink)
         if reader.sink not in tensors:
-            edits.biases[reader.sink] = (reader.shift, channels.graph.projections[index].outputs)
+            outputs = channels.graph.projections[index].outputs
+            edits.biases[reader.sink] = (reader.shift.clone(), outputs)  # a gate may multiply it
             continue
         sign = -1.0 if reader.sink in means else 1.0
         edit(reader.sink).add_(reader.shift.to(tensors[reader.sink].device), alpha=sign)

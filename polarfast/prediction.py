@@ -106,8 +106,8 @@ class CutPredictor:
 
     def rebind(self, scales: ScalingFactors) -> None:
         """Follow parameters that were replaced in the same model since, as `fully_shard` and
-        `load_state_dict(assign=True)` do. Once they are sharded, all processes must predict
-        together.
+        `load_state_dict(assign=True)` do. Once they are sharded, all processes must rebind and
+        predict together.
 
         Args:
             scales: `scales.rebind(model)`; those left out by `select` may be missing.
@@ -135,7 +135,7 @@ class CutPredictor:
             {name: known[name] for name in self._names}, residual=self.scales.residual
         )
         self._beta = {name: present[bias] for name, bias in self._counter.readers.items()}
-        self._beta_now = self._beta
+        self.look()  # sharded β made whole, for predictions from other numbers than γ
 
     def look(self, scores: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What is compared with thresholds: name -> float32 [C] on the CPU, for `cut_of` and

@@ -37,7 +37,8 @@ class FlopsTarget(Polarization):
         R_s(γ) = Σ_i ( t·|γ_i| − σ_i·(γ_i − γ̄) ),   σ_i = −1 if γ_i ≤ c, else +1
 
     where c is the value for which removing all factors up to c cuts the share asked for, as
-    predicted from the γ of the moment. With c = γ̄ this is Eq. 2. Factors near c change sides as the
+    predicted from the γ of the moment. With c = γ̄ this is Eq. 2. (A step has Eq. 2's signs in the
+    derivative of γ̄: one constant for all γ, which t allows for.) Factors near c change sides as the
     task moves them, until a gap opens around c; then both formulas are the same.
 
     - t follows Theorem 3.2, t = 2 − 4ρ with ρ the share of factors above c, corrected in proportion
@@ -98,6 +99,7 @@ class FlopsTarget(Polarization):
         self._border = 0.0  # c
         self._count = 0  # factors up to c
         self._protected: list[int] = []  # flat places of factors that count as above c
+        self._held: Tensor | None = None  # those that this process holds, where the factors are
         self._parted = False
         names = list(scales)
         self._staying = {names[row] for row in self.predictor.layers_that_stay()}
@@ -141,14 +143,16 @@ class FlopsTarget(Polarization):
         self.predictor.rebind(scales)
         if len(scales) < len(pruned):
             self._check_reachable(scales)
-        self._steered, self._part = scales, Part(scales)
+        self._steered, self._part, self._held = scales, Part(scales), None
 
     @torch.no_grad()
     def _correct(self, scales: ScalingFactors, scale: Tensor | None, maximize: bool) -> None:
         part, gammas = self._part, scales.values()
         held = [local(gamma.detach()) for gamma in gammas]
         flat = torch.cat([gamma.reshape(-1) for gamma in held]).double()
-        wanted = self._side(flat, part.places(self._protected))
+        if self._held is None or self._held.device != flat.device:  # a GPU waits for this
+            self._held = _indices(part.places(self._protected), flat)
+        wanted = self._side(flat, self._held)
         # The kernel adds −sgn(γ − γ̄): what is missing to −σ.
         change = (self.lam * (-1 if maximize else 1)) * (
             torch.sign(flat - part.mean(flat)) - wanted
@@ -165,12 +169,10 @@ class FlopsTarget(Polarization):
             grads = [grad for grad, _ in pairs]
             torch._foreach_add_(grads, [piece.view_as(grad) for grad, piece in pairs])
 
-    def _side(self, flat: Tensor, protected: list[int]) -> Tensor:
+    def _side(self, flat: Tensor, protected: Tensor) -> Tensor:
         """σ of factors, those at the places `protected` above c."""
         side = torch.where(flat > self._border, 1.0, -1.0).to(flat.dtype)
-        if protected:
-            side[protected] = 1.0
-        return side
+        return side.index_fill_(0, protected, 1.0)
 
     @torch.no_grad()
     def _look(self, scales: ScalingFactors) -> None:
@@ -179,7 +181,7 @@ class FlopsTarget(Polarization):
         steered = {name: compared[name] for name in scales}
         others = {name: gamma for name, gamma in compared.items() if name not in steered}
         flat = torch.cat(list(steered.values()))
-        self._protected = self._strongest(steered)
+        self._protected, self._held = self._strongest(steered), None
         flat_guarded = flat.clone()
         flat_guarded[self._protected] = float("inf")
         sizes = [gamma.numel() for gamma in steered.values()]
@@ -187,7 +189,8 @@ class FlopsTarget(Polarization):
         held = thresholds(as_factors(others)) if others else {}
         self._count = self.predictor.count_for(self.cut, guarded, self._count, CLOSE, held)
         self._border = _between(flat_guarded, self._count)
-        signs, sides = torch.sign(flat - flat.mean()), self._side(flat, self._protected)
+        signs = torch.sign(flat - flat.mean())
+        sides = self._side(flat, _indices(self._protected, flat))
         self._parted = bool((signs == sides).all())
         lacking = self.cut - self.predictor.cut_of(compared)
         wanted = 2.0 - 4.0 * float((sides > 0).float().mean()) + GAIN * lacking
@@ -223,7 +226,8 @@ class FlopsTarget(Polarization):
     def _terms(self, gamma: Tensor, mean: Tensor) -> Tensor:
         if self._step == 0:
             return super()._terms(gamma, mean)
-        return self.t * gamma.abs() - self._side(gamma.detach(), self._protected) * (gamma - mean)
+        side = self._side(gamma.detach(), _indices(self._protected, gamma))
+        return self.t * gamma.abs() - side * (gamma - mean)
 
     def state_dict(self) -> dict[str, Any]:
         """All that steering depends on besides γ: plain numbers."""
@@ -252,8 +256,12 @@ class FlopsTarget(Polarization):
             raise ArgumentError(f"state is of cut={state['cut']!r}, not of cut={self.cut!r}")
         self._step, self._factor = state["step"], state["factor"]
         self._border, self._count = state["border"], state["count"]
-        self._protected = list(state["protected"])
+        self._protected, self._held = list(state["protected"]), None
         self._parted, self.lam, self.t = state["parted"], state["lam"], state["t"]
+
+
+def _indices(places: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(places, dtype=torch.long, device=like.device)
 
 
 def _between(values: Tensor, count: int) -> float:

@@ -87,6 +87,14 @@ def test_bare_layers_take_constants_into_their_bias():
     assert plan.params == sum(p.numel() for p in slim.parameters())
 
 
+def test_constants_that_are_not_exact_at_the_border_are_what_the_plan_says():
+    model, scales = make(lambda: bare(nn.Sigmoid))
+    plan = pf.plan(model, X, scales, method="fixed")
+    assert "5.weight" in plan.inexact  # which gets a bias, behind its gate
+    slim = pf.slim(model, plan)  # verified: what the readers see is the interior value
+    assert slim[5].bias is not None and model[5].bias is None
+
+
 @pytest.mark.parametrize("build", [*NETS, bare])
 def test_gates_fold_without_pruning(build):
     model = build()

@@ -1,6 +1,8 @@
 """FlopsTarget steers the factors of the step: rebound ones, or fewer than are pruned."""
 
 import copy
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from nets import conv_bn
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import polarfast as pf
 
@@ -146,3 +151,27 @@ def test_one_set_of_factors_at_a_time() -> None:
     refused(model, scales.select(INNER), reg, "make one for each set of factors")
     train(model, scales.rebind(model), reg, 1)
     assert reg.state_dict()["step"] == 2
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'init'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("pattern", [INNER, "."])
+def test_sharded_factors_are_steered_as_plain_ones(process_group: None, pattern: str) -> None:
+    model, scales = make()
+    with torch.no_grad():
+        for name in scales:  # a removed channel calls for a constant channel
+            model.get_parameter(name.removesuffix("weight") + "bias").fill_(0.1)
+    plain = copy.deepcopy(model)
+    reg = pf.FlopsTarget(model, X, scales, 0.3)
+    wanted = pf.FlopsTarget(plain, X, scales.rebind(plain), 0.3)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    train(model, scales.rebind(model).select(pattern), reg, 3)
+    train(plain, scales.rebind(plain).select(pattern), wanted, 3)
+    assert reg.t == wanted.t and reg.state_dict()["count"] == wanted.state_dict()["count"]
+    names = list(scales)[:2]
+    assert reg.predictor.largest_cut(names) == wanted.predictor.largest_cut(names) > 0

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from polarfast.engine.artifacts import Artifacts
 from polarfast.engine.checkpoint import Checkpoints, load_checkpoint, save_tensors, write_text
-from polarfast.errors import FileFormatError
+from polarfast.errors import ArgumentError, FileFormatError
 from polarfast.storage import remove_partial, write_atomically
 
 
@@ -163,3 +164,10 @@ def test_other_version(tmp_path: Path, content: object) -> None:
     save_tensors(path, content)
     with pytest.raises(FileFormatError, match="another version"):
         load_checkpoint(path)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ArgumentError, match=r"file.* cannot be the folder of a run .*--out"):
+            Artifacts(folder).prepare()

@@ -44,6 +44,36 @@ def test_unknown_methods_are_named() -> None:
         chains(TINY, ["random"], [0.5], 1, {"magic": 1.0})
 
 
+@pytest.mark.parametrize(
+    ("methods", "cuts", "message"),
+    [
+        (["random", "random"], [0.5], "methods: random, random: one of them is given twice"),
+        (["random"], [0.5, 0.5], "cuts: 0.5, 0.5: one of them is given twice"),
+        (["random", DENSE], [0.5], "'dense' is compared"),
+    ],
+)
+def test_nothing_counts_twice(methods: list[str], cuts: list[float], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        chains(TINY, methods, cuts, 1, {})
+
+
+def test_rivals_of_a_steered_recipe_aim_at_no_share() -> None:
+    sparsity = dataclasses.replace(TINY.sparsity, regularizer="flops-target", cut=0.3)
+    steered = dataclasses.replace(TINY, sparsity=sparsity)
+    cuts = {method: method_recipe(steered, method, 0.6).sparsity.cut for method in METHODS}
+    assert cuts == dict.fromkeys(METHODS) | {"polarization": 0.6}
+
+
+def test_runs_that_could_never_begin(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    chain = [Trial("one", TINY)]
+    with pytest.raises(ArgumentError, match="jobs=0"):
+        run_all([chain], tmp_path, 0, print)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ArgumentError, match="without torchrun"):
+        run_all([chain], tmp_path, 1, print)
+    assert not list(tmp_path.iterdir())
+
+
 def test_training_is_shared_only_within_a_chain_and_only_where_it_is_the_same() -> None:
     found = chains(TINY, list(METHODS), [0.5, 0.7], 2, {"deephoyer": 3e-3})
     names = [trial.name for chain in found for trial in chain]

@@ -69,6 +69,7 @@ def changed(path: str, value: object) -> dict[str, object]:
         ("sparsity.lam", "strong", "sparsity.lam='strong' must be of type float"),
         ("sparsity.residual", "drop", "must be one of keep, expand, couple"),
         ("sparsity.cut", 1.5, "sparsity.cut=1.5: a share in (0, 1)"),
+        ("sparsity.cut", 0.5, "only regularizer 'flops-target' aims at a share"),
         ("sparsity.regularizer", "flops-target", "'flops-target' needs the share"),
         ("train", 3, "'train' must hold settings of its own"),
         ("train.lr", 0.0, "train: lr=0.0"),
@@ -81,6 +82,11 @@ def changed(path: str, value: object) -> dict[str, object]:
         ("pruning.method", "uniform", "'uniform' needs the share"),
         ("pruning.method", "percentile", "needs either value= or cut="),
         ("pruning.value", 0.3, "'valley' takes neither"),
+        ("pruning", {"method": "fixed", "cut": 0.5}, "pruning.cut: 'fixed' takes a threshold"),
+        ("pruning", {"method": "fixed", "value": -0.1}, "pruning.value=-0.1: for 'fixed'"),
+        ("pruning", {"method": "percentile", "value": 1.0}, "pruning.value=1.0: for 'percentile'"),
+        ("pruning", {"method": "random", "cut": 0.5, "value": 0.5}, "'random' takes cut= alone"),
+        ("pruning", {"method": "uniform", "cut": 0.5}, "sparsity.regularizer must be 'none'"),
         ("data.name", "svhn", "must be one of digits"),
         ("batch_size", 0, "batch_size=0: must be at least 1"),
         ("accumulate", 0, "accumulate=0"),
@@ -128,6 +134,12 @@ def test_unreadable(tmp_path: Path, name: str, text: str | None, message: str) -
         path = str(tmp_path / name)
     with pytest.raises(ArgumentError, match=message):
         load_recipe(path)
+
+
+def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ArgumentError, match="UTF-8"):
+        load_recipe(tmp_path / "bytes.yaml")
 
 
 def test_what_tells_two_runs_apart() -> None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 import polarfast as pf
@@ -97,6 +98,27 @@ def test_search_goes_on_where_it_was_stopped(tmp_path: Path, warm_epochs: int) -
     console = Console(width=100, record=True)
     console.print(seeking.table(found, 0.4))
     assert f"{100 * last.cut:.1f}" in console.export_text()
+
+
+def test_trials_of_another_recipe_do_not_count(tmp_path: Path) -> None:
+    seeking.seek(TINY, 0.4, tmp_path, quiet, **SETTINGS)
+    other = dataclasses.replace(TINY, seed=7, batch_size=20)
+    with pytest.raises(ArgumentError, match=r"other settings \(batch_size, seed\)"):
+        seeking.seek(other, 0.4, tmp_path, quiet, **SETTINGS)
+    # Where λ stood in the recipe is no matter: the search chooses its own.
+    same = dataclasses.replace(TINY, sparsity=dataclasses.replace(TINY.sparsity, lam=1.0))
+    seeking.seek(same, 0.4, tmp_path, quiet, **SETTINGS)
+
+
+def test_gated_trials_start_warm(tmp_path: Path) -> None:
+    sparsity = dataclasses.replace(TINY.sparsity, gates="bn", regularize="gate", init=None)
+    gated = dataclasses.replace(
+        TINY, sparsity=sparsity, train=dataclasses.replace(TINY.train, epochs=2)
+    )
+    found = seeking.seek(gated, 0.4, tmp_path, quiet, 1, **{**SETTINGS, "tol": 0.49})
+    assert found.trials and not any(
+        name.endswith(".gate") for name in torch.load(tmp_path / "warm-start" / "dense.pt")
+    )
 
 
 def test_search_refuses_other_methods(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from image_sets import write_cifar10, write_cifar100, write_folder, write_mnist
 
 import polarfast as pf
 from polarfast import cli
+from polarfast.engine.artifacts import Artifacts
 from polarfast.engine.data import load
+from polarfast.engine.networks import Networks
 from polarfast.engine.recipe import Recipe
 from polarfast.engine.recipe_files import load_recipe, recipe_names, to_yaml
 from polarfast.engine.schedules import learning_rate
@@ -180,3 +183,22 @@ def test_where_mobilenet_gets_its_gates() -> None:
     gates = [name for name in scales if "gate" in name]
     assert len(gates) >= 26  # 16 expansions, and the 10 projections that are added to a shortcut
     assert all(bool((scales[name] == 1).all()) for name in gates)
+
+
+def test_mobilenets_other_norms_are_not_clamped_as_gates(tmp_path: Path) -> None:
+    recipe = load_recipe("imagenet-mobilenet_v2")
+    images = SimpleNamespace(classes=10, image_shape=(3, 64, 64), example=images_of_zeros)
+    networks = Networks(recipe, cast(Any, images), Artifacts(tmp_path), torch.device("cpu"))
+    model, scales = networks.fresh()
+    assert all(name.endswith(".gate") for name in [*scales, *scales.others])
+    with torch.no_grad():
+        model.features[18][1].weight.fill_(1.5)
+    reg = pf.Polarization(1e-4, 1.0, clamp=recipe.sparsity.clamp)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    pf.step(optimizer, scales, reg)
+    assert bool((model.features[18][1].weight == 1.5).all())
+
+
+def images_of_zeros(count: int = 1) -> torch.Tensor:
+    return torch.zeros(count, 3, 64, 64)

@@ -39,8 +39,18 @@ class Artifacts:
         self.folder = folder
 
     def prepare(self) -> None:
-        """Make the folder, and remove what writes that were killed left in it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Make the folder, and remove what writes that were killed left in it.
+
+        Raises:
+            ArgumentError: the folder cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArgumentError(
+                f"'{self.folder}' cannot be the folder of a run ({error.strerror}): name another "
+                "one with --out"
+            ) from error
         for name in NAMES.values():
             remove_partial(self.folder, name)
 

@@ -179,7 +179,9 @@ def report(run: Run, console: Console) -> Results:
     """Measure a finished run, draw its figures, write and print its table."""
     results = measure(run)
     draw(run)
-    table = results_table(results, f"{run.recipe.model} on {run.recipe.data.title}, {_method(run.recipe)}")
+    table = results_table(
+        results, f"{run.recipe.model} on {run.recipe.data.title}, {_method(run.recipe)}"
+    )
     page = Console(width=100, file=io.StringIO(), record=True)
     page.print(table)
     write_text(run.files.path("results_table"), page.export_text())

@@ -68,7 +68,12 @@ class Networks:
         """The scaling factors of a dense network that may be pruned; its gates, if it has any."""
         sparsity = self.recipe.sparsity
         scales = pf.scaling_factors(model, self.example, residual=sparsity.residual)
-        return scales.select(r"\.gate$") if sparsity.gates else scales
+        if not sparsity.gates:
+            return scales
+        gates = scales.select(r"\.gate$")
+        # The γ of layers without a gate are no gates: clamp="all" must leave them alone.
+        others = {name: gate for name, gate in gates.others.items() if name.endswith(".gate")}
+        return pf.ScalingFactors(gates, pinned=gates.pinned, others=others, residual=gates.residual)
 
     def _gated(self, model: nn.Module) -> nn.Module:
         sparsity = self.recipe.sparsity

@@ -1,6 +1,7 @@
 """Recipes: every setting of a run, as typed dataclasses. Their files: ``recipe_files``."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -84,11 +85,16 @@ class Sparsity:
             raise ArgumentError(f"sparsity.lam={self.lam}: must not be negative")
         if self.regularizer == "flops-target" and self.cut is None:
             raise ArgumentError("sparsity.cut: 'flops-target' needs the share of the MACs to cut")
+        _share("sparsity.cut", self.cut)
+        if self.regularizer != "flops-target" and self.cut is not None:
+            raise ArgumentError(
+                f"sparsity.cut={self.cut}: only regularizer 'flops-target' aims at a share, not "
+                f"'{self.regularizer}'"
+            )
         if self.regularizer == "flops-target" and (self.upper is None or self.mean != "global"):
             raise ArgumentError(
                 "sparsity: 'flops-target' needs a number for upper, and mean 'global'"
             )
-        _share("sparsity.cut", self.cut)
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,15 @@ class Pruning:
             raise ArgumentError("pruning: 'percentile' needs either value= or cut=")
         if self.method in ("valley", "none") and (self.cut or self.value) is not None:
             raise ArgumentError(f"pruning: '{self.method}' takes neither value= nor cut=")
+        if self.method == "fixed" and self.cut is not None:
+            raise ArgumentError("pruning.cut: 'fixed' takes a threshold as value=, no share to cut")
+        if self.method in BUDGETED and self.value is not None:
+            raise ArgumentError(f"pruning.value: '{self.method}' takes cut= alone")
+        most = 1.0 if self.method == "percentile" else math.inf
+        if self.value is not None and not 0 <= self.value < most:
+            raise ArgumentError(
+                f"pruning.value={self.value}: for '{self.method}' a number in [0, {most:g})"
+            )
 
 
 @dataclass(frozen=True)
@@ -214,6 +229,11 @@ class Recipe:
         for name in ("clip", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ArgumentError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.pruning.method == "uniform" and self.sparsity.regularizer != "none":
+            raise ArgumentError(
+                "pruning.method='uniform': the network is narrow before it is trained, so "
+                "sparsity.regularizer must be 'none'"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dict of plain numbers and strings."""

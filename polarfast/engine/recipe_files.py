@@ -31,7 +31,10 @@ def load_recipe(path: str | Path) -> Recipe:
     if file.suffix in {".yaml", ".yml"}:
         if not file.is_file():
             raise ArgumentError(f"recipe '{path}': there is no such file")
-        text = file.read_text(encoding="utf-8")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ArgumentError(f"recipe '{path}': no text in UTF-8 ({error})") from error
     elif str(path) in recipe_names():
         text = (resources.files("polarfast") / "recipes" / f"{path}.yaml").read_text("utf-8")
     else:

@@ -31,9 +31,9 @@ class Workers:
         Raises:
             ArgumentError: a GPU is asked for that is not there; "fsdp" outside torchrun.
         """
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.distributed = "RANK" in os.environ
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ["WORLD_SIZE"]) if self.distributed else 1
         self.device = _device(hardware.device, int(os.environ.get("LOCAL_RANK", "0")))
         if hardware.parallel == "fsdp" and not self.distributed:
             raise ArgumentError(

@@ -156,7 +156,7 @@ def search(options: SearchOptions, console: Console) -> None:
     console.print(seeking.table(result, options.cut))
     console.print(
         f"λ = {result.lam:g}, t = {result.t:g} cut {100 * result.cut:.1f} %. Now train in full: "
-        f"polarfast run RECIPE --sparsity.lam {result.lam:g} --sparsity.t {result.t:g}",
+        f"polarfast run RECIPE --sparsity.lam {result.lam!r} --sparsity.t {result.t!r}",
         highlight=False,
     )
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polarfast.engine.campaigns.trials import Trial
-from polarfast.engine.recipe import Pruning, Recipe
+from polarfast.engine.recipe import Pruning, Recipe, Sparsity
 from polarfast.errors import ArgumentError
 
 #: Name on the command line -> name in tables.
@@ -38,19 +38,24 @@ def method_recipe(recipe: Recipe, method: str, cut: float, lam: float | None = N
         pruning = dataclasses.replace(recipe.pruning, method="valley", value=None, cut=None)
     elif method in _REGULARIZERS:
         changes = {"regularizer": _REGULARIZERS[method], "upper": None, "clamp": "scales"}
-        sparsity = dataclasses.replace(sparsity, **changes)
+        sparsity = dataclasses.replace(sparsity, **changes, cut=None)
         pruning = dataclasses.replace(recipe.pruning, method="percentile", value=None, cut=cut)
     elif method in ("uniform", "random"):
-        sparsity = dataclasses.replace(sparsity, regularizer="none", init=None, upper=None)
+        sparsity = _plain(sparsity)
         changes = {"method": method, "value": None, "cut": cut}
         pruning = dataclasses.replace(recipe.pruning, **changes)
     elif method == DENSE:
-        sparsity = dataclasses.replace(sparsity, regularizer="none", init=None, upper=None)
+        sparsity = _plain(sparsity)
         pruning = Pruning(method="none")
     else:
         known = ", ".join(METHODS)
         raise ArgumentError(f"methods: '{method}' is not known; choose from {known}")
     return dataclasses.replace(recipe, sparsity=sparsity, pruning=pruning)
+
+
+def _plain(sparsity: Sparsity) -> Sparsity:
+    """Training without a regularizer."""
+    return dataclasses.replace(sparsity, regularizer="none", init=None, upper=None, cut=None)
 
 
 def chains(
@@ -63,9 +68,17 @@ def chains(
     """All trials; those of a chain share one sparsity training where it does not depend on the cut.
 
     The dense network shares its training with random choice.
+
+    Raises:
+        ArgumentError: a method that is not known, or something given twice.
     """
     for method in lams:
         method_recipe(recipe, method, 0.5)  # refuses what is not known
+    if DENSE in methods:
+        raise ArgumentError(f"methods: '{DENSE}' is compared with all others anyway; leave it out")
+    for name, given in (("methods", methods), ("cuts", cuts)):
+        if len(set(given)) < len(given):
+            raise ArgumentError(f"{name}: {', '.join(map(str, given))}: one of them is given twice")
     found = []
     for seed in range(recipe.seed, recipe.seed + seeds):
         seeded = dataclasses.replace(recipe, seed=seed)

@@ -9,14 +9,16 @@ import torch
 from rich.table import Table
 
 import polarfast as pf
+from polarfast.engine.checkpoint import write_text
 from polarfast.engine.data import DataSource, load
 from polarfast.engine.launch import find_state
 from polarfast.engine.recipe import Pruning, Recipe
+from polarfast.engine.recipe_files import differing_settings, load_recipe, to_yaml
 from polarfast.engine.run import Run
 from polarfast.engine.workers import Workers
 from polarfast.errors import ArgumentError
 
-JOURNAL = "search.jsonl"
+JOURNAL, RECIPE = "search.jsonl", "search.yaml"
 WARM = "warm-start"
 
 
@@ -40,7 +42,8 @@ def seek(
         note: told of every epoch.
 
     Raises:
-        ArgumentError: the recipe is not of polarization with the valley rule.
+        ArgumentError: the recipe is not of polarization with the valley rule, or the trials in
+            ``folder`` are of another one.
         Interrupted: a signal asked to stop; the trial's checkpoint is written.
         SearchError: the share cannot be reached; the message lists the trials.
     """
@@ -56,6 +59,7 @@ def seek(
     data = load(recipe.data, workers.device)
     if warm_epochs:
         recipe = _warm_start(recipe, warm_epochs, folder, workers, data, note)
+    _check_recipe(recipe, folder)
 
     def train(lam: float, t: float) -> Iterator[float]:
         sparsity = dataclasses.replace(recipe.sparsity, lam=lam, t=t)
@@ -69,6 +73,20 @@ def seek(
     return pf.search(train, cut=cut, journal=folder / JOURNAL, **settings)
 
 
+def _check_recipe(recipe: Recipe, folder: Path) -> None:
+    """The journal knows λ and t alone: its trials must not count for another recipe."""
+    path = folder / RECIPE
+    if not path.is_file():
+        write_text(path, to_yaml(recipe))
+        return
+    other = set(differing_settings(load_recipe(path).identity(), recipe.identity()))
+    if other := other - {"sparsity.lam", "sparsity.t"}:
+        raise ArgumentError(
+            f"the search in '{folder}' is of other settings ({', '.join(sorted(other))}): name "
+            "another folder with --out, or delete this one"
+        )
+
+
 def _warm_start(
     recipe: Recipe,
     epochs: int,
@@ -78,7 +96,15 @@ def _warm_start(
     note: Callable[[str], None],
 ) -> Recipe:
     """The recipe, starting from weights trained without a regularizer."""
-    sparsity = dataclasses.replace(recipe.sparsity, regularizer="none")
+    # Trials get their gates when they start: a warm start is of the network alone.
+    gates = bool(recipe.sparsity.gates)
+    sparsity = dataclasses.replace(
+        recipe.sparsity,
+        regularizer="none",
+        regularize="",
+        gates="",
+        init=None if gates else recipe.sparsity.init,
+    )
     stage = dataclasses.replace(recipe.train, epochs=epochs)
     warm = dataclasses.replace(
         recipe, sparsity=sparsity, train=stage, pruning=Pruning(method="none")

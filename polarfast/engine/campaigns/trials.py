@@ -18,7 +18,7 @@ from polarfast.engine.interrupts import Interrupted, StopSignals
 from polarfast.engine.launch import find_state, launch
 from polarfast.engine.recipe import Recipe
 from polarfast.engine.run import DONE
-from polarfast.errors import PolarfastError
+from polarfast.errors import ArgumentError, PolarfastError
 
 POLL_SECONDS = 0.2
 
@@ -50,9 +50,14 @@ def run_all(
         note: told of what begins and what ends.
 
     Raises:
+        ArgumentError: ``jobs`` below 1, or started by torchrun.
         Interrupted: a signal asked to stop; every trial has written its checkpoint.
         PolarfastError: a trial failed; the others that had begun are stopped as by a signal.
     """
+    if jobs < 1:
+        raise ArgumentError(f"jobs={jobs}: at least one run at a time")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ArgumentError("many runs are started by one process, without torchrun: use jobs")
     waiting = [chain for chain in chains if not all(done(folder, trial) for trial in chain)]
     finished = sum(done(folder, trial) for chain in chains for trial in chain)
     note(f"{finished} of {sum(map(len, chains))} runs are finished")
@@ -127,7 +132,7 @@ def _adopt_training(source: Path, target: Path, recipe: Recipe) -> None:
 def _check(process: BaseProcess, chain: Sequence[Trial], folder: Path) -> None:
     if process.exitcode == 0:
         return
-    unfinished = next(trial for trial in chain if not done(folder, trial))
+    unfinished = next((trial for trial in chain if not done(folder, trial)), chain[-1])
     log = folder / unfinished.name / "log.txt"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     last = lines[-1] if lines else f"its process ended with status {process.exitcode}"

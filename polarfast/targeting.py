@@ -113,6 +113,11 @@ class FlopsTarget(Polarization):
         """Called by `pf.step` and attached optimizers before λ·∂R_s is added to γ.grad: looks at
         the γ now and then, and puts factors between c and γ̄ on the side that c says.
         """
+        if self.weights is not None or self.per_layer:
+            raise ArgumentError(
+                "FlopsTarget has one mean and no layer weights: leave weights= None and per_layer "
+                "False, or use Polarization"
+            )
         if scales is not self._steered:
             self._follow(scales)
         looks = self._step % self._every == 0

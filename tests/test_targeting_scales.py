@@ -153,6 +153,15 @@ def test_one_set_of_factors_at_a_time() -> None:
     assert reg.state_dict()["step"] == 2
 
 
+@pytest.mark.parametrize("setting", [{"weights": {"stem.1.weight": 2.0}}, {"per_layer": True}])
+def test_what_steering_does_not_know_is_refused(setting: dict[str, Any]) -> None:
+    model, scales = make()
+    reg = pf.FlopsTarget(model, X, scales, 0.3)
+    for name, value in setting.items():
+        setattr(reg, name, value)
+    refused(model, scales, reg, "no layer weights")
+
+
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'init'}", rank=0, world_size=1)

@@ -153,7 +153,7 @@ def test_one_set_of_factors_at_a_time() -> None:
     assert reg.state_dict()["step"] == 2
 
 
-@pytest.mark.parametrize("setting", [{"weights": {"stem.1.weight": 2.0}}, {"per_layer": True}])
+@pytest.mark.parametrize("setting", [{"weights": {"blocks.0.1.weight": 2.0}}, {"per_layer": True}])
 def test_what_steering_does_not_know_is_refused(setting: dict[str, Any]) -> None:
     model, scales = make()
     reg = pf.FlopsTarget(model, X, scales, 0.3)

@@ -73,7 +73,11 @@ def changed(path: str, value: object) -> dict[str, object]:
         ("sparsity.regularizer", "flops-target", "'flops-target' needs the share"),
         ("train", 3, "'train' must hold settings of its own"),
         ("train.lr", 0.0, "train: lr=0.0"),
+        ("train.lr", float("inf"), "train: lr=inf"),
         ("train.warmup", 60.0, "train: warmup=60.0"),
+        ("train.warmup", float("nan"), "train: warmup=nan"),
+        ("sparsity.upper", None, "'valley' needs every γ clamped"),
+        ("sparsity.regularize", "bn1", "'valley' needs every γ clamped"),
         ("train.rates", {2: 0.1}, "train: rates: give"),
         ("train.schedule", "step", "train: rates: give"),
         ("train.rates", [1], "must be a mapping"),
@@ -108,6 +112,12 @@ def test_rates_are_refused_one_by_one() -> None:
         Stage(3, 0.1, "step", {0: 0.1})
     with pytest.raises(ArgumentError, match=r"rates\[2\]=0.0"):
         Stage(3, 0.1, "step", {2: 0.0})
+
+
+def test_nothing_can_be_steered_without_training() -> None:
+    steered = replace(load_recipe("demo").sparsity, regularizer="flops-target", cut=0.5)
+    with pytest.raises(ArgumentError, match="train.epochs=0"):
+        replace(load_recipe("demo"), sparsity=steered, train=Stage(0, 0.1))
 
 
 def test_missing_setting() -> None:

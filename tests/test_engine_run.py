@@ -214,6 +214,20 @@ def test_stages_of_no_epochs(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "gammas.pt").exists()
 
 
+@pytest.mark.parametrize(("init", "told"), [(0.5, True), (None, False)])
+def test_learned_scaling_factors_are_not_overwritten_in_silence(
+    tmp_path: Path, init: float | None, told: bool
+) -> None:
+    weights = tmp_path / "weights.pt"
+    torch.save(models.build("resnet8", 10, 1).state_dict(), weights)
+    sparsity = replace(TINY.sparsity, init=init)
+    recipe = replace(TINY, weights=str(weights), sparsity=sparsity, train=Stage(0, 0.1))
+    watcher = Watcher()
+    go_on(recipe, tmp_path / "run", [watcher], until="train")
+    notes = [text for kind, text in watcher.told if kind == "note"]
+    assert any("sparsity.init=0.5 overwrites" in text for text in notes) is told
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

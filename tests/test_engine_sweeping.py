@@ -111,7 +111,9 @@ def test_trials_of_another_recipe_do_not_count(tmp_path: Path) -> None:
 
 
 def test_gated_trials_start_warm(tmp_path: Path) -> None:
-    sparsity = dataclasses.replace(TINY.sparsity, gates="bn", regularize="gate", init=None)
+    sparsity = dataclasses.replace(
+        TINY.sparsity, gates="bn", regularize="gate", clamp="all", init=None
+    )
     gated = dataclasses.replace(
         TINY, sparsity=sparsity, train=dataclasses.replace(TINY.train, epochs=2)
     )

@@ -35,9 +35,9 @@ class Stage:
 
     def __post_init__(self) -> None:
         _at_least("epochs", self.epochs, 0)
-        if not self.lr > 0:
-            raise ArgumentError(f"lr={self.lr}: must be positive")
-        if self.warmup < 0 or 0 < self.epochs <= self.warmup:
+        if not 0 < self.lr < math.inf:
+            raise ArgumentError(f"lr={self.lr}: must be positive and finite")
+        if not self.warmup >= 0 or 0 < self.epochs <= self.warmup:
             raise ArgumentError(f"warmup={self.warmup}: must be at least 0 and below epochs")
         if bool(self.rates) != (self.schedule == "step"):
             raise ArgumentError(
@@ -233,6 +233,16 @@ class Recipe:
             raise ArgumentError(
                 "pruning.method='uniform': the network is narrow before it is trained, so "
                 "sparsity.regularizer must be 'none'"
+            )
+        if self.sparsity.regularizer == "flops-target" and self.train.epochs == 0:
+            raise ArgumentError("train.epochs=0: 'flops-target' has no step in which to steer")
+        free = self.sparsity.regularize and self.sparsity.clamp != "all"
+        trained = self.sparsity.regularizer != "none"
+        if self.pruning.method == "valley" and trained and (free or self.sparsity.upper is None):
+            raise ArgumentError(
+                "pruning.method='valley' needs every γ clamped, and would fail on negative ones "
+                "after training: set sparsity.upper, and sparsity.clamp to 'all' where "
+                "sparsity.regularize leaves some out; or choose 'percentile' or 'fixed'"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -114,6 +114,11 @@ class Run:
             return
         model, scales = self.networks.fresh()
         sparsity = self.recipe.sparsity
+        if self.recipe.weights and sparsity.init is not None and self._trainer_state is None:
+            self._note(
+                f"sparsity.init={sparsity.init:g} overwrites the scaling factors of "
+                f"'{self.recipe.weights}'; to keep them: --sparsity.init None"
+            )
         predict = pruning.predictor(model, self.networks.example, scales, self.recipe.pruning)
         steps = self.data.train_size // self.recipe.batch_size * self.recipe.train.epochs
         regularizer = pruning.regularizer(

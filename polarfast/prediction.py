@@ -13,7 +13,7 @@ from .inputs import describe, unwrap
 from .planning import as_factors, check_belongs, check_limits, magnitudes
 from .scaling import ScalingFactors, analyze
 from .sharded import is_sharded, present_parameters, whole
-from .thresholding import thresholds, valleys
+from .thresholding import check_method, thresholds, valleys
 
 
 class CutPredictor:
@@ -53,7 +53,7 @@ class CutPredictor:
         self._model = unwrap(model)
         channels = analyze(self._model, example_inputs, scales.residual)
         check_belongs(self._model, channels, scales)
-        thresholds(scales, method, value)  # the method's name and value are checked
+        check_method(method, value)  # and no γ: what they are now may be clamped before a look
         self._names = list(scales)
         self._sizes = [scales[name].numel() for name in scales]
         self._counter = CutCounter(

@@ -49,14 +49,38 @@ def thresholds(
     """
     if not scales:
         raise ScalingFactorError("there are no scaling factors to choose a threshold for")
+    value = check_method(method, value)
+    if method == "valley":
+        return {name: threshold for name, (threshold, _) in valleys(scales).items()}
+    if method == "fixed":
+        _magnitudes(scales)  # all finite
+        return dict.fromkeys(scales, value)
+    return _percentile(scales, value)
+
+
+def check_method(method: str, value: float | None) -> float:
+    """The `value` that `thresholds` goes by, 0 for "valley"; no γ is looked at.
+
+    Raises:
+        ArgumentError: an unknown method, or a `value` out of its range.
+    """
     if method == "valley":
         if value is not None:
             raise ArgumentError(f"value={value!r}: 'valley' finds its own; leave value out")
-        return {name: threshold for name, (threshold, _) in valleys(scales).items()}
+        return 0.0
     if method == "fixed":
-        return _fixed(scales, 0.01 if value is None else value)
+        value = 0.01 if value is None else value
+        if not 0.0 <= value < math.inf:
+            raise ArgumentError(
+                f"value={value!r}: a fixed threshold on |γ| is a finite number >= 0"
+            )
+        return float(value)
     if method == "percentile":
-        return _percentile(scales, value)
+        if value is None or not 0.0 <= value < 1.0:
+            raise ArgumentError(
+                f"value={value!r}: 'percentile' needs the share of channels to cut, in [0, 1)"
+            )
+        return float(value)
     raise ArgumentError(f"method={method!r}: choose one of {', '.join(map(repr, METHODS))}")
 
 
@@ -82,18 +106,7 @@ def valleys(scales: ScalingFactors) -> dict[str, tuple[float | None, int]]:
     return found
 
 
-def _fixed(scales: ScalingFactors, value: float) -> dict[str, float | None]:
-    if not 0.0 <= value < math.inf:
-        raise ArgumentError(f"value={value!r}: a fixed threshold on |γ| is a finite number >= 0")
-    _magnitudes(scales)
-    return dict.fromkeys(scales, float(value))
-
-
-def _percentile(scales: ScalingFactors, value: float | None) -> dict[str, float | None]:
-    if value is None or not 0.0 <= value < 1.0:
-        raise ArgumentError(
-            f"value={value!r}: 'percentile' needs the share of channels to cut, in [0, 1)"
-        )
+def _percentile(scales: ScalingFactors, value: float) -> dict[str, float | None]:
     magnitudes = _magnitudes(scales)
     n = magnitudes.numel()
     wanted = math.floor(round(value * n, 6))  # 0.29 of 100 is 29, not 28.999999999999996

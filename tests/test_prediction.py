@@ -177,6 +177,12 @@ def test_arguments_are_checked():
     model, scales = make("chain")
     with pytest.raises(pf.ArgumentError, match="method"):
         pf.CutPredictor(model, X, scales, "median")
+    with pytest.raises(pf.ArgumentError, match="value=0.5: 'valley'"):
+        pf.CutPredictor(model, X, scales, value=0.5)
+    with pytest.raises(pf.ArgumentError, match="value=-1"):
+        pf.CutPredictor(model, X, scales, "fixed", value=-1.0)
+    with pytest.raises(pf.ArgumentError, match="'percentile' needs the share"):
+        pf.CutPredictor(model, X, scales, "percentile")
     with pytest.raises(pf.ArgumentError, match="round_to=0"):
         pf.CutPredictor(model, X, scales, round_to=0)
     with pytest.raises(pf.PlanError, match="not a parameter of this model"):
@@ -186,3 +192,18 @@ def test_arguments_are_checked():
         next(iter(scales.values()))[0] = float("nan")
     with pytest.raises(pf.ThresholdError, match="NaN"):
         predictor.cut()
+
+
+def test_gammas_are_looked_at_when_a_prediction_is_made_and_not_before():
+    model, scales = make("chain")
+    with torch.no_grad():
+        next(iter(scales.values()))[0] = -0.1
+    predictor = pf.CutPredictor(model, X, scales)
+    with pytest.raises(pf.ThresholdError, match="1 negative"):
+        predictor.cut()
+    reg = pf.FlopsTarget(model, X, scales, 0.3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(X).square().sum().backward()
+    with pytest.warns(UserWarning, match=r"1 values in 1 of .* are clamped from now on"):
+        pf.step(optimizer, scales, reg)
+    assert predictor.cut() == pf.plan(model, X, scales).flops_reduction

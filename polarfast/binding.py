@@ -71,7 +71,16 @@ class Binding:
             f"no scaling factor has a gradient (first: {self.names[0]!r}): call backward() before "
             "the step; if you did, the model's parameters were replaced after "
             "pf.scaling_factors(model, ...), as fully_shard does: take scales.rebind(model) "
-            "after that"
+            f"after that{self._gates_lost()}"
+        )
+
+    def _gates_lost(self) -> str:
+        """One more cause of an error, where some γ are gates."""
+        if not any(name.rpartition(".")[2] == "gate" for name in self.names):
+            return ""
+        return (
+            "; gates are lost where layers are replaced after pf.add_gates, as "
+            "SyncBatchNorm.convert_sync_batchnorm does: convert first, then add gates"
         )
 
     def check_members(self, optimizer: Optimizer) -> None:
@@ -102,6 +111,7 @@ class Binding:
                     f"{type(optimizer).__name__}: build the optimizer from model.parameters() "
                     "after the model is complete, add_param_group it, or freeze it; if the model's "
                     "parameters were replaced (fully_shard), take scales.rebind(model)"
+                    f"{self._gates_lost()}"
                 )
         self.trainable = trainable
         self.groups = sorted({group_of[id(param)] for param in trainable})

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam
 
 from polarfast.errors import ArgumentError, PolarfastError, ScalingFactorError, StepError
+from polarfast.gating import add_gates
 from polarfast.regularizers import L1, Polarization
-from polarfast.scaling import ScalingFactors
+from polarfast.scaling import ScalingFactors, scaling_factors
 from polarfast.stepping import attach, step
 
 REG = Polarization(0.02, 1.2)
@@ -42,6 +43,28 @@ def test_step_before_backward(attached: bool) -> None:
             step(optimizer, scales, REG, closure=lambda: None)
     assert all(map(torch.equal, params, before))
     assert all(param.grad is None for param in params)
+
+
+@pytest.mark.parametrize("made", ["before", "after"])
+@pytest.mark.parametrize("attached", [False, True])
+def test_gates_that_a_conversion_dropped(attached: bool, made: str) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)
+    )
+    add_gates(net, x)
+    scales = scaling_factors(net, x)
+    given = list(net.parameters())
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert [name for name in scales] == ["1.gate"]
+    assert "1.gate" not in dict(model.named_parameters())
+    optimizer = SGD(given if made == "before" else model.parameters(), lr=0.1)
+    for param in model.parameters():  # SyncBatchNorm itself runs on a GPU only
+        param.grad = torch.ones_like(param)
+    if attached:
+        attach(optimizer, scales, REG)
+    with pytest.raises(PolarfastError, match="convert_sync_batchnorm does: convert first"):
+        optimizer.step() if attached else step(optimizer, scales, REG)
 
 
 @pytest.mark.parametrize("attached", [False, True])

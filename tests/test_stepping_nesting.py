@@ -1,5 +1,8 @@
 """Step hooks that torch runs twice in a step, in a step that raises, or not at all."""
 
+import gc
+import sys
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -283,3 +286,50 @@ def test_a_step_without_its_hooks_is_told() -> None:
     set_gradients(params, 0)
     with pytest.raises(StepError, match="ran without its step hooks"):
         step(optimizer, scales, REG)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_step_that_raised_keeps_no_variables_alive(levels: int) -> None:
+    scales = make_scales()
+    params = list(scales.values())
+    make = nested(SGD) if levels == 2 else SGD
+    optimizer = make(params, lr=0.1)  # type: ignore[call-arg]
+    attach(optimizer, scales, REG)
+
+    def failing() -> None:
+        raise KeyError("in a closure")
+
+    def train() -> "weakref.ref[Tensor]":
+        big = torch.zeros(1000)
+        set_gradients(params, 0)
+        with pytest.raises(KeyError):
+            optimizer.step(failing)  # type: ignore[arg-type]
+        return weakref.ref(big)
+
+    seen = train()
+    gc.collect()
+    assert seen() is None
+
+
+def test_a_frame_in_the_place_of_one_that_ended_is_another() -> None:
+    nesting = Nesting()
+    ids = set()
+
+    def enter() -> bool:
+        return nesting.enter()
+
+    def failing() -> None:
+        ids.add(id(sys._getframe()))
+        assert enter()  # the outermost each time, wherever its frame lies
+        raise KeyError
+
+    def outer() -> None:
+        sys._getframe()
+        with pytest.raises(KeyError):
+            failing()
+
+    for _ in range(50):
+        with pytest.raises(KeyError):
+            failing()
+        outer()
+    assert len(ids) < 100  # addresses do come again

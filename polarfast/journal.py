@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArgumentError, FileFormatError
+from .storage import sync_folder
 
 FORMAT, VERSION = "polarfast-search", 1
 _log = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ class Journal:
         entries: those that were in the file.
 
     Raises:
-        ArgumentError: the file was written with other settings; the message names them.
+        ArgumentError: the file was written with other settings, which the message names; or it
+            cannot be a file there.
         FileFormatError: the file is no journal, or is damaged before its last line.
     """
 
@@ -34,6 +36,13 @@ class Journal:
         self.entries: list[dict[str, Any]] = []
         if self.path is None:
             return
+        if not self.path.parent.is_dir():
+            raise ArgumentError(
+                f"journal={str(path)!r}: there is no folder {str(self.path.parent)!r}; make it "
+                "first, or name another file"
+            )
+        if self.path.is_dir():
+            raise ArgumentError(f"journal={str(path)!r} is a folder: name a file in it")
         header = {"format": FORMAT, "version": VERSION, "settings": settings}
         lines = self._whole_lines(self.path) if self.path.exists() else []
         if lines:
@@ -51,10 +60,13 @@ class Journal:
     def _write(self, entry: dict[str, Any]) -> None:
         if self.path is None:
             return
+        is_new = not self.path.exists()
         with self.path.open("ab") as file:
             file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        if is_new:
+            sync_folder(self.path.parent)
 
     def _whole_lines(self, path: Path) -> list[dict[str, Any]]:
         """The entries in the file, which is left as it is: it may be somebody else's."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import SupportsFloat
 
 from .errors import ArgumentError, FileFormatError, SearchError
 from .journal import Journal
@@ -114,21 +115,16 @@ def search(
         within 2·`tol`).
 
     Raises:
-        ArgumentError: an argument is out of its range, or the journal is of other settings.
+        ArgumentError: an argument is no number or out of its range, or the journal is of other
+            settings or in no folder.
         FileFormatError: the journal is damaged.
         SearchError: `train` yields nothing or what is no share of MACs; or the search ended without
             coming within 2·`tol`. The message lists all trials.
     """
-    _check(cut, tol, lam_high, t, t_step, max_trials)
+    numbers = {"cut": cut, "tol": tol, "lam_high": lam_high, "t": t, "t_step": t_step}
+    _check(numbers, max_trials)
     stability = stability or Stability()
-    settings = {
-        "cut": cut,
-        "tol": tol,
-        "lam_high": lam_high,
-        "t": t,
-        "t_step": t_step,
-        "stability": dataclasses.asdict(stability),
-    }
+    settings = {**numbers, "stability": dataclasses.asdict(stability)}
     run = _Search(train, cut, tol, Journal(journal, settings), stability, max_trials)
     try:
         run.find_lam(lam_high, t)
@@ -267,8 +263,9 @@ class _Search:
         return Trial(lam, t, cuts[-1], len(cuts))
 
     def _share(self, share: object, lam: float, t: float) -> float:
-        if isinstance(share, int | float) and -1e-6 <= share <= 1:
-            return float(share)
+        number = _number(share)
+        if -1e-6 <= number <= 1:
+            return number
         done = f"\nTrials before:\n{self.table()}" if self.trials else ""
         raise SearchError(
             f"train(lam={lam}, t={t}) yielded {share!r}: yield the share of MACs cut, from 0 to 1 "
@@ -276,9 +273,19 @@ class _Search:
         )
 
 
-def _check(
-    cut: float, tol: float, lam_high: float, t: float, t_step: float, max_trials: int
-) -> None:
+def _number(value: object) -> float:
+    """Of a number of any kind, a tensor or array with one element too; NaN: it is none."""
+    try:
+        return float(value) if isinstance(value, SupportsFloat) else math.nan
+    except (TypeError, ValueError, RuntimeError):  # of several elements; torch's and numpy's
+        return math.nan
+
+
+def _check(numbers: dict[str, float], max_trials: int) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, int | float):
+            raise ArgumentError(f"{name}={number!r}: it must be an int or a float")
+    cut, tol, lam_high, t, t_step = numbers.values()
     if not 0.0 < cut < 1.0:
         raise ArgumentError(f"cut={cut!r}: give the share of MACs to cut, between 0 and 1")
     if not 0.0 < tol < 1.0:

@@ -10,6 +10,7 @@ import textwrap
 import time
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -278,7 +279,7 @@ def test_killed_and_restarted_finished_trials_are_not_run_again(tmp_path):
     assert done[-1].count("Trial(") == len(uninterrupted.trials)
 
 
-@pytest.mark.parametrize("value", [float("nan"), 1.5, -0.5, "0.5", None])
+@pytest.mark.parametrize("value", [float("nan"), 1.5, -0.5, "0.5", None, 1j, torch.rand(3)])
 def test_trainings_that_yield_no_share_are_told(value):
     with pytest.raises(pf.SearchError, match="yield the share"):
         pf.search(lambda lam, t: iter([value]), cut=0.5)
@@ -290,7 +291,47 @@ def test_arguments_are_checked():
     train = trains(nominal(5e-5))
     for name, value in [
         ("cut", 0.0), ("cut", 1.0), ("tol", 0.0), ("lam_high", 0.0), ("lam_high", math.inf),
-        ("t", 2.5), ("t_step", -0.1), ("max_trials", 0),
+        ("t", 2.5), ("t_step", -0.1), ("max_trials", 0), ("cut", "a"), ("tol", None), ("t", "1.2"),
     ]:  # fmt: skip
         with pytest.raises(pf.ArgumentError, match=name):
             pf.search(train, **{name: value})
+
+
+@pytest.mark.parametrize("kind", ["torch.tensor", "numpy.float32", "numpy.array"])
+def test_shares_may_be_numbers_of_any_kind(kind, tmp_path):
+    module, _, name = kind.partition(".")
+    kind = getattr(pytest.importorskip(module), name)
+    journal = tmp_path / "journal"
+    found = pf.search(lambda lam, t: iter([kind(0.5)]), cut=0.5, journal=journal)
+    assert found.cut == 0.5 and type(found.cut) is float
+    assert json.loads(journal.read_text().splitlines()[1])["cut"] == 0.5
+
+
+def test_a_journal_in_no_folder_is_refused_before_any_training(tmp_path):
+    started = []
+
+    def train(lam, t):
+        started.append(lam)
+        yield 0.5
+
+    with pytest.raises(pf.ArgumentError, match="there is no folder .*missing"):
+        pf.search(train, cut=0.5, journal=tmp_path / "missing" / "journal")
+    with pytest.raises(pf.ArgumentError, match="is a folder"):
+        pf.search(train, cut=0.5, journal=tmp_path)
+    assert not started and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are synced on POSIX only")
+def test_the_name_of_a_new_journal_is_brought_to_disk(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+
+    def recording(descriptor):
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    journal = tmp_path / "journal"
+    pf.search(lambda lam, t: iter([0.5]), cut=0.5, journal=journal)
+    file, folder = journal.stat().st_ino, tmp_path.stat().st_ino
+    assert synced == [file, folder, file]

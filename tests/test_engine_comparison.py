@@ -188,7 +188,7 @@ def test_table_and_plot(compared, tmp_path) -> None:  # type: ignore[no-untyped-
         three, "title", "caption"
     )
     caption = comparison_output.caption(TINY, 1, {"deephoyer": 3e-3})
-    assert "1 + 1 epochs" in caption and "deephoyer 0.003" in caption
+    assert "1 + 1 epochs" in caption and "0.003 for deephoyer" in caption
     console = Console(width=140, record=True)
     console.print(comparison_output.table(rows, "title", caption))
     text = console.export_text()

@@ -120,6 +120,14 @@ def test_nothing_can_be_steered_without_training() -> None:
         replace(load_recipe("demo"), sparsity=steered, train=Stage(0, 0.1))
 
 
+def test_a_width_is_trained_from_scratch() -> None:
+    values = load_recipe("demo").to_dict() | {"weights": "w.pt"}
+    values["pruning"] |= {"method": "uniform", "cut": 0.5}
+    values["sparsity"] |= {"regularizer": "none"}
+    with pytest.raises(ArgumentError, match="weights: .*from scratch"):
+        recipe_from_dict(values)
+
+
 def test_missing_setting() -> None:
     values = load_recipe("demo").to_dict()
     del values["train"]["lr"]

@@ -13,7 +13,7 @@ from rich.console import Console
 import polarfast as pf
 from polarfast.engine import launch as launching
 from polarfast.engine import loop, models
-from polarfast.engine.checkpoint import Checkpoints, load_checkpoint
+from polarfast.engine.checkpoint import load_checkpoint
 from polarfast.engine.interrupts import Interrupted
 from polarfast.engine.launch import find_state, launch, progress
 from polarfast.engine.recipe import Pruning, Recipe, Sparsity, Stage
@@ -269,10 +269,29 @@ def test_killed_between_the_last_epoch_and_its_results(finished: Path, tmp_path:
 
 def test_new_run_takes_the_place_of_what_was_there(finished: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished, tmp_path / "run")
-    Checkpoints(folder).clear()
     (folder / "mine.txt").write_text("kept")
-    output = shown(folder, ("train",))
-    assert "Going on" not in output
+    with open(tmp_path / "screen.txt", "w", encoding="utf-8") as file:
+        launch(TINY, folder, Console(file=file), ("train",), again=True)
+    assert "Going on" not in (tmp_path / "screen.txt").read_text(encoding="utf-8")
     assert not (folder / "slim.pt").exists() and not (folder / "results.json").exists()
     assert (folder / "mine.txt").exists()
     assert len(list((folder / "tensorboard").glob("events*"))) == 1
+
+
+def test_results_that_no_run_here_wrote_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "slim.pt").write_bytes(b"somebody's model")
+    with pytest.raises(ArgumentError, match="slim.pt' would be overwritten.*--out"):
+        shown(folder)
+    assert [path.name for path in folder.iterdir()] == ["slim.pt"]
+    assert (folder / "slim.pt").read_bytes() == b"somebody's model"
+
+
+def test_gammas_shown_are_those_that_would_be_pruned(tmp_path: Path) -> None:
+    recipe = replace(TINY, ema=0.9)
+    run = Run(recipe, tmp_path / "run", Workers(recipe.hardware))
+    run.execute(until="train")
+    dense = torch.load(tmp_path / "run" / "dense.pt", weights_only=True)
+    last = torch.load(tmp_path / "run" / "gammas.pt", weights_only=True)["values_last"]
+    assert all(torch.equal(values, dense[name]) for name, values in last.items())

@@ -1,12 +1,15 @@
 """Accuracy on the test images, over all processes of a run."""
 
+import math
+
 import torch
 from torch import nn
 
 from polarfast.engine.data import DataSource
 from polarfast.engine.workers import Workers
 
-BATCH = 500
+BATCH_PIXELS = 2**23  # over all channels: 56 images of ImageNet's size
+LARGEST_BATCH = 500
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -29,9 +32,10 @@ def evaluate(
     # Bad images that are skipped while streaming are missing from both.
     right, seen = torch.zeros(2, dtype=torch.int64, device=workers.device)
     share = -(-data.test_size // workers.world)
-    passes = -(-share // BATCH)
+    batch = min(LARGEST_BATCH, max(1, BATCH_PIXELS // math.prod(data.image_shape)))
+    passes = -(-share // batch)
     with autocast(workers.device, precision):
-        for images, labels in data.test(BATCH, workers.rank, workers.world):
+        for images, labels in data.test(batch, workers.rank, workers.world):
             right += (model(images).argmax(1) == labels).sum()
             seen += len(labels)
             passes -= 1

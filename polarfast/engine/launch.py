@@ -113,6 +113,7 @@ def _check_order(run: Run, phases: tuple[str, ...]) -> None:
 def _execute_and_show(run: Run, console: Console, phases: tuple[str, ...], fresh: bool) -> None:
     run.files.prepare()
     if fresh:
+        _refuse_strangers(run)
         run.checkpoints.clear()
         run.files.clear()
     write_text(run.files.path("recipe"), to_yaml(run.recipe))
@@ -135,6 +136,22 @@ def _execute_and_show(run: Run, console: Console, phases: tuple[str, ...], fresh
         logging.getLogger("polarfast").removeHandler(handler)
         for observer in observers:
             observer.close()
+
+
+def _refuse_strangers(run: Run) -> None:
+    """Results without a checkpoint are not this program's to replace.
+
+    Raises:
+        ArgumentError: there are some in the run's folder.
+    """
+    if run.checkpoints.numbered():
+        return
+    for name in ("dense", "pruned", "slim", "plan", "results"):
+        if (path := run.files.path(name)).exists():
+            raise ArgumentError(
+                f"'{path}' would be overwritten, and its folder holds no run that could go on: "
+                "name another folder with --out, or move it away"
+            )
 
 
 def _place(run: Run, phases: tuple[str, ...]) -> str:

@@ -101,7 +101,8 @@ class StageLoop:
     def _epoch_done(self, seconds: float, steps: int) -> None:
         trainer = self.trainer
         accuracy = trainer.accuracy()
-        self.last = self._gammas()
+        with trainer.averaged():  # what would be pruned
+            self.last = self._gammas()
         earlier = [past["accuracy"] for past in self.history if past["stage"] == self.name]
         epoch = Epoch(
             stage=self.name,
@@ -150,7 +151,10 @@ class StageLoop:
         if self.scales is None or self.predict is None:
             return None
         with torch.no_grad():
-            values = {n: g.float().cpu().flatten() for n, g in whole(self.scales).items()}
+            values = {  # copies: the parameters go on changing
+                name: gamma.to("cpu", torch.float32, copy=True).flatten()
+                for name, gamma in whole(self.scales).items()
+            }
         regularizer = self.trainer.regularizer
         return Gammas(
             values=values,

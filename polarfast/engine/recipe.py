@@ -221,6 +221,8 @@ class Recipe:
     hardware: Hardware = field(default_factory=Hardware)
 
     def __post_init__(self) -> None:
+        if self.weights and self.pruning.method == "uniform":
+            raise ArgumentError("weights: pruning.method 'uniform' trains from scratch, without")
         _at_least("batch_size", self.batch_size, 1)
         _at_least("accumulate", self.accumulate, 1)
         for name in ("momentum", "label_smoothing", "ema"):

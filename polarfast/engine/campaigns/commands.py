@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 import polarfast as pf
+from polarfast.engine.artifacts import NAMES
 from polarfast.engine.campaigns.rivals import METHODS
 from polarfast.engine.checkpoint import write_text
 from polarfast.engine.recipe import Recipe
@@ -154,10 +155,13 @@ def search(options: SearchOptions, console: Console) -> None:
         stability=pf.Stability(options.window, options.spread),
     )
     console.print(seeking.table(result, options.cut))
+    warm = options.out / seeking.WARM / NAMES["dense"]
+    start = f" --weights {warm} --sparsity.init None" if options.warm_epochs else ""
     console.print(
         f"λ = {result.lam:g}, t = {result.t:g} cut {100 * result.cut:.1f} %. Now train in full: "
-        f"polarfast run RECIPE --sparsity.lam {result.lam!r} --sparsity.t {result.t!r}",
+        f"polarfast run RECIPE --sparsity.lam {result.lam!r} --sparsity.t {result.t!r}{start}",
         highlight=False,
+        soft_wrap=True,
     )
 
 

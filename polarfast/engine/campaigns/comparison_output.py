@@ -88,11 +88,11 @@ def caption(recipe: Recipe, seeds: int, lams: Mapping[str, float]) -> str:
     """How the table came about."""
     data = recipe.data
     device = device_name(Workers(recipe.hardware).device)
-    strengths = ", ".join(f"{name} {lam:g}" for name, lam in lams.items())
+    own = "".join(f", {lam:g} for {name}" for name, lam in lams.items())
     return (
         f"{recipe.model} on {data.title}; {recipe.train.epochs} + {recipe.finetune.epochs} epochs "
         f"for every method; mean ± standard deviation over {seeds} seed(s). λ = "
-        f"{recipe.sparsity.lam:g}{' (' + strengths + ')' if strengths else ''}. Accuracy: on "
+        f"{recipe.sparsity.lam:g}{own}; polarization's is where it starts. Accuracy: on "
         f"{'held-out training' if data.validation else 'test'} images, fine-tuned. Latency: "
         f"median, batch {LATENCY_BATCH}, all networks in turns on {device}, "
         f"{recipe.hardware.threads} thread(s)."

@@ -38,7 +38,7 @@ def seek(
     Args:
         cut, settings: of ``pf.search``.
         warm_epochs: if above 0, all trials start from one network that was trained for so many
-            epochs of the recipe's schedule without a regularizer.
+            epochs without a regularizer, its schedule the recipe's made as short.
         note: told of every epoch.
 
     Raises:
@@ -96,16 +96,13 @@ def _warm_start(
     note: Callable[[str], None],
 ) -> Recipe:
     """The recipe, starting from weights trained without a regularizer."""
-    # Trials get their gates when they start: a warm start is of the network alone.
-    gates = bool(recipe.sparsity.gates)
-    sparsity = dataclasses.replace(
-        recipe.sparsity,
-        regularizer="none",
-        regularize="",
-        gates="",
-        init=None if gates else recipe.sparsity.init,
-    )
-    stage = dataclasses.replace(recipe.train, epochs=epochs)
+    sparsity = dataclasses.replace(recipe.sparsity, lam=0.0)  # γ are clamped, as they will be
+    if recipe.sparsity.gates:
+        # Trials get their gates when they start: a warm start is of the network alone.
+        changes: dict[str, Any] = {"regularizer": "none", "regularize": "", "gates": ""}
+        sparsity = dataclasses.replace(sparsity, init=None, **changes)
+    warmup = min(recipe.train.warmup, epochs / 2)
+    stage = dataclasses.replace(recipe.train, epochs=epochs, warmup=warmup)
     warm = dataclasses.replace(
         recipe, sparsity=sparsity, train=stage, pruning=Pruning(method="none")
     )

@@ -1,7 +1,8 @@
 """The share of MACs that thresholds cut in a network traced once: `CutCounter`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +32,25 @@ class Moment:
         limits: name -> threshold; None removes nothing.
         compared: what is compared with the thresholds: name -> float [C] on the CPU; None for γ as
             they are, none of them negative.
+        joined: what was put together from these, but for the limits, for moments made from this one
+            with other limits (`replace(moment, limits=...)`).
     """
 
     scales: ScalingFactors
     betas: Mapping[str, Tensor]
     limits: Mapping[str, float | None]
     compared: Mapping[str, Tensor] | None = None
+    joined: dict[object, Tensor] = field(default_factory=dict)
 
     def magnitudes(self) -> Mapping[str, Tensor]:
         """What is compared with the thresholds: name -> float [C] on the CPU."""
         return magnitudes(self.scales) if self.compared is None else self.compared
+
+    def join(self, key: object, tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+        """All of these, 1-D; put together once for each key."""
+        if key not in self.joined:
+            self.joined[key] = torch.cat([tensors[name].detach() for name in names])
+        return self.joined[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +104,9 @@ class CutCounter:
         self._fold, self._round_to, self._min_channels = fold, round_to, min_channels
         self._names = list(names)
         self._sizes = [channels.layers[name].numel() for name in names]
+        sizes = torch.tensor(self._sizes, device="cpu")
+        self._rows = torch.arange(len(names), device="cpu").repeat_interleave(sizes)
+        self._last = sizes.cumsum(0) - 1  # place of each layer's last channel
         self._vanishing = can_vanish(model, channels)
         self._seen = visibility(model, channels, self._names, spec, fold)
         biases = {name: channels.calls[name].bias for name in self._seen.readers}
@@ -112,18 +125,20 @@ class CutCounter:
         if not self.quick:
             return self._by_selection(moment)
         compared = moment.magnitudes()
-        bounds = torch.tensor([_bound(moment.limits[name]) for name in self._names])
-        sizes = torch.tensor(self._sizes)
-        above = torch.cat(list(compared.values())) > bounds.repeat_interleave(sizes)
-        ends = torch.cat((torch.zeros(1, dtype=torch.long), above.cumsum(0)[sizes.cumsum(0) - 1]))
-        return self.share_of(moment, ends.diff().tolist())
+        limits = [_bound(moment.limits[name]) for name in self._names]
+        bounds = torch.tensor(limits, device="cpu")
+        values = moment.join("all", compared, self._names)
+        above = values > bounds.index_select(0, self._rows)
+        ends = above.cumsum(0).index_select(0, self._last).tolist()
+        return self.share_of(moment, [end - start for start, end in pairwise([0, *ends])])
 
     def share_of(self, moment: Moment, kept: Sequence[int]) -> float:
         """As `share`, from the channels over the threshold in each layer."""
         empty = tuple(row for row, count in enumerate(kept) if count == 0)
         if empty:
             compared = moment.magnitudes()
-            moment = replace(moment, compared=compared)
+            if moment.compared is None:
+                moment = replace(moment, compared=compared, joined={})
             strength = {row: float(compared[self._names[row]].max()) for row in empty}
             empty = tuple(sorted(empty, key=lambda row: -strength[row]))
         if empty not in self._regimes:
@@ -159,17 +174,15 @@ class CutCounter:
         names = [self._names[row] for row in regime.rows]
         if not names or all(kept[row] == self._sizes[row] for row in regime.rows):
             return []
-        if moment.compared is None:
-            score = torch.cat([moment.scales[name].detach() for name in names])
-        else:
-            score = torch.cat([moment.compared[name] for name in names])
+        compared = moment.scales if moment.compared is None else moment.compared
+        score = moment.join(regime, compared, names)
         rows, table = self._table(regime, score.device)
         bounds = [
             float("inf") if row in regime.dropped else _bound(moment.limits[self._names[row]])
             for row in regime.rows
         ]
         gone = score <= score.new_tensor(bounds).index_select(0, rows)
-        beta = torch.cat([moment.betas[name].detach() for name in names]).to(score.device)
+        beta = moment.join((regime, "β"), moment.betas, names).to(score.device)
         if regime.positive:
             shows = torch.bincount(rows[gone & (beta > 0)], minlength=len(names)).tolist()
             return [row for row, count in zip(regime.rows, shows, strict=True) if count]

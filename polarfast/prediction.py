@@ -1,6 +1,8 @@
 """`CutPredictor`: the share of MACs that `plan` would cut now, cheap enough for every step."""
 
-from collections.abc import Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -164,6 +166,7 @@ class CutPredictor:
         usual: int = 0,
         slack: float = 0.0,
         held: Mapping[str, float | None] = MappingProxyType({}),
+        order: Tensor | None = None,
     ) -> int:
         """How many of the weakest channels must go for the share of MACs closest to `cut`.
 
@@ -173,14 +176,14 @@ class CutPredictor:
                 stay.
             usual: the answer if it is not worse than the best by more than `slack`.
             held: name -> threshold of layers that are not ranked with the others.
+            order: `compared` of the layers that are ranked, 1-D and sorted, if that is at hand.
         """
-        ranked = [values for name, values in compared.items() if name not in held]
-        order = torch.cat(ranked).sort().values
-
-        def share(count: int) -> float:
-            limit = float(order[count - 1]) if count else None
-            return self._compare(compared, {**dict.fromkeys(self._names, limit), **held})
-
+        if order is None:
+            ranked = [values for name, values in compared.items() if name not in held]
+            order = torch.cat(ranked).sort().values
+        share = self._shares(compared, order, held)
+        if usual and abs(share(usual) - cut) <= slack:
+            return usual  # whatever the best may be
         low, high = 0, max(int(order.isfinite().sum()) - 1, 0)
         while high - low > 1:
             middle = (low + high) // 2
@@ -189,6 +192,20 @@ class CutPredictor:
         if usual and abs(share(usual) - cut) <= best + slack:
             return usual
         return low if abs(share(low) - cut) == best else high
+
+    def _shares(
+        self, compared: Mapping[str, Tensor], order: Tensor, held: Mapping[str, float | None]
+    ) -> Callable[[int], float]:
+        """The share of MACs cut as a function of how many of the weakest channels go."""
+        moment = Moment(self.scales, self._beta_now, held, compared)
+
+        @functools.cache
+        def share(count: int) -> float:
+            limit = float(order[count - 1]) if count else None
+            limits = {**dict.fromkeys(self._names, limit), **held}
+            return self._counter.share(replace(moment, limits=limits))
+
+        return share
 
     def largest_cut(self, names: Collection[str] | None = None) -> float:
         """The share of MACs cut when every layer is cut as far as it can be.

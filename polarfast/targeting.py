@@ -192,8 +192,9 @@ class FlopsTarget(Polarization):
         sizes = [gamma.numel() for gamma in steered.values()]
         guarded = {**compared, **dict(zip(steered, flat_guarded.split(sizes), strict=True))}
         held = thresholds(as_factors(others)) if others else {}
-        self._count = self.predictor.count_for(self.cut, guarded, self._count, CLOSE, held)
-        self._border = _between(flat_guarded, self._count)
+        order = flat_guarded.sort().values
+        self._count = self.predictor.count_for(self.cut, guarded, self._count, CLOSE, held, order)
+        self._border = _between(order, self._count)
         signs = torch.sign(flat - flat.mean())
         sides = self._side(flat, _indices(self._protected, flat))
         self._parted = bool((signs == sides).all())
@@ -269,11 +270,10 @@ def _indices(places: list[int], like: Tensor) -> Tensor:
     return torch.tensor(places, dtype=torch.long, device=like.device)
 
 
-def _between(values: Tensor, count: int) -> float:
-    """A border with `count` of the values under it. Equal values around it all end up under it if
-    they are on the lower side of the mean, else none.
+def _between(order: Tensor, count: int) -> float:
+    """A border with `count` of these sorted values under it. Equal values around it all end up
+    under it if they are on the lower side of the mean, else none.
     """
-    order = values.sort().values
     below = float(order[count - 1]) if count else -1.0
     above = float(order[count]) if count < order.numel() else below + 1.0
     if below < above:

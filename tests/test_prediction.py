@@ -173,6 +173,31 @@ def test_percentile_for_a_share_of_macs(cut):
         predictor.percentile_for(1.0)
 
 
+@pytest.mark.parametrize("name", ["residual", "bottlenecks", "squeeze-excite"])
+def test_counts_for_a_share_of_macs_with_a_usual_one(name):
+    model, scales = make(name, "expand")
+    scatter(model, scales, 3)
+    predictor = pf.CutPredictor(model, X, scales)
+    compared = predictor.look()
+    first = next(iter(compared))
+    held = {first: 0.1}
+    order = torch.cat([values for n, values in compared.items() if n != first]).sort().values
+
+    def share(count):
+        """Of a plan, by scores that say which channels go."""
+        limit = order[count - 1] if count else -1.0
+        stays = {n: (v > (held[n] if n in held else limit)).float() for n, v in compared.items()}
+        return pf.plan(model, X, scales, "fixed", value=0.5, scores=stays).flops_reduction
+
+    best = predictor.count_for(0.3, compared, held=held)
+    assert best == predictor.count_for(0.3, compared, held=held, order=order)
+    off = abs(share(best) - 0.3)
+    for usual in range(1, order.numel(), 3):
+        for slack in (0.0, 0.02, 0.2):
+            expected = usual if abs(share(usual) - 0.3) <= off + slack else best
+            assert predictor.count_for(0.3, compared, usual, slack, held, order) == expected
+
+
 def test_arguments_are_checked():
     model, scales = make("chain")
     with pytest.raises(pf.ArgumentError, match="method"):

@@ -16,33 +16,29 @@ from pathlib import Path
 
 import torch
 
-from polarfast.engine import data as data_sets
-from polarfast.engine import models
-from polarfast.engine.recipe import Recipe, load_recipe
+from polarfast.engine.campaigns.rivals import DENSE, method_recipe
+from polarfast.engine.recipe import Recipe
+from polarfast.engine.recipe_files import load_recipe
 from polarfast.engine.run import Run
-from polarfast.engine.training import Trainer, evaluate
-
-CPU = torch.device("cpu")
+from polarfast.engine.workers import Workers
 
 
 def dense_accuracy(recipe: Recipe) -> float:
     """Accuracy (%) of the dense network after as many epochs as the slim one had in all."""
-    data = data_sets.load(recipe.data, CPU, recipe.test_seed)
-    torch.manual_seed(recipe.seed)
-    model = models.build(recipe.model, data.classes, data.image_shape[0])
     stage = dataclasses.replace(recipe.train, epochs=recipe.train.epochs + recipe.finetune.epochs)
-    trainer = Trainer(model, data, recipe, stage, torch.Generator().manual_seed(recipe.seed))
-    while trainer.epoch < stage.epochs:
-        trainer.run_epoch()
-    return evaluate(model, data.test)
+    dense = dataclasses.replace(method_recipe(recipe, DENSE, 0.5), train=stage)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(dense, Path(folder), Workers(recipe.hardware))
+        run.execute(until="train")
+        return run.facts["accuracy_dense"]
 
 
 def slim_run(recipe: Recipe) -> tuple[dict[str, float], float]:
     """What became known during the run, and the share of the MACs cut (%)."""
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(recipe, Path(folder), CPU)
+        run = Run(recipe, Path(folder), Workers(recipe.hardware))
         run.execute()
-        return run.facts, 100 * run.plan().flops_reduction
+        return run.facts, 100 * run.facts["cut"]
 
 
 def spread(values: list[float]) -> str:

@@ -38,15 +38,14 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def train(model, optimizer, images: Tensor, labels: Tensor, epochs: int, device: str) -> None:
-    """timm's loop with mixed precision; nothing in it knows of pruning."""
-    dtype = torch.float16 if device == "cuda" else torch.bfloat16
+    """timm's loop, on a GPU with mixed precision; nothing in it knows of pruning."""
     schedule = CosineLRScheduler(optimizer, t_initial=epochs, warmup_t=1, warmup_lr_init=1e-4)
     loss_scaler = NativeScaler(device)
     for epoch in range(epochs):
         schedule.step(epoch)
         model.train()
         for batch in torch.randperm(len(images)).split(50):
-            with torch.autocast(device, dtype):
+            with torch.autocast(device, torch.float16, enabled=device == "cuda"):
                 loss = F.cross_entropy(model(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss_scaler(loss, optimizer, clip_grad=5.0, parameters=model.parameters())

@@ -5,8 +5,6 @@ Each is a mixin over the torch class it stands in for, so that `isinstance` and 
 as they were.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -99,7 +97,8 @@ class _SilentConvMixin:
         geometry = zip(
             input.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True
         )
-        space = [math.floor((n + 2 * p - d * (k - 1) - 1) / s) + 1 for n, k, s, p, d in geometry]
+        # Integers all the way, so that sizes stay symbolic when the network is exported.
+        space = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry]
         out = input.new_zeros((input.shape[0], self.out_channels, *space))
         return (
             out

@@ -11,6 +11,18 @@ from torch import Tensor, nn
 from .gates import plain_type
 
 
+def _nothing(norm: object, input: Tensor) -> Tensor:
+    """[N, 0, *]: what a normalization makes of no channels.
+
+    Its parameters take part, as every reader of nothing below adds the sum over nothing, 0: each
+    then has a gradient (of no elements), which DistributedDataParallel waits for.
+    """
+    assert isinstance(norm, nn.Module)
+    for parameter in norm.parameters(recurse=False):
+        input = input + parameter.sum().to(input.dtype)
+    return input
+
+
 class PutBackMixin:
     """A normalization of the kept channels whose output has the full width again ("expand").
 
@@ -32,11 +44,11 @@ class PutBackMixin:
     def forward(self, input: Tensor) -> Tensor:
         index, constant = self.put_back_index, self.put_back_constant
         width = constant.numel()
-        kept = super().forward(input) if index.numel() else input  # type: ignore[misc]
+        if not index.numel():
+            return self._constant(_nothing(self, input))
+        kept = super().forward(input)  # type: ignore[misc]
         shape = (kept.shape[0], width, *kept.shape[2:])
         full = constant.to(kept.dtype).view(1, width, *[1] * (kept.dim() - 2)).expand(shape)
-        if not index.numel():
-            return full.contiguous()  # memory of its own: networks add onto a branch in place
         if (
             kept.dim() == 4
             and kept.is_contiguous(memory_format=torch.channels_last)
@@ -44,6 +56,13 @@ class PutBackMixin:
         ):
             full = full.contiguous(memory_format=torch.channels_last)
         return torch.index_copy(full, 1, index, kept)
+
+    def _constant(self, nothing: Tensor) -> Tensor:
+        """The output of a normalization that kept no channel, from its input [N, 0, *]."""
+        channels = self.put_back_constant.to(nothing.dtype) + nothing.sum()
+        shape = (nothing.shape[0], channels.numel(), *nothing.shape[2:])
+        # Memory of its own: networks add onto a branch in place.
+        return channels.view(1, -1, *[1] * (nothing.dim() - 2)).expand(shape).contiguous()
 
 
 class PutBackBatchNorm1d(PutBackMixin, nn.BatchNorm1d):
@@ -66,7 +85,7 @@ class _SilentNormMixin:
     """A normalization of no channels (torch's own refuses them)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return input
+        return _nothing(self, input)
 
 
 class SilentBatchNorm1d(_SilentNormMixin, nn.BatchNorm1d):
@@ -99,12 +118,14 @@ class _SilentConvMixin:
         )
         # Integers all the way, so that sizes stay symbolic when the network is exported.
         space = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry]
-        out = input.new_zeros((input.shape[0], self.out_channels, *space))
-        return (
-            out
-            if self.bias is None
-            else out + self.bias.to(out.dtype).view(1, -1, *[1] * len(space))
-        )
+        channels = self.weight.flatten(1).sum(1)  # [C_out], over no input channels: 0
+        if self.bias is not None:
+            channels = channels + self.bias
+        if not input.shape[1]:
+            channels = channels + input.sum()
+        shape = (input.shape[0], self.out_channels, *space)
+        # Memory of its own: networks write into what a layer returns.
+        return channels.to(input.dtype).view(1, -1, *[1] * len(space)).expand(shape).contiguous()
 
 
 class SilentConv1d(_SilentConvMixin, nn.Conv1d):

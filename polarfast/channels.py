@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .tracing import PIN, Graph, NormCall, ProjectionCall
+from .tracing import PIN, Graph, Match, NormCall, ProjectionCall
 
 #: What may happen to channels that meet in an addition.
 RESIDUAL_MODES = ("keep", "expand", "couple")
@@ -47,6 +47,8 @@ class Channels:
             self._find_boundaries(can_put_back) if residual == "expand" else frozenset()
         )
         self.label = self._classes()
+        #: class labels [P, m]: as many must stay in each row
+        self.balanced = self._find_balanced()
         self.layers: dict[str, Tensor] = {}
         self.pinned: dict[str, str] = {}
         for name, call in self.calls.items():
@@ -138,7 +140,19 @@ class Channels:
             ]
         self._meets = self._in_addition()
         edges += [_to_pin(self.calls[name].inputs) for name in self._stems(graph.labels(edges))]
-        return self._pin_uncovered(edges)
+        self.mismatched: list[Match] = []
+        while True:  # pinning one side of a match may break another
+            label = self._pin_uncovered(edges)
+            broken = [match for match in graph.matched if not _matches(label, match)]
+            if not broken:
+                return label
+            self.mismatched += broken
+            edges += [_to_pin(ids) for match in broken for ids in (match.left, match.right)]
+
+    def _find_balanced(self) -> list[Tensor]:
+        """Rows of classes of which as many must stay in each, where any can go."""
+        found = [self.label[rows] for rows in self.graph.balanced]
+        return [rows for rows in found if bool((rows != PIN).any())]
 
     @cached_property
     def _residual(self) -> bool:
@@ -231,15 +245,22 @@ class Channels:
         mine = self.graph.mask()
         mine[label[call.inputs]] = True
         mine[PIN] = False
-        for pin in self.graph.pins:
-            if bool(mine[label[pin.ids]].any()):
-                return pin.reason
+        pins = [(pin.ids, pin.reason) for pin in self.graph.pins]
+        pins += [(torch.cat((m.left, m.right)), m.reason) for m in self.mismatched]
+        for ids, reason in pins:
+            if bool(mine[label[ids]].any()):
+                return reason
         return None
 
     def _stem_or_addition(self, name: str, call: NormCall) -> str | None:
         if bool(self._meets[call.outputs].any()):
             return MEETS[self.residual]
         return STEM if call.depth <= 1 and self._residual else None
+
+
+def _matches(label: Tensor, match: Match) -> bool:
+    """Whether two rows hold the same classes, in any order."""
+    return bool(torch.equal(label[match.left].sort().values, label[match.right].sort().values))
 
 
 def _to_pin(ids: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .channels import Channels
-from .fields import Fold
+from .fields import Fold, shift_of
 from .gates import fold_gate, gate_name, gated_modules
 from .layout import Layout
 from .tracing import ProjectionCall
@@ -23,8 +23,8 @@ class Edits:
     Attributes:
         tensors: name -> full-size tensor (float64 where numbers changed).
         biases: name of a bias to create -> its values, float64 [C_out], and its channels' ids.
-        blank: tensor name -> positions along a dimension whose optimizer state starts at 0
-            (constant channels).
+        blank: tensor name -> dimensions, and which positions along each (bool, [groups, n] where
+            groups of rows differ) have their optimizer state start at 0 (constant channels).
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -38,7 +38,7 @@ def new_biases(model: nn.Module, channels: Channels, fold: Fold, alive: Tensor) 
     return {
         reader.sink: int(alive[channels.graph.projections[index].outputs].sum())
         for index, reader in fold.readers.items()
-        if reader.shift is not None and reader.sink is not None and reader.sink not in existing
+        if reader.adds and reader.sink is not None and reader.sink not in existing
     }
 
 
@@ -55,15 +55,16 @@ def write_edits(model: nn.Module, channels: Channels, fold: Fold) -> Edits:
     means = {norm.mean for norm in channels.graph.norms}
     done: set[str] = set()
     for index, reader in fold.readers.items():
-        if reader.shift is None or reader.sink is None or reader.sink in done:
+        if not reader.adds or reader.sink is None or reader.sink in done:
             continue  # calls that share a sink agree on what it takes up
         done.add(reader.sink)
+        shift = shift_of(channels.graph.projections[index], tensors[reader.weight], reader)
         if reader.sink not in tensors:
             outputs = channels.graph.projections[index].outputs
-            edits.biases[reader.sink] = (reader.shift.clone(), outputs)  # a gate may multiply it
+            edits.biases[reader.sink] = (shift.clone(), outputs)  # a gate may multiply it
             continue
         sign = -1.0 if reader.sink in means else 1.0
-        edit(reader.sink).add_(reader.shift.to(tensors[reader.sink].device), alpha=sign)
+        edit(reader.sink).add_(shift.to(tensors[reader.sink].device), alpha=sign)
     if fold.constant:
         _silence(edits, channels, channels.in_classes(fold.constant), edit)
     for index, reader in fold.readers.items():
@@ -88,9 +89,9 @@ def _fold_gates(edits: Edits, model: nn.Module, edit: Editor) -> None:
         for own in ("weight", "bias"):
             full_name = gate_name(name).removesuffix("gate") + own
             if getattr(module, own) is not None:
-                fold_gate(edit(full_name), gate)
+                fold_gate(module, edit(full_name), gate)
             elif full_name in edits.biases:
-                fold_gate(edits.biases[full_name][0], gate)
+                fold_gate(module, edits.biases[full_name][0], gate)
 
 
 def _silence(edits: Edits, channels: Channels, wanted: Tensor, edit: Editor) -> None:
@@ -116,12 +117,18 @@ def _silence(edits: Edits, channels: Channels, wanted: Tensor, edit: Editor) -> 
         written[mine] = True
     for (tensor, dim), axis in channels.graph.axes.items():
         if tensor in values and bool(wanted[axis].any()):
-            places = wanted[axis].nonzero().flatten()
             full = edit(tensor)
-            full.index_fill_(dim, places.to(full.device), values[tensor])
+            _fill(full, dim, wanted[axis], values[tensor])
             if tensor in ones:
                 full[ones[tensor].to(full.device)] = 1.0
-            edits.blank.setdefault(tensor, []).append((dim, places))
+            edits.blank.setdefault(tensor, []).append((dim, wanted[axis]))
+
+
+def _fill(full: Tensor, dim: int, places: Tensor, value: float) -> None:
+    """Set positions along a dimension, which may differ between groups of rows (`Edits.blank`)."""
+    rows = places if places.dim() == 2 else places.unsqueeze(0)
+    for block, row in zip(full.chunk(len(rows)), rows, strict=True):
+        block.index_fill_(dim, row.nonzero().flatten().to(full.device), value)
 
 
 def _carry(
@@ -152,5 +159,5 @@ def gather_state(layout: Layout, edits: Edits, name: str, tensor: Tensor) -> Ten
     if name in edits.blank:
         tensor = tensor.clone()
         for dim, places in edits.blank[name]:
-            tensor.index_fill_(dim, places.to(tensor.device), 0)
+            _fill(tensor, dim, places, 0.0)
     return layout.gather(name, tensor)

@@ -26,19 +26,36 @@ class Layout:
         for (name, dim), ids in self.graph.axes.items():
             stays = alive[ids]
             if name not in gates and not bool(stays.all()):
-                self._index.setdefault(name, {})[dim] = stays.nonzero().flatten()
+                kept = stays.nonzero()[:, -1]
+                # Groups keep as many positions each, but not the same ones.
+                index = kept.view(len(ids), -1) if ids.dim() == 2 else kept
+                self._index.setdefault(name, {})[dim] = index
 
     def index(self, name: str) -> dict[int, Tensor]:
-        """Dimension -> positions kept, for the dimensions of a tensor that lose any."""
+        """Dimension -> positions kept, for the dimensions of a tensor that lose any; [groups, n]
+        where each group of rows keeps others.
+        """
         return self._index.get(name, {})
 
     def changed(self) -> list[str]:
         """Names of all tensors that lose positions."""
         return list(self._index)
 
+    def shape(self, name: str, tensor: Tensor) -> list[int]:
+        """The shape in the slim model of the tensor of that name."""
+        shape = list(tensor.shape)
+        for dim, kept in self.index(name).items():
+            shape[dim] = kept.shape[-1]
+        return shape
+
     def gather(self, name: str, tensor: Tensor) -> Tensor:
         """The kept positions of a tensor shaped like the one of that name."""
         index = self.index(name)
+        if 1 in index and index[1].dim() == 2:
+            blocks = tensor.chunk(len(index[1]))
+            pairs = zip(blocks, index[1], strict=True)
+            tensor = torch.cat([gather_channels(block, None, kept) for block, kept in pairs])
+            index = {dim: kept for dim, kept in index.items() if dim != 1}
         if index.keys() & {0, 1}:
             tensor = gather_channels(tensor, index.get(0), index.get(1))
         for dim in index.keys() - {0, 1}:
@@ -60,10 +77,7 @@ class Layout:
         for name, param in model.named_parameters():
             if name in gates:
                 continue
-            shape = list(param.shape)
-            for dim, kept in self.index(name).items():
-                shape[dim] = kept.numel()
-            total += int(torch.Size(shape).numel())
+            total += torch.Size(self.shape(name, param)).numel()
         return total
 
     def structure(self, model: nn.Module, new_biases: Mapping[str, int]) -> Structure:
@@ -76,10 +90,7 @@ class Layout:
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         structure = Structure()
         for name in self.changed():
-            shape = list(tensors[name].shape)
-            for dim, kept in self.index(name).items():
-                shape[dim] = kept.numel()
-            structure.shapes[name] = shape
+            structure.shapes[name] = self.shape(name, tensors[name])
         for name, length in new_biases.items():
             structure.shapes[name] = [length]
             _change(structure, name).bias = True

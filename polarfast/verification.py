@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from .channels import Channels
 from .errors import VerificationError
-from .fields import AsFolded, Fold, double_copy, masked_copy, run_double
+from .copies import double_copy, masked_copy
+from .fields import Fold
 from .inputs import convert, device_of, dtype_of, generate, unwrap
 from .plans import PruningPlan
+from .runs import AsFolded, run_double
 from .sharded import refuse_sharded
 from .tracing import tensors_of
 
@@ -101,11 +103,11 @@ def check_slim(
     """
     try:
         report = _compare(model, slim, plan, fold, None, (folded, channels))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         raise VerificationError(
-            f"the slim model does not run: {error}. The network's code fixes a size that pruning "
-            "changes (a hard-coded view, reshape or split): leave the layers before it out with "
-            "scales.select(…)"
+            f"the slim model does not run: {type(error).__name__}: {error}. The network's code "
+            "fixes a size that pruning changes (an assertion, a hard-coded size): leave the layers "
+            "before it out with scales.select(…)"
         ) from error
     if not report.exact:
         raise VerificationError(

@@ -163,3 +163,37 @@ def test_shared_modules_are_one_layer():
     layers = Channels(graph, "keep", lambda name: True).layers
     # What the shared convolution reads the second time is what it wrote the first time.
     assert torch.equal(layers["stem.1.weight"], layers["shared.1.weight"])
+
+
+class _Head(nn.Module):
+    """An auxiliary head that runs in train mode, on images of 20 pixels or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*conv_bn(3, 8), nn.ReLU())
+        self.head = nn.Sequential(nn.AvgPool2d(4, 4), nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6))
+        self.last, self.fc = nn.Conv2d(6, 4, 5), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor):
+        x = self.body(x)
+        out = self.fc(x.mean((2, 3)))
+        return (out, self.last(self.head(x)).mean((2, 3))) if self.training else out
+
+
+@pytest.mark.parametrize("size", [10, 20])
+def test_heads_that_run_in_train_mode_need_no_larger_example_inputs(size):
+    x = torch.randn(1, 3, size, size)
+    scales = pf.scaling_factors(_Head(), x)
+    assert list(scales) == ["body.1.weight", "head.2.weight"]
+    graph = trace(_Head(), x)
+    assert sum(call.counted for call in graph.projections) == 2
+    assert [call.weight for call in graph.projections].count("head.1.weight") == 1
+
+
+def test_what_runs_in_no_size_is_refused_with_the_first_error():
+    class Broken(_Head):
+        def forward(self, x: Tensor):
+            return self.last(x) if self.training else self.fc(self.body(x).mean((2, 3)))
+
+    with pytest.raises(pf.TracingError, match="in train mode.*\\[4, 6, 5, 5\\].*[0-9], 3, 10, 10"):
+        pf.scaling_factors(Broken(), torch.randn(1, 3, 10, 10))

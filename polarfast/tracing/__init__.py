@@ -2,13 +2,14 @@
 
 from .calling import call_model, plain_eager, tensors_of
 from .dryrun import trace
-from .graph import Addition, Graph, NormCall, Pin, ProjectionCall
+from .graph import Addition, Graph, Match, NormCall, Pin, ProjectionCall
 from .ids import PIN, components
 
 __all__ = [
     "PIN",
     "Addition",
     "Graph",
+    "Match",
     "NormCall",
     "Pin",
     "ProjectionCall",

@@ -36,6 +36,21 @@ def _copied(tree: Any) -> Any:
     return tree
 
 
+def enlarged(example_inputs: Any, times: int) -> Any:
+    """Twice as many of all, images (4-D and 5-D tensors) so many times as high and wide."""
+    if isinstance(example_inputs, Tensor):
+        space = max(example_inputs.dim() - 2, 0) if example_inputs.dim() in (4, 5) else 0
+        rest = max(example_inputs.dim() - 1 - space, 0)
+        counts = [2, *[1] * rest, *[times] * space][: example_inputs.dim()]
+        return example_inputs.repeat(counts) if counts else example_inputs
+    if isinstance(example_inputs, Mapping):
+        return {key: enlarged(item, times) for key, item in example_inputs.items()}
+    if isinstance(example_inputs, (tuple, list)):
+        items = [enlarged(item, times) for item in example_inputs]
+        return items if isinstance(example_inputs, list) else tuple(items)
+    return example_inputs
+
+
 def tensors_of(tree: Any) -> list[Tensor]:
     """All tensors in a structure: containers, dataclasses and other objects with attributes."""
     found: list[Tensor] = []
@@ -63,11 +78,15 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 @contextmanager
 def plain_eager() -> Iterator[None]:
-    """No gradients, inference mode or cache of autocast weights, whatever surrounds it."""
-    cached = torch.is_autocast_cache_enabled()
+    """No gradients, inference mode, cache of autocast weights or fused attention layers (which read
+    weights past their modules, gates included), whatever surrounds it.
+    """
+    cached, fused = torch.is_autocast_cache_enabled(), torch.backends.mha.get_fastpath_enabled()
     torch.set_autocast_cache_enabled(False)
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
+        torch.backends.mha.set_fastpath_enabled(fused)

@@ -77,12 +77,11 @@ def project(
         rec.axis(view.name, 0, inputs if transposed else outputs)
     else:
         out_dim, in_dim = (1, 0) if transposed else (0, 1)
-        outputs = _writes(rec, view.name, out.shape[1], groups)
-        _tie_groups(rec, inputs, groups)
-        rec.axis(
-            view.name, out_dim, outputs[: outputs.numel() // groups] if transposed else outputs
-        )
-        rec.axis(view.name, in_dim, inputs if transposed else inputs[: inputs.numel() // groups])
+        outputs = _writes(rec, view.name, out.shape[1])
+        for dim, ids in ((out_dim, outputs), (in_dim, inputs)):
+            rows = ids.view(groups, -1)
+            rec.balance(rows)  # groups stay equal in size
+            rec.axis(view.name, dim, rows if dim == 1 and groups > 1 else ids)
     if bias_view is not None:
         rec.axis(bias_view.name, 0, outputs)
     node = rec.node([value.node])
@@ -108,23 +107,12 @@ def project(
     tracked.node, tracked.depth = node, value.depth + 1
 
 
-def _writes(rec: Recorder, weight: str, count: int, groups: int) -> Tensor:
+def _writes(rec: Recorder, weight: str, count: int) -> Tensor:
     """Ids of the channels that a weight writes: the same ones at each of its calls."""
     for call in rec.graph.projections:
         if call.weight == weight:
             return call.outputs
-    outputs = rec.fresh(count)
-    _tie_groups(rec, outputs, groups)
-    return outputs
-
-
-def _tie_groups(rec: Recorder, ids: Tensor, groups: int) -> None:
-    """Groups stay equal in size: channels at the same place in their groups are kept or removed
-    together.
-    """
-    if groups > 1:
-        rows = ids.view(groups, -1)
-        rec.tie(rows[:1].expand_as(rows), rows)
+    return rec.fresh(count)
 
 
 def unknown_projection(rec: Recorder, operands: tuple[Any, ...], out: Tensor) -> None:

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import TracingError
 from . import rules
-from .calling import copied_inputs, plain_eager, tensors_of
+from .calling import copied_inputs, enlarged, plain_eager, tensors_of
 from .graph import Graph
 from .operators import record
 from .recorder import Recorder, pinned_ids
+from .sizes import SizeTracking
 
 
 class _DryRun(TorchDispatchMode):
@@ -77,8 +78,33 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
             # Auxiliary heads and the like run in train mode only; they read channels all the same.
             recorder.counting = False
             model.train()
-            _run(model, example_inputs, recorder, f"{unread[0]} runs in train mode only, if at all")
+            _run_in_training(model, example_inputs, recorder, unread[0])
     return recorder.finish()
+
+
+def _run_in_training(
+    model: nn.Module, example_inputs: Any, recorder: Recorder, unread: str
+) -> None:
+    """Which channels are read does not depend on how many images there are and how large; whether
+    the forward runs does: auxiliary heads may not work on small images, normalizations in train
+    mode not on a single one.
+    """
+    why = f"{unread} runs in train mode only, if at all"
+    graph = recorder.graph
+    try:
+        recorder.graph = graph.copy()
+        _run(model, example_inputs, recorder, why)
+        return
+    except TracingError as error:
+        first = error
+    for larger in (1, 2, 4):
+        try:
+            recorder.graph = graph.copy()
+            _run(model, enlarged(example_inputs, larger), recorder, why)
+            return
+        except TracingError:
+            continue
+    raise first
 
 
 def _run(model: nn.Module, example_inputs: Any, recorder: Recorder, why: str = "") -> None:
@@ -88,7 +114,7 @@ def _run(model: nn.Module, example_inputs: Any, recorder: Recorder, why: str = "
     for tensor in rules.tensors_in((args, kwargs)):
         recorder.values[tensor] = recorder.start(pinned_ids(tensor), source)
     try:
-        with plain_eager(), _DryRun(recorder):
+        with plain_eager(), SizeTracking(recorder), _DryRun(recorder):
             out = model(*args, **kwargs)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         hint = f" ({why}: a batch of 2 or more may help)" if why else ""

@@ -2,7 +2,8 @@
 tensors.
 """
 
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -101,6 +102,17 @@ class Pin:
     reason: str
 
 
+@dataclass(frozen=True, eq=False)
+class Match:
+    """Rows of ids, in any order, that the network's code takes to be equal in number: their
+    channels must stay unless they go together. And where.
+    """
+
+    left: Tensor
+    right: Tensor
+    reason: str
+
+
 @dataclass(eq=False)
 class Graph:
     """The channels of a model.
@@ -109,10 +121,13 @@ class Graph:
         count: number of ids.
         projections, norms: calls in the order of execution.
         axes: (tensor name, dimension) -> id of each index: how every parameter and buffer follows
-            the channels.
+            the channels. For dimension 1 of a grouped convolution's weight, [groups, n]: each group
+            of rows follows its own.
         ties: pairs of ids [2, E] that stand for the same channel (or must be kept or removed
             together).
         gates: pairs of ids that meet in a multiplication.
+        balanced: ids [P, m]: as many must stay in each row (groups of a convolution, chunks).
+        matched: rows of ids that the network's code takes to be equal in number.
         additions: activations that meet in an addition.
         pins: channels that must stay.
         pooled: ids that pass through an operator that refuses an activation with no channel at all.
@@ -127,6 +142,8 @@ class Graph:
     axes: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     ties: list[Tensor] = field(default_factory=list)
     gates: list[Tensor] = field(default_factory=list)
+    balanced: list[Tensor] = field(default_factory=list)
+    matched: list[Match] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
     pooled: list[Tensor] = field(default_factory=list)
@@ -134,6 +151,11 @@ class Graph:
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     fixed_macs: int = 0
+
+    def copy(self) -> "Graph":
+        """A graph that can be written on while this one stays as it is."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Graph(**{name: copy(part) for name, part in parts.items()})
 
     def labels(self, *edge_sets: list[Tensor]) -> Tensor:
         """Component label of every id under the ties and the given further edges, int64 [count]."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import calls, rules
+from . import calls, partitions, rules
 from .pointwise import pointwise
 from .recorder import Recorder
 
@@ -62,9 +62,9 @@ def _apply(
     elif plain in rules.FREE_MOVES:
         rules.movement(rec, func, args, out)
     elif plain in ("view", "_unsafe_view", "reshape") and first:
-        rules.view(rec, func, args, out)
-    elif plain in rules.CUTS and first:
-        rules.CUTS[plain](rec, func, args, out)
+        partitions.view(rec, func, args, out)
+    elif plain in partitions.CUTS and first:
+        partitions.CUTS[plain](rec, func, args, out)
     elif plain in rules.SPATIAL and first:
         rules.spatial(rec, func, args, out)
     elif plain in rules.REDUCTIONS and first and isinstance(out, Tensor):

@@ -4,13 +4,14 @@ written.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..gates import gate_name, gated_modules
-from .graph import Addition, Graph, Pin
+from .graph import Addition, Graph, Match, Pin
 from .ids import PIN, along, compact
 
 
@@ -47,6 +48,7 @@ class Recorder:
         self.normed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.gates = {gate_name(name) for name, _ in gated_modules(model)}
         self.counting = True  # whether this pass's MACs count
+        self.asked: list[Any] | None = None  # sizes in the network's own call, while it runs
         self.used: set[str] = set()
         self.whole: set[str] = set()
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -106,6 +108,17 @@ class Recorder:
             Addition(left.reshape(-1), right.reshape(-1), left_depth, right_depth)
         )
 
+    def balance(self, parts: Tensor) -> None:
+        """Say that as many channels must stay in each row of ids [P, m]."""
+        if parts.shape[0] > 1:
+            self.graph.balanced.append(parts)
+
+    def match(self, left: Tensor, right: Tensor, reason: str) -> None:
+        """Say that the channels of two rows can only go together; they stay where they do not."""
+        left, right = compact(left).reshape(-1), compact(right).reshape(-1)
+        if not torch.equal(left, right):
+            self.graph.matched.append(Match(left, right, reason))
+
     def pin(self, ids: Tensor, reason: str) -> None:
         ids = compact(ids).unique()
         ids = ids[ids != PIN]
@@ -113,8 +126,8 @@ class Recorder:
             self.graph.pins.append(Pin(ids, reason))
 
     def axis(self, name: str, dim: int, ids: Tensor) -> None:
-        """Say that a parameter's dimension follows these channels. A parameter used twice ties its
-        two uses.
+        """Say that a parameter's dimension follows these channels; ids [groups, n] where it follows
+        others in each group of rows. A parameter used twice ties its two uses.
         """
         self.used.add(name)
         known = self.graph.axes.setdefault((name, dim), ids)

@@ -1,6 +1,5 @@
 """Rules for the operators that move, combine and reduce activations, by operator name."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,91 +68,6 @@ def movement(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
     outs, all_ids = (out, ids) if isinstance(out, (list, tuple)) else ((out,), (ids,))
     for tensor, tensor_ids in zip(outs, all_ids, strict=True):
         rec.put(tensor, tensor_ids, sources)
-
-
-def view(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
-    """Reshape: dimensions may be merged; one along which channels vary must not be split."""
-    value = rec.values[args[0]]
-    if _splits_channels(value.ids, out.shape):
-        rec.pin(value.ids, "a reshape splits the channels")
-    movement(rec, func, (args[0], list(out.shape)), out)
-
-
-def _splits_channels(ids: Tensor, shape: Sequence[int]) -> bool:
-    varying = varying_dims(ids)
-    i = j = 0
-    while i < ids.dim() and j < len(shape):
-        first, before, after, pieces = i, ids.shape[i], shape[j], int(shape[j] > 1)
-        while before != after:
-            if before < after:
-                i += 1
-                before *= ids.shape[i]
-            else:
-                j += 1
-                after *= shape[j]
-                pieces += shape[j] > 1
-        if pieces > 1 and varying & set(range(first, i + 1)):
-            return True
-        i, j = i + 1, j + 1
-    return False
-
-
-def cut(dims_of: Callable[..., Sequence[int]]) -> Callable[..., None]:
-    """A movement by constant positions along some dimensions: channels along these must stay as
-    they are.
-    """
-
-    def rule(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
-        value = rec.values[args[0]]
-        dims = {dim % max(value.ids.dim(), 1) for dim in dims_of(*args)}
-        if dims & varying_dims(value.ids):
-            rec.pin(
-                value.ids,
-                f"cut at constant positions along the channels ({func.overloadpacket.__name__})",
-            )
-        movement(rec, func, args, out)
-
-    return rule
-
-
-def _slice_dims(
-    x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> list[int]:
-    whole = (start or 0) == 0 and (end is None or end >= x.shape[dim]) and step == 1
-    return [] if whole else [dim]
-
-
-def pad(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
-    """Padding: along the channels it adds positions that stay, elsewhere channels just grow."""
-    value, amounts = rec.values[args[0]], list(args[1])
-    varying = varying_dims(value.ids)
-    rank = value.ids.dim()
-    for i, amount in enumerate(amounts):
-        if rank - 1 - i // 2 not in varying:
-            amounts[i] = 0
-        elif amount < 0:
-            rec.pin(value.ids, "cropped along the channels (constant_pad_nd)")
-    ids = value.ids
-    for dim in set(range(rank)) - varying:
-        ids = ids.narrow(dim, 0, 1)
-    rec.put(out, func(ids, amounts, PIN).expand(out.shape), [value])
-
-
-CUTS: dict[str, Callable[..., None]] = {
-    "slice": cut(_slice_dims),
-    "constant_pad_nd": pad,
-    "select": cut(lambda x, dim, index: [dim]),
-    "split": cut(lambda x, size, dim=0: [dim]),
-    "split_with_sizes": cut(lambda x, sizes, dim=0: [dim]),
-    "unbind": cut(lambda x, dim=0: [dim]),
-    "index_select": cut(lambda x, dim, index: [dim]),
-    "flip": cut(lambda x, dims: dims),
-    "roll": cut(lambda x, shifts, dims=(): dims or range(x.dim())),
-    "unfold": cut(lambda x, dim, size, step: [dim]),
-    "index": cut(
-        lambda x, indices: [dim for dim, index in enumerate(indices) if index is not None]
-    ),
-}
 
 
 def spatial(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:

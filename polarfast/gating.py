@@ -9,7 +9,15 @@ from torch import nn
 
 from .channels import Channels
 from .errors import ArgumentError
-from .gates import GATED, Gated, drop_gate, gate_name, gated_modules, open_gate
+from .gates import (
+    Gated,
+    drop_gate,
+    gate_name,
+    gated_modules,
+    gated_type,
+    open_gate,
+    own_forward,
+)
 from .inputs import unwrap
 from .scaling import ScalingFactors, analyze, factors_of
 
@@ -24,27 +32,32 @@ def add_gates(
 ) -> ScalingFactors:
     """Put a gate, one more factor per channel, after layers of a network, in place.
 
-    A gate is a parameter `<layer>.gate` of ones, shape [C]; what the network computes stays the
-    same to the bit. Gates suit networks that are trained already (γ keep what they have learned)
-    and layers without BatchNorm; the paper's MobileNetV2 uses them. Regularize, clamp, plan and
-    prune by the result as by γ: `slim` multiplies every gate into its layer, so that the slim model
-    is made of torch's own layers again. Unlike γ = 0, a gate of 0 silences β too: a removed channel
-    is act(0), which is 0 for most activations.
+    A gate is a parameter `<layer>.gate` of ones, shape [C_out]; what the network computes stays the
+    same to the bit. It is how a network starts that is trained already: γ keep what they have
+    learned, whatever their size and sign. It is also how layers without BatchNorm are pruned: a
+    VGG's convolutions, the hidden units of the MLPs in ConvNeXt, ViT and Swin. The paper's
+    MobileNetV2 uses gates too. Regularize, clamp, plan and prune by the result as by γ: `slim`
+    multiplies every gate into its layer, so that the slim model is made of the original's classes
+    again. Unlike γ = 0, a gate of 0 silences the bias (β) too: a removed channel is act(0), which
+    is 0 for most activations and is folded for the others.
 
-    From then on `scaling_factors` finds the gates in place of the γ of the gated layers, and
-    ``clamp="all"`` means all gates. Build the optimizer after this (and wrappers for data
-    parallelism, and SyncBatchNorm before it).
+    Gates go on BatchNorm1d to 3d, SyncBatchNorm, Conv1d to 3d, ConvTranspose1d to 3d and Linear (on
+    inputs of any rank), and on classes derived from these. From then on `scaling_factors` finds the
+    gates in place of the γ of the gated layers, and ``clamp="all"`` means all gates. Build the
+    optimizer after this (and wrappers for data parallelism; convert to SyncBatchNorm before it).
 
     Args:
         model: any eager network, not yet wrapped; only classes of the gated layers change.
         example_inputs: as for `scaling_factors`.
         where: None: every BatchNorm that can take part or, if there is none, every convolution and
             linear layer that can. A regular expression (`re.search`) on module names: of all these
-            layers, those that match. A collection of module names: exactly these.
+            layers, with or without BatchNorm, those that match. So in a network that mixes both,
+            ``where=r"mlp"`` gates the MLPs alone and ``where="."`` gates all. A collection of
+            module names: exactly these.
         residual: as for `scaling_factors`.
 
     Returns:
-        The gates as scaling factors. Convolutions that a BatchNorm reads have none: it would cancel
+        The gates as scaling factors. Layers that a BatchNorm reads have none: it would cancel
         the factor.
 
     Raises:
@@ -82,13 +95,11 @@ def _settle(
     reasons: Reasons = {}
     while names:
         channels = analyze(model, example_inputs, residual)
-        bad = [name for name in names if gate_name(name) not in channels.layers]
+        bad = [name for name in names if _why_bad(model, channels, name) is not None]
         if not bad:
             return channels, names
         for name in bad:
-            reasons[name] = channels.pinned.get(
-                gate_name(name), "it does not run on the example inputs"
-            )
+            reasons[name] = str(_why_bad(model, channels, name))
         if strict:
             break
         for name in bad:
@@ -97,6 +108,20 @@ def _settle(
             drop_gate(module)
         names = [name for name in names if name not in bad]
     raise _refusal(reasons)
+
+
+def _why_bad(model: nn.Module, channels: Channels, name: str) -> str | None:
+    """Why a gate that was put on a module cannot take part; None if it can."""
+    gate = gate_name(name)
+    if gate not in channels.layers:
+        return channels.pinned.get(gate, "it does not run on the example inputs")
+    call = channels.calls[gate]
+    if call.normalizes or own_forward(model.get_submodule(name)):
+        return None
+    written = None if call.source is None else channels.graph.projections[call.source].weight
+    if written == gate.removesuffix("gate") + "weight":
+        return None
+    return "its class does more to its output than torch's own, so that no gate can be folded in"
 
 
 def _chosen(model: nn.Module, channels: Channels, where: str | Collection[str] | None) -> list[str]:
@@ -201,9 +226,9 @@ def _obstacle(model: nn.Module, name: str) -> str | None:
     module = model.get_submodule(name)
     if isinstance(module, Gated):
         return "has a gate already"
-    if type(module) not in GATED:
-        known = "BatchNorm1d to 3d, SyncBatchNorm, Conv1d to 3d, Linear"
-        return f"is a {type(module).__name__}; gates go on torch's own {known}"
+    if gated_type(type(module)) is None:
+        known = "BatchNorm1d to 3d, SyncBatchNorm, Conv1d to 3d, ConvTranspose1d to 3d, Linear"
+        return f"is a {type(module).__name__}; gates go on torch's {known}"
     if not isinstance(module.weight, torch.Tensor):
         return "has no weight and bias that could take up a gate: make it affine=True"
     if hasattr(module, "gate"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .channels import Channels
-from .fields import double_copy
+from .copies import double_copy
 from .folding import fold_constants
 from .inputs import Spec
 from .selection import Selection

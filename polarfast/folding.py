@@ -9,16 +9,22 @@ all of them.
 """
 
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from .carriers import Carriers
+from .carrying import Carriers
 from .channels import Channels
-from .fields import Fold, ReaderFold, level_of, masked_copy, put_interior, read_fields
+from .copies import masked_copy
+from .fields import DEPENDS, Field, Fold, ReaderFold, shift_of
 from .gates import plain_type
 from .inputs import Spec, device_of, generate
+from .runs import read_fields, read_hollow
 from .tracing import ProjectionCall
+
+#: Seeds of two runs: what differs between them depends on the input.
+FIRST, SECOND = 1, 2
 
 
 def fold_constants(
@@ -42,53 +48,154 @@ def fold_constants(
         forced: classes that stay as constant channels whether or not they are needed, as a plan
             says.
     """
-    graph = channels.graph
-    gone = {
-        i: (~alive[call.inputs]).nonzero().flatten() for i, call in enumerate(graph.projections)
-    }
-    wanted = {
-        i: idx
-        for i, idx in gone.items()
-        if idx.numel()
-        and not graph.projections[i].depthwise
-        and bool(alive[graph.projections[i].outputs].any())
-    }
+    wanted = _wanted(channels, alive)
     result = Fold(constant=set(forced))
     if not wanted:
         return result
-    masked = masked_copy(model, kept, mode == "none")
+    masked = Masked(model, channels, kept, spec, mode == "none")
     sinks = Sinks(model, channels)
-    first, second = (
-        read_fields(
-            masked,
-            generate(spec, device=device_of(model), dtype=torch.float64, seed=seed),
-            wanted,
-            graph.projections,
-        )
-        for seed in (1, 2)
-    )
+    look = _Look(masked, wanted)
+    result.lasting = not look.real
     pending: dict[int, str] = {}
-    for i, seen in first.items():
-        call = graph.projections[i]
-        if not bool(seen.any()) and not bool(second[i].any()):
+    for i, seen in look.fields.items():
+        if seen.largest == 0 and i not in look.depends:
             continue
+        call = channels.graph.projections[i]
         reader = result.readers[i] = ReaderFold(call.weight, sinks.name(i))
-        level, problem = level_of(seen, second[i])
+        problem = DEPENDS if i in look.depends else seen.problem()
         if problem is None and (call.padded or call.transposed):
             problem = "zero padding: not exact at the border"
         if problem is None and sinks.lost(i):
             problem = "its layer has no bias that could take up a constant"
         if problem is None or mode == "bias":
-            put_interior(masked, call, reader, wanted[i], level, problem)
+            reader.take(wanted[i], seen.level, problem and _note(problem, seen, channels))
         else:
             pending[i] = problem
     if pending:
-        carriers = Carriers(masked, channels, alive, wanted, spec)
-        for i, problem in pending.items():
-            shared = len(sinks.calls_of_weight(i)) > 1  # one weight, several readings
-            carriers.carry(result, i, first[i], second[i], problem, refuse=shared)
+        _carry(result, look, pending, Carriers(channels, alive), sinks)
     sinks.settle(result)
     return result
+
+
+def _wanted(channels: Channels, alive: Tensor) -> dict[int, Tensor]:
+    """Index of every reader that stays -> the removed channels that it reads."""
+    wanted = {}
+    for i, call in enumerate(channels.graph.projections):
+        if call.counted and not call.depthwise and bool(alive[call.outputs].any()):
+            gone = (~alive[call.inputs]).nonzero().flatten()
+            if gone.numel():
+                wanted[i] = gone
+    return wanted
+
+
+class Masked:
+    """The network with γ = 0 on the removed channels, in float64, and what readers see in it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        channels: Channels,
+        kept: dict[str, Tensor],
+        spec: Spec,
+        zero_beta: bool,
+    ) -> None:
+        self._source = model, kept, zero_beta
+        self._calls, self._spec, self._device = channels.graph.projections, spec, device_of(model)
+        by_channel = {call.weight for call in self._calls if call.depthwise}
+        self._hollow = {call.weight for call in self._calls} - by_channel
+
+    @cached_property
+    def real(self) -> nn.Module:
+        """The network itself."""
+        return masked_copy(*self._source)
+
+    @cached_property
+    def hollow(self) -> nn.Module:
+        """The network without the weights of its products."""
+        return masked_copy(*self._source, self._hollow)
+
+    def _inputs(self, seed: int) -> object:
+        return generate(self._spec, device=self._device, dtype=torch.float64, seed=seed)
+
+    def see(self, wanted: dict[int, Tensor], seed: int) -> dict[int, Field]:
+        """What readers see, on random inputs."""
+        return read_fields(self.real, self._inputs(seed), wanted, self._calls)
+
+    def see_hollow(self, wanted: dict[int, Tensor], seed: int) -> dict[int, Field] | None:
+        """What they see whatever products are; None if the network does not run without."""
+        inputs = self._inputs(seed)
+        return read_hollow(self.hollow, inputs, wanted, self._calls, self._hollow, seed)
+
+
+class _Look:
+    """What the readers see in the removed channels.
+
+    Attributes:
+        masked, wanted: where, and at what.
+        fields: by index into `graph.projections`.
+        depends: readers that see something that depends on the input.
+        real: readers that were looked at in the real network.
+    """
+
+    def __init__(self, masked: Masked, wanted: dict[int, Tensor]) -> None:
+        self.masked, self.wanted = masked, wanted
+        self.fields = masked.see_hollow(wanted, FIRST) or {}
+        again = (masked.see_hollow(wanted, SECOND) or {}) if self.fields else {}
+        self.real = {
+            i
+            for i in wanted
+            if i not in self.fields or i not in again or self.fields[i].differs_from(again[i])
+        }
+        self.depends: set[int] = set()
+        if self.real:
+            unsure = {i: wanted[i] for i in self.real}
+            first, second = masked.see(unsure, FIRST), masked.see(unsure, SECOND)
+            self.fields = {i: f for i, f in self.fields.items() if i not in unsure} | first
+            self.depends = {i for i in first if i not in second or first[i].differs_from(second[i])}
+
+    def unit(self, carriers: Carriers, indices: Iterable[int]) -> dict[int, Field]:
+        """What these readers see in constant channels."""
+        wanted = {i: self.wanted[i] for i in indices}
+        hollow = {i: gone for i, gone in wanted.items() if i not in self.real}
+        found: dict[int, Field] = {}
+        if hollow:
+            with carriers.shown(self.masked.hollow):
+                found = self.masked.see_hollow(hollow, FIRST) or {}
+        rest = {i: gone for i, gone in wanted.items() if i not in found}
+        if rest:
+            with carriers.shown(self.masked.real):
+                found |= self.masked.see(rest, FIRST)
+        return found
+
+
+def _carry(
+    result: Fold, look: _Look, pending: dict[int, str], carriers: Carriers, sinks: "Sinks"
+) -> None:
+    """Let constant channels carry what these readers see; where they cannot, fold one value for
+    each channel and say so.
+    """
+    channels = carriers.channels
+    several = {i for i in pending if len(sinks.calls_of_weight(i)) > 1}  # one weight, several uses
+    unit = look.unit(carriers, pending.keys() - look.depends - several)
+    for i, problem in pending.items():
+        call, positions, seen = channels.graph.projections[i], look.wanted[i], look.fields[i]
+        left = torch.ones(positions.numel(), dtype=torch.bool, device="cpu")
+        if i in unit:
+            needed, left = carriers.carry(result.readers[i], call, positions, seen, unit[i])
+            result.constant |= needed
+        if bool(left.any()):
+            note = _note(problem, seen, channels, left)
+            result.readers[i].take(positions[left], seen.level[left], note)
+
+
+def _note(problem: str, seen: Field, channels: Channels, left: Tensor | None = None) -> str:
+    """Why a fold is not exact, what is folded instead, and how far that is from what is there."""
+    off = float((seen.off if left is None else seen.off[left]).max())
+    if off == 0:
+        return problem
+    folded = "the value in the middle" if seen.middle else "the mean"
+    cure = "" if channels.graph.gate_names() else "; gates leave no constants (pf.add_gates)"
+    return f"{problem} (by up to {off / seen.largest:.0%}): {folded} is folded{cure}"
 
 
 class Sinks:
@@ -100,6 +207,7 @@ class Sinks:
 
     def __init__(self, model: nn.Module, channels: Channels) -> None:
         self._model, self._channels = model, channels
+        self._tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._calls = channels.graph.projections
         self._names = [self._find(i, call) for i, call in enumerate(self._calls)]
 
@@ -135,13 +243,11 @@ class Sinks:
             name = self.name(i)
             if name is not None and call.counted:
                 users.setdefault(name, []).append(i)
-        for name in {r.sink for r in result.readers.values() if r.shift is not None and r.sink}:
-            width = self._calls[users[name][0]].outputs.numel()
-            zero = torch.zeros(width, dtype=torch.float64, device="cpu")
-            shifts = []
-            for i in users[name]:
-                shift = result.readers[i].shift if i in result.readers else None
-                shifts.append(zero if shift is None else shift)
+        for name in {r.sink for r in result.readers.values() if r.adds and r.sink}:
+            if len(users[name]) == 1:
+                continue
+            result.lasting = False
+            shifts = [self._shift(result, i) for i in users[name]]
             mean = torch.stack(shifts).mean(0)
             if all(torch.allclose(shift, mean, rtol=1e-12, atol=0) for shift in shifts):
                 continue
@@ -149,6 +255,12 @@ class Sinks:
                 reader = result.readers.setdefault(i, ReaderFold(self._calls[i].weight, name))
                 reader.shift = mean
                 reader.note = f"shares {name} with a call that reads other constants: their mean"
+
+    def _shift(self, result: Fold, index: int) -> Tensor:
+        call, reader = self._calls[index], result.readers.get(index)
+        if reader is None or not reader.adds:
+            return torch.zeros(call.outputs.numel(), dtype=torch.float64, device="cpu")
+        return shift_of(call, self._tensors[call.weight], reader)
 
 
 #: Torch's layers whose forward adds `self.bias` unless it is None.

@@ -1,6 +1,5 @@
 """`slim`: a new, smaller, dense model from a plan."""
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,15 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from .channels import Channels
+from .choosing import can_vanish
+from .copies import copy_with, double_copy
 from .edits import Edits, new_biases, write_edits
 from .errors import ArgumentError, PlanError
-from .fields import Fold, double_copy
+from .fields import Fold
 from .folding import fold_constants
 from .gates import drop_gate, gated_modules
 from .inputs import device_of, dtype_of, generate, unwrap
 from .layout import Layout
+from .limits import FOLDS
 from .migration import migrate_optimizer
-from .planning import FOLDS, can_vanish
 from .plans import PruningPlan
 from .scaling import analyze
 from .selection import Selection
@@ -117,7 +118,7 @@ class _Blueprint:
             if isinstance(original, nn.Parameter):
                 cut = nn.Parameter(cut, requires_grad=original.requires_grad)
             memo[id(original)] = cut
-        small = copy.deepcopy(model, memo)
+        small = copy_with(model, memo)
         for _, module in list(gated_modules(small)):
             drop_gate(module)
         new = _new_tensors(tensors, self.channels, self.layout, self.edits, self.info.fold)

@@ -154,12 +154,30 @@ def test_layers_left_out_by_the_user_are_left_alone():
     assert slim.first[0].out_channels == 6 and plan.kept["first.4.weight"].numel() == 0
 
 
+def test_a_network_that_casts_is_worked_out_in_float64_all_the_same():
+    net = Net(
+        lambda n, x: n.end(n.b(n.a(x.float()).to(torch.float32)).float()),
+        a=settle(body(), torch.randn(4, 3, 10, 10)),
+        b=settle(body(8, 6), torch.rand(4, 8, 10, 10)),
+        end=nn.Sequential(*tail(6)),
+    )
+    net = net.float().eval()
+    scales = pf.scaling_factors(net, X)
+    zero(scales)
+    plan = pf.plan(net, X, scales, "fixed")
+    slim = pf.slim(net, plan)
+    assert not plan.inexact and pf.verify(net, slim, plan, X).exact
+    assert error(masked(net, plan, False), slim) < 1e-5
+
+
 def test_a_network_with_a_dtype_of_its_own_is_told_what_to_do():
-    net = Net(lambda n, x: n.end(n.a(x).float()), a=body(), end=nn.Sequential(*tail(8)))
-    net.eval()
+    def fixed(net: nn.Module, x: Tensor) -> Tensor:
+        return net.end(net.b(net.a(x)).mean((2, 3)) @ torch.eye(6, dtype=torch.float32))
+
+    net = Net(fixed, a=body(), b=nn.Conv2d(8, 6, 1), end=nn.Linear(6, 3)).eval()
     scales = pf.scaling_factors(net, X.float())
     zero(scales)
-    with pytest.raises(pf.PlanError, match="float64.*x.to.weight.dtype"):
+    with pytest.raises(pf.PlanError, match="float64.*dtype=x.dtype"):
         pf.plan(net, X.float(), scales, "fixed")
 
 

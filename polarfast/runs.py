@@ -1,0 +1,310 @@
+"""Runs of the masked network, in which each convolution and linear layer is met as the call that
+it is in the traced graph.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .errors import PlanError
+from .fields import Field, Fold, observe, shift_of
+from .tracing import ProjectionCall, call_model, plain_eager
+
+#: Products, and where their input and their weight stand among the arguments.
+PRODUCTS = {"convolution": (0, 1), "addmm": (1, 2), "mm": (0, 1)}
+#: Other views of a weight, or copies of one.
+VIEWS = frozenset("t transpose permute view _unsafe_view unsqueeze expand detach alias".split())
+COPIES = frozenset(("clone", "_to_copy"))
+
+
+class StaysDouble(TorchDispatchMode):
+    """Keeps in float64 what is in float64, where the network's code asks for a shorter dtype."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # here composite operators arrive whole
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        asked = kwargs.get("dtype")
+        if asked is not None and asked.is_floating_point and _is_double(args):
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return self.operator(func.overloadpacket.__name__, func, args, kwargs)
+
+    def operator(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run one operator."""
+        return func(*args, **kwargs)
+
+
+def _is_double(args: Any) -> bool:
+    return bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
+
+
+class _Projections(StaysDouble):
+    """Meets each convolution and linear layer of a model as the call it is in the traced graph."""
+
+    def __init__(self, model: nn.Module, calls: list[ProjectionCall]) -> None:
+        super().__init__()
+        self.calls = calls
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        self.names = {tensor.data_ptr(): name for name, tensor in tensors}
+        self.copies: list[Tensor] = []  # kept, so that no other tensor gets their addresses
+        order: dict[str, list[int]] = {}
+        for i, call in enumerate(calls):
+            order.setdefault(call.weight, []).append(i)
+        self.waiting: dict[str, Iterator[int]] = {n: iter(indices) for n, indices in order.items()}
+
+    def operator(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        place = PRODUCTS.get(name)
+        if place is None:
+            return self.other(name, func, args, kwargs)
+        weight = args[place[1]]
+        index = next(self.waiting.get(self.names.get(weight.data_ptr(), ""), iter(())), None)
+        if index is None:
+            return self.other(name, func, args, kwargs)
+        x = self.read(index, args[place[0]], args)
+        args = (*args[: place[0]], x, *args[place[0] + 1 :])
+        return self.write(index, self.product(index, func, args))
+
+    def other(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run what is no call of the graph."""
+        out = func(*args, **kwargs)
+        if name in COPIES and args[0].data_ptr() in self.names:
+            self.names[out.data_ptr()] = self.names[args[0].data_ptr()]
+            self.copies.append(out)
+        return out
+
+    def read(self, index: int, x: Tensor, args: Any) -> Tensor:
+        """What the call is to read instead of `x`; `args`: of its operator."""
+        return x
+
+    def product(self, index: int, func: Any, args: Any) -> Tensor:
+        """The call's output."""
+        return func(*args)
+
+    def write(self, index: int, out: Tensor) -> Tensor:
+        """What the call is to return instead of `out`."""
+        return out
+
+
+class _Reads(_Projections):
+    """Notes what each call reads in the channels asked for."""
+
+    def __init__(
+        self, model: nn.Module, wanted: dict[int, Tensor], calls: list[ProjectionCall]
+    ) -> None:
+        super().__init__(model, calls)
+        self.wanted, self.fields = wanted, dict[int, Field]()
+
+    def read(self, index: int, x: Tensor, args: Any) -> Tensor:
+        positions = self.wanted.get(index)
+        if positions is not None and x.numel():
+            seen = x.index_select(1, positions.to(x.device))
+            if x.dim() > 2 and _taps(args[1]) == 1 and not any(args[4]):
+                for dim, stride in enumerate(args[3], 2):  # in between it reads nothing
+                    seen = seen[(slice(None),) * dim + (slice(None, None, stride),)]
+            call = self.calls[index]
+            self.fields[index] = observe(seen, in_the_middle=call.padded or call.transposed)
+        return x
+
+
+class Unfit(Exception):
+    """A network that does not run without its weights."""
+
+
+class _Hollow(_Reads):
+    """Instead of computing products with weights that are not there, draws them.
+
+    What a removed channel leaves behind does not depend on any of these products; so a field that
+    is the same whatever they are is what the real network shows. For a fraction of the time.
+
+    Args:
+        model: a copy with zeros for the weights of products (`double_copy`).
+        wanted, calls: as in `_Reads`.
+        hollow: names of the weights that are not there.
+        seed: of the numbers drawn.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        wanted: dict[int, Tensor],
+        calls: list[ProjectionCall],
+        hollow: set[str],
+        seed: int,
+    ) -> None:
+        super().__init__(model, wanted, calls)
+        self.hollow = {address for address, name in self.names.items() if name in hollow}
+        self.draws = _Draws(seed)
+
+    def other(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.hollow.isdisjoint(_addresses(args, kwargs)):
+            return super().other(name, func, args, kwargs)
+        if name in VIEWS:
+            return func(*args, **kwargs)
+        if name in COPIES:
+            return args[0].detach()
+        raise Unfit(f"{func} reads a weight")
+
+    def product(self, index: int, func: Any, args: Any) -> Tensor:
+        x, weight = (args[i] for i in PRODUCTS[func.overloadpacket.__name__])
+        if weight.data_ptr() not in self.hollow:
+            return super().product(index, func, args)
+        shape = _shape(args) if func.overloadpacket.__name__ == "convolution" else None
+        return self.draws.take(shape or [x.shape[0], weight.shape[1]], x.device)
+
+
+class _Draws:
+    """Random float64 tensors, all cut out of one: drawing takes longer than using them."""
+
+    SLACK = 8192
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+        self.count = 0
+        self.pool = torch.empty(0)
+
+    def take(self, shape: list[int], device: torch.device) -> Tensor:
+        """A tensor like no other that was taken."""
+        wanted = math.prod(shape)
+        if self.pool.numel() < wanted + self.SLACK:
+            drawn = torch.empty(wanted + self.SLACK, dtype=torch.float32, device="cpu")
+            self.pool = drawn.normal_(generator=self.generator).to(device, torch.float64)
+        self.count = (self.count + 1) % self.SLACK
+        # A copy, since networks work in place.
+        return self.pool[self.count : self.count + wanted].clone().view(shape)
+
+
+def _taps(weight: Tensor) -> int:
+    return math.prod(weight.shape[2:])
+
+
+def _shape(args: Any) -> list[int]:
+    """The shape of what aten.convolution(input, weight, bias, stride, padding, dilation,
+    transposed, output_padding, groups) returns.
+    """
+    x, weight, _, stride, padding, dilation, transposed, output_padding, groups = args
+    shape = [x.shape[0], weight.shape[1] * groups if transposed else weight.shape[0]]
+    for i, size in enumerate(x.shape[2:]):
+        s, p, d = (each[i % len(each)] for each in (stride, padding, dilation))
+        reach = d * (weight.shape[2 + i] - 1)
+        if transposed:
+            shape.append((size - 1) * s - 2 * p + reach + output_padding[i] + 1)
+        else:
+            shape.append((size + 2 * p - reach - 1) // s + 1)
+    return shape
+
+
+def _addresses(args: Any, kwargs: dict[str, Any]) -> set[int]:
+    found: set[int] = set()
+    for arg in (*args, *kwargs.values()):
+        if isinstance(arg, Tensor):
+            found.add(arg.data_ptr())
+        elif isinstance(arg, (list, tuple)):
+            found.update(part.data_ptr() for part in arg if isinstance(part, Tensor))
+    return found
+
+
+#: What may go wrong in a network's code on numbers that are unlike any real ones.
+_ANY = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    Unfit,
+    ValueError,
+)
+
+
+class AsFolded(_Projections):
+    """Lets each reader whose fold is not exact see what the plan says it sees: instead of the
+    removed channels' constants, the one value that is folded for each.
+    """
+
+    def __init__(self, model: nn.Module, fold: Fold, calls: list[ProjectionCall]) -> None:
+        super().__init__(model, calls)
+        self.readers = {i: reader for i, reader in fold.readers.items() if reader.note}
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.shifts = {
+            i: shift_of(calls[i], tensors[calls[i].weight], reader)
+            for i, reader in self.readers.items()
+            if reader.adds
+        }
+
+    def read(self, index: int, x: Tensor, args: Any) -> Tensor:
+        reader = self.readers.get(index)
+        if reader is None or reader.shifted is None:
+            return x
+        return x.index_fill(1, reader.shifted.to(x.device), 0.0)
+
+    def write(self, index: int, out: Tensor) -> Tensor:
+        shift = self.shifts.get(index)
+        if shift is None:
+            return out
+        return out + shift.to(out.device).view(1, -1, *[1] * (out.dim() - 2))
+
+
+def run_double(model: nn.Module, inputs: Any) -> Any:
+    """A float64 model on float64 inputs.
+
+    Raises:
+        PlanError: the network's code asks for another dtype.
+    """
+    try:
+        with plain_eager(), StaysDouble():
+            return call_model(model, inputs)
+    except RuntimeError as error:
+        if "dtype" not in str(error) and "same type" not in str(error):
+            raise
+        raise PlanError(
+            f"the network cannot run in float64, in which removed channels are worked out: {error}."
+            " Let its code take the dtype from its input (torch.zeros(…, dtype=x.dtype))"
+        ) from error
+
+
+def read_fields(
+    model: nn.Module, inputs: Any, wanted: dict[int, Tensor], calls: list[ProjectionCall]
+) -> dict[int, Field]:
+    """Run `model`; for each call index in `wanted`, what it reads in those input channels.
+
+    Raises:
+        PlanError: what it reads is not finite.
+    """
+    with _Reads(model, wanted, calls) as reads:
+        run_double(model, inputs)
+    for index, seen in reads.fields.items():
+        if not math.isfinite(seen.largest):
+            raise PlanError(
+                f"{calls[index].weight} reads NaN or inf in a removed channel, on random inputs "
+                "between the example inputs' smallest and largest value: use example inputs like "
+                "the real ones, and check that training has not diverged"
+            )
+    return reads.fields
+
+
+def read_hollow(
+    model: nn.Module,
+    inputs: Any,
+    wanted: dict[int, Tensor],
+    calls: list[ProjectionCall],
+    hollow: set[str],
+    seed: int,
+) -> dict[int, Field] | None:
+    """The same without computing products; None where the network does not run like that."""
+    try:
+        with _Hollow(model, wanted, calls, hollow, seed) as reads, plain_eager():
+            call_model(model, inputs)
+    except _ANY:
+        # Its code may well want other numbers than random ones (an index, a box): then the real
+        # network runs, and any error that is one shows.
+        return None
+    return reads.fields

@@ -195,7 +195,8 @@ def _note(problem: str, seen: Field, channels: Channels, left: Tensor | None = N
         return problem
     folded = "the value in the middle" if seen.middle else "the mean"
     cure = "" if channels.graph.gate_names() else "; gates leave no constants (pf.add_gates)"
-    return f"{problem} (by up to {off / seen.largest:.0%}): {folded} is folded{cure}"
+    share = f"by up to {off / seen.largest:.0%} of the largest constant"
+    return f"{problem}, {share}: {folded} is folded{cure}"
 
 
 class Sinks:

@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from .errors import ArgumentError, PlanError
 
 Spec = dict[str, Any]
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
 
 def describe(inputs: Any) -> Spec:
@@ -111,9 +113,11 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own model inside DistributedDataParallel, DataParallel and torch.compile."""
+    """The user's own model inside DistributedDataParallel, DataParallel, torch.compile and
+    AveragedModel.
+    """
     while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        if isinstance(model, _WRAPPERS):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]

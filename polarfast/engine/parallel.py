@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from polarfast.engine.recipe import Recipe
 from polarfast.engine.workers import Workers
 from polarfast.errors import ArgumentError
+from polarfast.synchronization import convert_sync_batchnorm
 
 
 def prepare(model: nn.Module, recipe: Recipe, workers: Workers) -> nn.Module:
@@ -27,7 +28,7 @@ def prepare(model: nn.Module, recipe: Recipe, workers: Workers) -> nn.Module:
     if hardware.channels_last:
         model.to(memory_format=torch.channels_last)
     if recipe.sync_batchnorm and workers.distributed:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)
     if hardware.parallel == "fsdp":
         _shard(model, workers)
     if hardware.compile:

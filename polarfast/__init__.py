@@ -18,7 +18,7 @@ from .errors import (
 )
 from .files import load, load_plan, save
 from .gating import add_gates
-from .planning import plan
+from .planning import plan, reachable
 from .plans import PruningPlan
 from .prediction import CutPredictor
 from .regularizers import L1, DeepHoyer, Polarization, Regularizer
@@ -62,6 +62,7 @@ __all__ = [
     "load",
     "load_plan",
     "plan",
+    "reachable",
     "save",
     "scaling_factors",
     "search",

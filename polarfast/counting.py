@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from .channels import Channels
+from .choosing import Chooser
 from .constants import UNKNOWN, VISIBLE, Answers, ranges, visibility
+from .costs import Costs
 from .errors import ArgumentError
 from .fields import Fold
-from .folding import fold_constants
 from .inputs import Spec
-from .planning import can_vanish, magnitudes, select
+from .limits import Limits
 from .scaling import ScalingFactors
+from .scores import magnitudes
 from .selection import Selection
 from .widths import Widths, shares_channels
 
@@ -81,7 +83,8 @@ class CutCounter:
         channels: its channel classes.
         spec: description of the inputs.
         names: layers that may lose channels.
-        fold, round_to, min_channels: as in `plan`.
+        fold: as in `plan`.
+        limits: of these layers.
 
     Attributes:
         macs_before: multiply-accumulates of the whole network on the inputs.
@@ -97,24 +100,23 @@ class CutCounter:
         names: Sequence[str],
         *,
         fold: str,
-        round_to: int,
-        min_channels: int,
+        limits: Limits,
     ) -> None:
-        self._model, self._channels, self._spec = model, channels, spec
-        self._fold, self._round_to, self._min_channels = fold, round_to, min_channels
+        self._channels = channels
+        self._chooser = Chooser(model, channels, spec, names, fold, limits)
+        self._unlimited = self._chooser.under(Limits.of(dict.fromkeys(names, 1)))
+        self._costs = Costs(model, channels)
         self._names = list(names)
         self._sizes = [channels.layers[name].numel() for name in names]
         sizes = torch.tensor(self._sizes, device="cpu")
         self._rows = torch.arange(len(names), device="cpu").repeat_interleave(sizes)
         self._last = sizes.cumsum(0) - 1  # place of each layer's last channel
-        self._vanishing = can_vanish(model, channels)
         self._seen = visibility(model, channels, self._names, spec, fold)
         biases = {name: channels.calls[name].bias for name in self._seen.readers}
         self.readers = {name: bias for name, bias in biases.items() if bias is not None}
-        self._counted = [c for c in channels.graph.projections if c.counted]
-        self.macs_before = self._macs(~channels.graph.mask())
-        self._shared = shares_channels(channels, self._names)
-        limited = (round_to, min_channels) != (1, 1) or min(self._sizes) < 2
+        self.macs_before = self._costs.macs(~channels.graph.mask())
+        self._shared = shares_channels(channels, self._names) or bool(channels.balanced)
+        limited = not limits.none or min(self._sizes) < 2
         self._widths = None if self._shared or limited else Widths.of(channels, self._names)
         self.quick = self._widths is not None
         self._regimes: dict[tuple[int, ...], _Regime | None] = {}
@@ -163,8 +165,8 @@ class CutCounter:
             raise ArgumentError(
                 "the share of MACs that pruning cuts cannot be predicted while this model is "
                 "sharded: whether removed channels leave a constant behind takes passes through "
-                "the whole network (coupled channels, or activations such as hardswish); use "
-                "fold='bias', or DistributedDataParallel"
+                "the whole network (coupled or grouped channels, or activations such as "
+                "hardswish); use fold='bias', or DistributedDataParallel"
             )
 
     # --- the quick way
@@ -214,9 +216,7 @@ class CutCounter:
             for name, size in zip(self._names, self._sizes, strict=True)
         }
         limits = dict.fromkeys(self._names, 1.0)
-        choice, _, _ = select(
-            self._channels, compared, limits, self._vanishing, lambda choice: Fold(), 1, 1
-        )
+        choice, _ = self._unlimited.choose(compared, limits, lambda choice: Fold())
         counts = [choice.count(name) for name in self._names]
         if any(counts[row] for row in empty):
             return None
@@ -234,22 +234,14 @@ class CutCounter:
     # --- the way of `plan`
 
     def _by_selection(self, moment: Moment) -> float:
-        choice, folded, _ = select(
-            self._channels,
+        choice, folded = self._chooser.choose(
             moment.magnitudes(),
             moment.limits,
-            self._vanishing,
             lambda choice: self._constants(choice, moment.betas),
-            self._round_to,
-            self._min_channels,
         )
-        alive = choice.alive() | self._channels.in_classes(folded.constant)
-        return 1.0 - self._macs(alive) / self.macs_before
-
-    def _macs(self, alive: Tensor) -> int:
-        sizes = [(int(alive[c.inputs].sum()), int(alive[c.outputs].sum())) for c in self._counted]
-        macs = sum(call.macs(*pair) for call, pair in zip(self._counted, sizes, strict=True))
-        return macs + self._channels.graph.fixed_macs
+        stays = choice.stays.clone()
+        stays[list(folded.constant)] = True
+        return 1.0 - self._costs.macs(stays) / self.macs_before
 
     def _constants(self, choice: Selection, betas: Mapping[str, Tensor]) -> Fold:
         """What `fold_constants` would find, of which the constant channels are enough here."""
@@ -263,10 +255,7 @@ class CutCounter:
             answers = torch.tensor(self._seen.answers(name, reading), device="cpu")
             found = answers[ranges(betas[name].detach().cpu())[gone]]
             if self._shared or (bool((found == UNKNOWN).any()) and VISIBLE not in found):
-                kept, alive = choice.kept(), choice.alive()
-                return fold_constants(
-                    self._model, self._channels, kept, alive, self._spec, self._fold
-                )
+                return self._chooser.constants(choice)
             if VISIBLE in found:
                 constant.add(int(labels[gone].min()))
         return Fold(constant=constant)

@@ -1,57 +1,65 @@
 """`plan`: from thresholds to the channels that stay, and what that saves."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from .aiming import Aim, Reach, reach
 from .channels import Channels
-from .edits import new_biases
-from .errors import ArgumentError, PlanError
-from .fields import Fold
-from .folding import fold_constants
+from .choosing import Chooser
+from .errors import PlanError
 from .inputs import describe, unwrap
-from .layout import Layout
-from .modules import can_be_silent
-from .plans import LayerPlan, PruningPlan
+from .limits import Counts, Limits, Shares, check_fold
+from .plan_notes import note_crowds, note_ranking, note_widths
+from .plan_writing import write_plan
+from .plans import PruningPlan
 from .scaling import ScalingFactors, analyze
-from .selection import Selection
-from .sharded import whole
+from .scores import Ranking, as_factors, magnitudes
 from .thresholding import thresholds
-
-FOLDS = ("exact", "bias", "none")
-#: A layer that keeps a smaller share of its channels is pointed out.
-ALMOST_NOTHING = 0.05
-#: Where γ have parted, few lie so closely above a valley's threshold.
-GAP = 0.05
 
 
 def plan(
     model: nn.Module,
     example_inputs: Any,
     scales: ScalingFactors,
-    method: str = "valley",
-    round_to: int = 1,
-    min_channels: int = 1,
+    method: str | None = None,
+    round_to: Counts = 1,
+    min_channels: Counts = 1,
     *,
     value: float | None = None,
+    max_share: Shares | None = None,
+    cut: float | None = None,
+    of: str = "macs",
     fold: str = "exact",
     scores: Mapping[str, Tensor] | None = None,
 ) -> PruningPlan:
     """Choose the channels that stay (Sec. 3.3). The model is left as found.
+
+    Limits only ever add channels back, the strongest first; the plan's notes say how many. Each is
+    one number for all layers, or a mapping of regular expressions on γ's names to numbers, of which
+    the first that matches a name decides: ``max_share={r"^layer1": 0.5, "": 0.9}``.
 
     Args:
         model: the trained network that `scales` was traced from.
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; MACs are
             counted on these.
         scales: the scaling factors that may lose channels; their residual mode is used.
-        method: "valley" (the paper's), "fixed" or "percentile", as in `thresholds`. Layers whose
-            γ have no gap at the valley, as before they settle, are noted.
-        round_to: widths become multiples of this; channels are added back in order of γ, never
-            removed for it.
-        min_channels: no layer that stays is narrower.
+        method: "valley" (the paper's, and the default), "fixed" or "percentile", as in
+            `thresholds`. Layers whose γ have no gap at the valley, as before they settle, are
+            noted.
+        round_to: widths, constant channels included, become multiples of this. A layer that is
+            narrower or no multiple itself can end up whole, and a note says so.
+        min_channels: no layer that stays is narrower; above 1, no layer disappears.
         value: the threshold for "fixed", the share of all channels to remove for "percentile".
+        max_share: no layer loses a larger share of its channels than this, in [0, 1]; under 1, no
+            layer disappears.
+        cut: the share to cut, in [0, 1), in place of a threshold: as many of the weakest channels
+            go as it takes, after all limits, so that at least this share is cut and one channel
+            less would not be enough. With method="percentile", the default here, all channels of
+            the network are in one order of |γ|; with "valley", those under their layer's valley
+            come first. Equal γ are told apart: layers give the same share of them.
+        of: what `cut` is a share of: "macs" or "params".
         fold: what becomes of the removed channels' constants ("exact", "bias", "none"); sizes are
             predicted for this one.
         scores: name -> float [C] >= 0 for every layer of `scales`: what is compared with the
@@ -60,129 +68,73 @@ def plan(
 
     Raises:
         ArgumentError: an argument is out of range, or `scores` do not fit `scales`.
-        PlanError: `scales` does not belong to `model`.
+        PlanError: `scales` does not belong to `model`, or `cut` is out of reach; see `reachable`.
         ThresholdError: no threshold can be chosen for some layer's γ.
         TracingError: the model does not run on the example inputs.
     """
-    check_limits(round_to, min_channels, fold)
+    limits = Limits.of(_sizes(scales), round_to, min_channels, max_share)
+    aim = None if cut is None else Aim.given(cut, of, method, value)
+    method = method or ("valley" if aim is None else "percentile")
+    check_fold(fold)
+    chooser = _chooser(model, example_inputs, scales, fold, limits)
+    compared = magnitudes(scales, scores)
+    factors = scales if scores is None else as_factors(compared)
+    if aim is None:
+        bounds = thresholds(factors, method, value)
+        choice, folded = chooser.choose(compared, bounds)
+        notes = choice.remarks()
+        if method == "valley":
+            note_crowds(notes, compared, bounds, gaps=scores is None)
+    else:
+        valleys = thresholds(factors) if method == "valley" else None
+        ranking = Ranking(compared, valleys)
+        found = aim.hit(chooser, ranking)
+        choice, folded = found.choice, found.folded
+        bounds, notes = ranking.thresholds(found.count), choice.remarks()
+        note_ranking(notes, ranking, found.count)
+    note_widths(notes, choice, folded, limits)
+    asked = dict(limits.given) | ({} if aim is None else {"cut": aim.cut, "of": aim.of})
+    return write_plan(chooser, choice, folded, bounds, notes, method=method, asked=asked)
+
+
+def reachable(
+    model: nn.Module,
+    example_inputs: Any,
+    scales: ScalingFactors,
+    round_to: Counts = 1,
+    min_channels: Counts = 1,
+    *,
+    max_share: Shares | None = None,
+    fold: str = "exact",
+    scores: Mapping[str, Tensor] | None = None,
+) -> Reach:
+    """The smallest and the largest share that `plan(cut=...)` can cut under these limits, and which
+    of them bind. The model is left as found.
+
+    Args:
+        model, example_inputs, scales, round_to, min_channels, max_share, fold, scores: as in
+            `plan`.
+
+    Raises:
+        ArgumentError, PlanError, TracingError: as in `plan`.
+    """
+    limits = Limits.of(_sizes(scales), round_to, min_channels, max_share)
+    check_fold(fold)
+    chooser = _chooser(model, example_inputs, scales, fold, limits)
+    return reach(chooser, Ranking(magnitudes(scales, scores)))
+
+
+def _sizes(scales: ScalingFactors) -> dict[str, int]:
+    return {name: gamma.numel() for name, gamma in scales.items()}
+
+
+def _chooser(
+    model: nn.Module, example_inputs: Any, scales: ScalingFactors, fold: str, limits: Limits
+) -> Chooser:
     model = unwrap(model)
     channels = analyze(model, example_inputs, scales.residual)
     check_belongs(model, channels, scales)
-    compared = magnitudes(scales, scores)
-    limits = thresholds(scales if scores is None else as_factors(compared), method, value)
-    spec = describe(example_inputs)
-
-    def constants(choice: Selection) -> Fold:
-        return fold_constants(model, channels, choice.kept(), choice.alive(), spec, fold)
-
-    vanishing = can_vanish(model, channels)
-    choice, folded, unread = select(
-        channels, compared, limits, vanishing, constants, round_to, min_channels
-    )
-    if method == "valley" and scores is None:
-        _note_crowds(choice, compared, limits)
-    return _write(
-        model, channels, choice, folded, limits, unread, spec=spec, method=method, fold=fold
-    )
-
-
-def select(
-    channels: Channels,
-    compared: Mapping[str, Tensor],
-    limits: Mapping[str, float | None],
-    vanishing: Callable[[Tensor], bool],
-    constants: Callable[[Selection], Fold],
-    round_to: int,
-    min_channels: int,
-) -> tuple[Selection, Fold, list[str]]:
-    """Choose the channels that stay, under all limits.
-
-    Args:
-        compared: name -> float [C] on the CPU, what is compared with the thresholds.
-        limits: name -> threshold.
-        vanishing: as returned by `can_vanish`.
-        constants: works out the constant channels that a selection calls for.
-
-    Returns:
-        The selection, its constants, and the layers that nothing reads any more.
-    """
-    choice = Selection(channels, compared)
-    choice.cut(compared, limits)
-    choice.keep_paths(vanishing if min_channels == 1 else lambda mask: False)
-    choice.limit(min_channels, 1, {})
-    unread = choice.drop_unread(vanishing)
-    while True:  # widths count constant channels, and adding channels back changes which are needed
-        folded = constants(choice)
-        before = choice.stays.clone()
-        widths = {name: len(found) for name, found in choice.positions(folded.constant).items()}
-        choice.limit(min_channels, round_to, widths)
-        if torch.equal(before, choice.stays):
-            return choice, folded, unread
-
-
-def magnitudes(
-    scales: Mapping[str, Tensor], scores: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """What is compared with a threshold: |γ|, or the given scores. Float32 on the CPU. Sharded γ
-    are gathered in one collective.
-
-    Raises:
-        ArgumentError: `scores` are not one finite number >= 0 for each γ.
-    """
-    if scores is None:
-        gammas = whole({name: gamma.detach() for name, gamma in scales.items()})
-        return {name: gamma.abs().float().cpu() for name, gamma in gammas.items()}
-    _check_names(scales, scores)
-    found = {}
-    for name, gamma in scales.items():
-        score = scores[name]
-        if not isinstance(score, Tensor) or score.shape != gamma.shape:
-            got = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
-            raise ArgumentError(f"scores[{name!r}]: give a tensor {list(gamma.shape)}, not {got}")
-        score = score.detach().float().cpu().contiguous()
-        if not bool((score.isfinite() & (score >= 0)).all()):
-            raise ArgumentError(
-                f"scores[{name!r}] holds negative, infinite or NaN values: a score is a finite "
-                "number >= 0, the higher the more worth keeping"
-            )
-        found[name] = score
-    return found
-
-
-def _check_names(scales: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
-    for name in scores:
-        if name not in scales:
-            raise ArgumentError(f"scores[{name!r}]: no such layer among the scaling factors")
-    for name in scales:
-        if name not in scores:
-            raise ArgumentError(f"scores lack {name!r}: give one for every layer of scales")
-
-
-def _note_crowds(
-    choice: Selection, compared: Mapping[str, Tensor], limits: Mapping[str, float | None]
-) -> None:
-    """Point out layers whose threshold runs through γ that have not parted: of these, most of what
-    stays is hardly larger than what goes, and what goes may be missed. Single γ on their way to one
-    side are harmless.
-    """
-    for name, limit in limits.items():
-        if limit is None:
-            continue
-        above = compared[name][compared[name] > limit]
-        near = int((above <= limit + GAP).sum())
-        if near and 2 * near >= above.numel() and above.numel() < compared[name].numel():
-            choice.notes[name].append(
-                f"no gap: {near} of {above.numel()} above the threshold lie within {GAP:g} of it"
-            )
-
-
-def check_limits(round_to: int, min_channels: int, fold: str) -> None:
-    """Raise ArgumentError unless these are settings of a plan."""
-    for name, number in (("round_to", round_to), ("min_channels", min_channels)):
-        if not isinstance(number, int) or number < 1:
-            raise ArgumentError(f"{name}={number!r}: give a whole number of channels, at least 1")
-    if fold not in FOLDS:
-        raise ArgumentError(f"fold={fold!r}: choose one of {', '.join(map(repr, FOLDS))}")
+    return Chooser(model, channels, describe(example_inputs), scales, fold, limits)
 
 
 def check_belongs(model: nn.Module, channels: Channels, scales: ScalingFactors) -> None:
@@ -199,79 +151,3 @@ def check_belongs(model: nn.Module, channels: Channels, scales: ScalingFactors) 
                 f"{name} takes no part in this model as it runs now: "
                 f"{channels.pinned.get(name, 'it did not run')}"
             )
-
-
-def can_vanish(model: nn.Module, channels: Channels) -> Callable[[Tensor], bool]:
-    """Whether some classes (bool [graph.count] by label) may all go: everything around them must
-    work on no channels at all.
-    """
-    graph = channels.graph
-    pooled = graph.mask()
-    for ids in graph.pooled:
-        pooled[channels.label[ids]] = True
-
-    def check(mask: Tensor) -> bool:
-        if bool((pooled & mask).any()):
-            return False
-        touched = {
-            tensor
-            for (tensor, _), ids in graph.axes.items()
-            if bool(mask[channels.label[ids]].any())
-        }
-        return all(
-            can_be_silent(model.get_submodule(tensor.rpartition(".")[0])) for tensor in touched
-        )
-
-    return check
-
-
-def _write(
-    model: nn.Module,
-    channels: Channels,
-    choice: Selection,
-    folded: Fold,
-    limits: dict[str, float | None],
-    unread: list[str],
-    *,
-    spec: dict[str, Any],
-    method: str,
-    fold: str,
-) -> PruningPlan:
-    alive = choice.alive()
-    alive |= channels.in_classes(folded.constant)
-    layout = Layout(channels, alive)
-    whole = Layout(channels, torch.ones_like(alive))
-    kept = choice.kept()
-    constant = choice.positions(folded.constant)
-    layers = {}
-    for name, left in kept.items():
-        notes = list(choice.notes[name])
-        if name in unread:
-            notes.append("nothing reads it any more")
-        if 0 < left.numel() < ALMOST_NOTHING * choice.layers[name].numel():
-            notes.append("almost everything goes: is λ too strong here?")
-        if not left.numel():
-            notes.append("branch is constant" if constant[name] else "branch disappears")
-        layers[name] = LayerPlan(
-            choice.layers[name].numel(), limits[name], "; ".join(notes), constant[name]
-        )
-    return PruningPlan(
-        kept=kept,
-        layers=layers,
-        pinned=dict(channels.pinned),
-        residual=channels.residual,
-        method=method,
-        fold=fold,
-        inputs=spec,
-        macs_before=whole.macs(),
-        macs=layout.macs(),
-        params_before=whole.params(model, {}),
-        params=layout.params(model, new_biases(model, channels, folded, alive)),
-        inexact=folded.notes(),
-    )
-
-
-def as_factors(scores: Mapping[str, Tensor]) -> ScalingFactors:
-    """Scores in the place of scaling factors, so that thresholds can be chosen for them."""
-    params = {name: nn.Parameter(score, requires_grad=False) for name, score in scores.items()}
-    return ScalingFactors(params)

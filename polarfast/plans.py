@@ -47,6 +47,8 @@ class PruningPlan:
             inputs.
         params_before, params: number of parameters, gates left out.
         inexact: reader's weight name -> why removed channels are not folded into it exactly.
+        asked: the limits and the share to cut that the plan was made for, those that were given, by
+            the name of `plan`'s argument (JSON data).
     """
 
     kept: dict[str, Tensor]
@@ -61,6 +63,7 @@ class PruningPlan:
     params_before: int
     params: int
     inexact: dict[str, str] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
 
     @property
     def flops_reduction(self) -> float:
@@ -92,6 +95,7 @@ class PruningPlan:
             },
             "pinned": self.pinned,
             "inexact": self.inexact,
+            "asked": self.asked,
         }
         return json.dumps(data, indent=1)
 
@@ -150,7 +154,10 @@ def _from_data(data: Mapping[str, Any]) -> PruningPlan:
         "pinned",
         "inexact",
     )
-    return PruningPlan(kept=kept, layers=layers, **{name: data[name] for name in names})
+    asked = dict(data.get("asked", {}))  # plans of polarfast 0.1 do not say
+    return PruningPlan(
+        kept=kept, layers=layers, asked=asked, **{name: data[name] for name in names}
+    )
 
 
 def _ranges(indices: list[int]) -> list[list[int]]:
@@ -186,6 +193,8 @@ def table(plan: PruningPlan) -> str:
         f"method={plan.method}, residual={plan.residual}, fold={plan.fold}; '+1' is a constant "
         "channel",
     ]
+    if plan.asked:
+        lines.append(f"asked for: {', '.join(f'{k}={v}' for k, v in plan.asked.items())}")
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.pinned.items():
         reasons.setdefault(reason, []).append(name)

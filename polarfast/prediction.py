@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from .counting import CutCounter, Moment
 from .errors import ArgumentError
 from .inputs import describe, unwrap
-from .planning import as_factors, check_belongs, check_limits, magnitudes
+from .limits import Counts, Limits, Shares, check_fold
+from .planning import check_belongs
 from .scaling import ScalingFactors, analyze
+from .scores import as_factors, magnitudes
 from .sharded import is_sharded, present_parameters, whole
 from .thresholding import check_method, thresholds, valleys
 
@@ -24,11 +26,12 @@ class CutPredictor:
     The network is traced once. `cut()` then counts channels over their thresholds and looks the
     MACs up: about 0.1 ms for a ResNet-20, 0.2 ms for a ResNet-50 on one core. It counts constant
     channels, too, from the sign of β. Where the answer is not that simple (coupled
-    channels, `round_to`, `min_channels`, a layer that has to be given a channel back) it goes the
+    channels, limits, a layer that has to be given a channel back) it goes the
     way that `plan` goes, in milliseconds.
 
     Args:
-        model, example_inputs, scales, method, round_to, min_channels, value, fold: as in `plan`.
+        model, example_inputs, scales, method, round_to, min_channels, max_share, value, fold: as in
+            `plan`.
 
     Attributes:
         macs_before: multiply-accumulates of the whole network on the example inputs.
@@ -46,12 +49,14 @@ class CutPredictor:
         *,
         value: float | None = None,
         fold: str = "exact",
-        round_to: int = 1,
-        min_channels: int = 1,
+        round_to: Counts = 1,
+        min_channels: Counts = 1,
+        max_share: Shares | None = None,
     ) -> None:
-        check_limits(round_to, min_channels, fold)
+        check_fold(fold)
+        sizes = {name: gamma.numel() for name, gamma in scales.items()}
+        limits = Limits.of(sizes, round_to, min_channels, max_share)
         self.scales, self.method, self.value, self.fold = scales, method, value, fold
-        self.round_to, self.min_channels = round_to, min_channels
         self._model = unwrap(model)
         channels = analyze(self._model, example_inputs, scales.residual)
         check_belongs(self._model, channels, scales)
@@ -64,8 +69,7 @@ class CutPredictor:
             describe(example_inputs),
             self._names,
             fold=fold,
-            round_to=round_to,
-            min_channels=min_channels,
+            limits=limits,
         )
         self.macs_before = self._counter.macs_before
         params: dict[str, Tensor] = dict(self._model.named_parameters())

@@ -1,13 +1,21 @@
 """Which channel classes go: thresholds, limits, and layers that would lose everything."""
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping, Set
 
 import torch
 from torch import Tensor
 
+from .balancing import is_balanced, spare, to_restore
 from .channels import Channels
 from .errors import PlanError
+from .limits import Limits
+from .ragged import Ragged
 from .tracing import PIN
+
+#: Why a channel is added back to a layer that would otherwise be empty.
+LAST = "would lose everything: the strongest channel stays"
+EQUAL = "equal groups or chunks"
 
 
 class Selection:
@@ -16,38 +24,59 @@ class Selection:
 
     Attributes:
         stays: bool [graph.count] by class label.
-        notes: γ name -> what the limits did.
+        strength: float32 [graph.count] by class label: its strongest score; −1: it has none.
+        unread: layers that lost what nothing reads any more.
+        added: γ name -> why channels came back -> how many.
     """
 
     def __init__(self, channels: Channels, names: Iterable[str]) -> None:
         """Everything stays. `names`: the layers (γ names) that may lose channels."""
         self.channels, self.graph = channels, channels.graph
         self.layers = {name: channels.layers[name] for name in names}
-        self.notes: dict[str, list[str]] = {name: [] for name in self.layers}
+        self._all = Ragged(list(self.layers.values()))
+        others = [labels for name, labels in channels.layers.items() if name not in self.layers]
+        self._left_out = Ragged(others).flat
+        label = channels.label
+        calls = [call for call in self.graph.projections if not call.depthwise]
+        self._read = Ragged([label[call.inputs] for call in calls])
+        self._written = Ragged([label[call.outputs] for call in calls])
+        put_back = [label[channels.calls[name].inputs] for name in channels.boundaries]
+        self._untouchable = Ragged([*put_back, self._left_out]).flat
+        self._reset()
+
+    def _reset(self) -> None:
         self.strength = torch.full((self.graph.count,), -1.0, dtype=torch.float32, device="cpu")
         self.stays = ~self.graph.mask()
+        self._dropped = self.graph.mask()
+        self.unread: list[str] = []
+        self.added: dict[str, dict[str, int]] = {name: {} for name in self.layers}
+        self._first: list[int] = list(self._all.sizes)  # channels left by the thresholds
+
+    def anew(self) -> "Selection":
+        """One in which everything stays, of the same layers."""
+        other = copy.copy(self)
+        other._reset()
+        return other
 
     def cut(self, scores: Mapping[str, Tensor], thresholds: Mapping[str, float | None]) -> None:
         """Remove the classes all of whose γ are at or under their layer's threshold (None: the
         layer loses nothing).
 
         Args:
-            scores: γ name -> float [C] on the CPU, what is compared with the threshold.
+            scores: γ name -> float32 [C] >= 0 on the CPU, what is compared with the threshold.
             thresholds: γ name -> threshold.
         """
-        stays = ~self.graph.mask()
-        for name, labels in self.layers.items():
-            # A coupled channel is as strong as the strongest γ that writes it.
-            self.strength.scatter_reduce_(0, labels, scores[name], "amax")
-            stays[labels] = False
-        for name, labels in self.channels.layers.items():
-            threshold = thresholds.get(name)
-            stays[labels if threshold is None else labels[scores[name] > threshold]] = True
-        stays[PIN] = True
-        self.stays = stays
-        for name, threshold in thresholds.items():
-            if threshold is None:
-                self.notes[name].append("no valley: nothing removed")
+        flat, score = self._all.flat, torch.cat([scores[name] for name in self.layers])
+        # A coupled channel is as strong as the strongest γ that writes it.
+        self.strength.scatter_reduce_(0, flat, score, "amax")
+        bounds = [-1.0 if (t := thresholds.get(name)) is None else t for name in self.layers]
+        bound = torch.tensor(bounds, dtype=torch.float32, device="cpu")[self._all.rows]
+        self.stays = ~self.graph.mask()
+        self.stays[flat] = False
+        self.stays[flat[score > bound]] = True
+        self.stays[self._left_out] = True
+        self.stays[PIN] = True
+        self._first = self.counts()
 
     def adopt(self, kept: Mapping[str, Tensor]) -> None:
         """Keep exactly the channels of a plan.
@@ -70,6 +99,11 @@ class Selection:
                     "layer they are coupled with: "
                     "make the plan anew for this model"
                 )
+        if not all(is_balanced(rows, stays) for rows in self.channels.balanced):
+            raise PlanError(
+                "the plan keeps more channels in one group of a convolution, or in one chunk, than "
+                "in another: make the plan anew for this model"
+            )
 
     def alive(self) -> Tensor:
         """bool [graph.count]: the ids that stay."""
@@ -83,39 +117,58 @@ class Selection:
 
     def positions(self, classes: set[int]) -> dict[str, list[int]]:
         """γ name -> the layer's channels that belong to the given classes."""
-        return {
-            name: [place for place, label in enumerate(labels.tolist()) if label in classes]
-            for name, labels in self.layers.items()
-        }
+        mask = self.graph.mask()
+        mask[list(classes)] = True
+        found: dict[str, list[int]] = {name: [] for name in self.layers}
+        if classes:
+            for name, labels in self.layers.items():
+                found[name] = mask[labels].nonzero().flatten().tolist()
+        return found
+
+    def counts(self) -> list[int]:
+        """Channels that stay, of each layer."""
+        return self._all.counts(self.stays).tolist()
 
     def count(self, name: str) -> int:
         """Channels of a layer that stay."""
         return int(self.stays[self.layers[name]].sum())
 
-    def _strongest_removed(self, name: str) -> int | None:
+    def restore(self, name: str, wanted: int, why: str) -> bool:
+        """Add back a layer's strongest removed channels until `wanted` stay; whether that changed
+        anything. Of equal ones the first come first.
+        """
         labels = self.layers[name]
         gone = labels[~self.stays[labels]]
-        return int(gone[self.strength[gone].argmax()]) if gone.numel() else None
+        missing = min(wanted - labels.numel() + gone.numel(), gone.numel())
+        if missing <= 0:
+            return False
+        order = gone[self.strength[gone].argsort(descending=True, stable=True)].tolist()
+        width: dict[int, int] = {}  # a class may have several channels in one layer
+        for label in order:
+            width[label] = width.get(label, 0) + 1
+        chosen, came = [], 0
+        for label, channels in width.items():
+            if came >= missing:
+                break
+            chosen.append(label)
+            came += channels
+        self.stays[chosen] = True
+        self.note_added(name, came, why)
+        return True
 
-    def restore(self, name: str, wanted: int) -> bool:
-        """Add back a layer's strongest removed channels until `wanted` stay; whether that changed
-        anything.
-        """
-        changed = False
-        while self.count(name) < wanted and (label := self._strongest_removed(name)) is not None:
-            self.stays[label] = True
-            changed = True
-        return changed
+    def note_added(self, name: str, number: int, why: str) -> None:
+        """Remember that a layer got channels back."""
+        self.added[name][why] = self.added[name].get(why, 0) + number
 
     def keep_paths(self, can_vanish: Callable[[Tensor], bool]) -> None:
         """Give its strongest channel back to every layer without which the input would not reach an
         output.
         """
-        emptied = [name for name in self.layers if self.count(name) == 0]
+        emptied = self._emptied(self.layers)
         for name in emptied:
-            if not can_vanish(self._mask(name)) and self.restore(name, 1):
-                self.notes[name].append("would lose everything: the strongest channel stays")
-        emptied = [name for name in emptied if self.count(name) == 0]
+            if not can_vanish(self._mask(name)):
+                self.restore(name, 1, LAST)
+        emptied = self._emptied(emptied)
         # Strongest first, so that of several parallel ways the one that matters most is kept open.
         emptied.sort(key=lambda name: -float(self.strength[self.layers[name]].max()))
         for name in emptied:
@@ -128,67 +181,105 @@ class Selection:
                 not self.graph.reachable(others | {self.channels.calls[name].node})
                 and self.graph.reachable(others)
             ):
-                self._restore_one(name)
+                self.restore(name, 1, LAST)
         for name in emptied:
-            cut = {self.channels.calls[other].node for other in emptied if self.count(other) == 0}
+            cut = {self.channels.calls[other].node for other in self._emptied(emptied)}
             if self.graph.reachable(cut):
                 break
-            self._restore_one(name)
+            self.restore(name, 1, LAST)
+
+    def _emptied(self, names: Iterable[str]) -> list[str]:
+        empty = {n for n, left in zip(self.layers, self.counts(), strict=True) if left == 0}
+        return [name for name in names if name in empty]
 
     def _mask(self, name: str) -> Tensor:
         mask = self.graph.mask()
         mask[self.layers[name]] = True
         return mask
 
-    def _restore_one(self, name: str) -> None:
-        if self.restore(name, 1):
-            self.notes[name].append("would lose everything: the strongest channel stays")
-
-    def limit(self, min_channels: int, round_to: int, constant: Mapping[str, int]) -> None:
-        """Hold every layer that keeps anything to the limits.
+    def limit(
+        self, limits: Limits, widths: Mapping[str, int], constant: Set[int] = frozenset()
+    ) -> None:
+        """Hold every layer that keeps anything to the limits, and groups and chunks to the same
+        size.
 
         Args:
-            min_channels, round_to: as in `plan`.
-            constant: γ name -> number of constant channels, which count as width.
+            widths: γ name -> number of constant channels, which count as width.
+            constant: their classes.
         """
         changed = True
         while changed:  # coupled layers share channels: restoring for one changes the other
-            changed = False
-            for name, labels in self.layers.items():
-                kept, extra, full = self.count(name), constant.get(name, 0), labels.numel()
-                wanted = max(kept, min_channels) if kept or min_channels > 1 else kept
-                wanted = -(-(wanted + extra) // round_to) * round_to - extra
-                if extra and wanted + extra >= full:
-                    wanted = full  # instead of a constant channel, the channel itself
-                if self.restore(name, min(wanted, full)):
-                    changed = True
-                    self.notes[name].append(f"{self.count(name) - kept} added back for the limits")
+            changed = self._balance(constant)
+            counts = self.counts()
+            for row, (name, full) in enumerate(zip(self.layers, self._all.sizes, strict=True)):
+                wanted = self._wanted(name, counts[row], full, limits, widths.get(name, 0))
+                if wanted > counts[row]:
+                    self._add_back(name, wanted, limits)
+                    changed, counts = True, self.counts()
 
-    def drop_unread(self, can_vanish: Callable[[Tensor], bool]) -> list[str]:
-        """Remove what only emptied layers read (the front of a branch that disappears); names of
-        the layers concerned.
-        """
-        dropped: list[str] = []
-        untouchable = self.graph.mask()
-        for name in self.channels.boundaries:
-            untouchable[self.channels.label[self.channels.calls[name].inputs]] = True
-        for name, labels in self.channels.layers.items():
-            if name not in self.layers:  # left out by the user
-                untouchable[labels] = True
+    def _balance(self, constant: Set[int]) -> bool:
+        """Add channels back until groups and chunks are equal in size; whether any came back."""
+        labels = to_restore(self.channels.balanced, self.stays, self.strength, constant)
+        if not labels:
+            return False
+        before = self.counts()
+        self.stays[labels] = True
+        for name, old, new in zip(self.layers, before, self.counts(), strict=True):
+            if new > old:
+                self.note_added(name, new - old, EQUAL)
+        return True
+
+    def _wanted(self, name: str, kept: int, full: int, limits: Limits, extra: int) -> int:
+        if kept == 0 and name in self.unread:
+            return 0
+        wanted, multiple = max(kept, limits.least[name]), limits.round_to[name]
+        wanted = -(-(wanted + extra) // multiple) * multiple - extra
+        # Instead of a constant channel, the channel itself.
+        return full if extra and wanted + extra >= full else min(wanted, full)
+
+    def _add_back(self, name: str, wanted: int, limits: Limits) -> None:
+        if self.count(name) == 0 and self.unread:  # what fed this layer is read again
+            self.stays |= self._dropped
+            self._dropped = self.graph.mask()
+            self.unread = []
+        self.restore(name, min(limits.least[name], wanted), limits.why[name])
+        self.restore(name, wanted, "round_to")
+
+    def drop_unread(self, can_vanish: Callable[[Tensor], bool]) -> None:
+        """Remove what only emptied layers read (the front of a branch that disappears)."""
+        known = self.graph.mask()
+        known[self._read.flat] = True
+        known[self._untouchable] = known[PIN] = False
+        dropped = self._dropped.clone()
         while True:
-            alive = self.alive()
             read = self.graph.mask()
-            known = read.clone()
-            for call in self.graph.projections:
-                if call.depthwise:
-                    continue
-                labels = self.channels.label[call.inputs]
-                known[labels] = True
-                if bool(alive[call.outputs].any()):
-                    read[labels] = True
-            useless = self.stays & known & ~read & ~untouchable
-            useless[PIN] = False
+            read[self._read.of(self._written.counts(self.stays) > 0)] = True
+            useless = self.stays & known & ~read
+            spare(self.channels.balanced, self.stays, useless)
             if not bool(useless.any()) or not can_vanish(useless):
-                return dropped
+                break
             self.stays[useless] = False
-            dropped += [name for name, labels in self.layers.items() if bool(useless[labels].any())]
+            dropped |= useless
+        self._dropped = dropped
+        hit = self._all.counts(dropped).tolist()
+        self.unread = [name for name, lost in zip(self.layers, hit, strict=True) if lost]
+
+    def remarks(self) -> dict[str, list[str]]:
+        """γ name -> what a reader of the plan should know about the limits."""
+        found: dict[str, list[str]] = {}
+        for name, first, now in zip(self.layers, self._first, self.counts(), strict=True):
+            found[name] = []
+            if name in self.unread:
+                found[name].append("nothing reads it any more")
+                if not now:
+                    continue
+            reasons = dict(self.added[name])
+            if reasons.pop(LAST, 0):
+                found[name].append(LAST)
+            coupled = now - first - sum(self.added[name].values())
+            if coupled > 0:
+                reasons["coupled layers"] = coupled
+            if reasons:
+                each = ", ".join(f"{number} for {why}" for why, number in reasons.items())
+                found[name].append(f"{sum(reasons.values())} added back ({each})")
+        return found

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError
-from .planning import as_factors
 from .prediction import CutPredictor
 from .regularizers import Polarization
 from .scaling import ScalingFactors
+from .scores import as_factors
 from .sharded import Part, local
 from .thresholding import thresholds
 

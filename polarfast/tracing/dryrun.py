@@ -71,7 +71,13 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
         )
     recorder = Recorder(model)
     with _as_found(model):
-        model.eval()
+        try:
+            model.eval()
+        except NotImplementedError as error:
+            raise TracingError(
+                f"the model has no eval mode ({error}), as what torch.export returns: prune the "
+                "eager model, then export the slim one"
+            ) from error
         _run(model, example_inputs, recorder)
         unread = _unread(model, recorder)
         if unread:

@@ -63,6 +63,8 @@ def _apply(
         rules.movement(rec, func, args, out)
     elif plain in ("view", "_unsafe_view", "reshape") and first:
         partitions.view(rec, func, args, out)
+    elif plain == "as_strided" and first and rules.is_restrided(args[0], out):
+        rules.same(rec, args, out)
     elif plain in partitions.CUTS and first:
         partitions.CUTS[plain](rec, func, args, out)
     elif plain in rules.SPATIAL and first:

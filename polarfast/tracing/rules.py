@@ -121,6 +121,15 @@ def same(rec: Recorder, args: tuple[Any, ...], out: Any) -> None:
     rec.put(result, value.ids, [value])
 
 
+def is_restrided(before: Tensor, out: Tensor) -> bool:
+    """Whether as_strided leaves every element at its place, as where torch makes what a global pool
+    of a channels_last image returns pass for channels_last again.
+    """
+    real = [dim for dim, size in enumerate(out.shape) if size > 1]
+    strides = [out.stride(dim) for dim in real]
+    return out.shape == before.shape and len(real) <= 2 and strides == sorted(strides)[::-1]
+
+
 def opaque(rec: Recorder, func: Any, args: Any, out: Any) -> None:
     """An operator the tracer does not know: nothing that flows through it can be removed."""
     sources: list[Value] = []

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .balancing import is_balanced
 from .channels import Channels
 from .choosing import can_vanish
 from .copies import copy_with, double_copy
@@ -154,15 +155,22 @@ def _draw(
     model: nn.Module, plan: PruningPlan, channels: Channels, choice: Selection, fold: str
 ) -> _Blueprint:
     alive = choice.alive()
-    forced: set[int] = set()
-    if fold == plan.fold:
-        forced = {
-            int(channels.layers[name][place])
-            for name, layer in plan.layers.items()
-            for place in layer.constant
-        }
+    forced = {
+        int(channels.layers[name][place])
+        for name, layer in plan.layers.items()
+        for place in layer.constant
+    }
+    if fold != plan.fold:  # then only for what keeps groups equal in size
+        forced &= {int(label) for rows in channels.balanced for label in rows.flatten()}
     folded = fold_constants(model, channels, choice.kept(), alive, plan.inputs, fold, forced)
     alive |= channels.in_classes(folded.constant)
+    stays = channels.graph.mask()
+    stays[channels.label[alive]] = True
+    if not all(is_balanced(rows, stays) for rows in channels.balanced):
+        raise PlanError(
+            "the plan leaves the groups of a convolution, or the chunks of a layer, with unequal "
+            f"numbers of channels for fold={fold!r}: make the plan anew, with this fold="
+        )
     layout = Layout(channels, alive)
     edits = write_edits(model, channels, folded)
     structure = layout.structure(model, new_biases(model, channels, folded, alive))

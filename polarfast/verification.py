@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .channels import Channels
-from .errors import VerificationError
 from .copies import double_copy, masked_copy
+from .errors import VerificationError
 from .fields import Fold
 from .inputs import convert, device_of, dtype_of, generate, unwrap
 from .plans import PruningPlan

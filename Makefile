@@ -34,7 +34,7 @@ test-abi: $(STAMP)
 	test -x .venv-abi/bin/python || $(PYTHON) -m venv .venv-abi
 	.venv-abi/bin/python -m pip install --quiet '$(OTHER_TORCH)' pytest hypothesis
 	PYTHONPATH=$(CURDIR) .venv-abi/bin/python -m pytest -q tests/test_polarize*.py tests/test_valley.py \
-		tests/test_gather.py tests/test_table.py tests/test_stepping.py tests/test_slimming.py
+		tests/test_gather.py tests/test_putback.py tests/test_table.py tests/test_stepping.py tests/test_slimming.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 //
 // Every weight is seen as [out][middle][in][inner] in memory: contiguous tensors have middle = 1 and inner = the kernel
 // positions; channels_last ones have middle = the kernel positions and inner = 1.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -14,6 +13,7 @@
 #endif
 
 #include "rows.h"
+#include "strides.h"
 
 namespace polarfast {
 
@@ -67,41 +67,6 @@ std::vector<Run> runs_of(const std::vector<int64_t>& channels, int64_t bytes) {
     }
   }
   return runs;
-}
-
-bool is_channels_last(const Tensor& weight) {
-  const int64_t dim = weight.dim();
-  if (dim != 4 && dim != 5) return false;
-  int64_t expected = 1;
-  if (weight.stride(1) != expected) return false;
-  expected *= std::max<int64_t>(weight.size(1), 1);
-  for (int64_t d = dim - 1; d >= 2; --d) {
-    if (weight.stride(d) != expected) return false;
-    expected *= std::max<int64_t>(weight.size(d), 1);
-  }
-  return weight.stride(0) == expected;
-}
-
-Tensor empty_as(const Tensor& weight, const std::vector<int64_t>& sizes, bool channels_last) {
-  const int64_t dim = weight.dim();
-  std::vector<int64_t> strides(dim);
-  int64_t stride = 1;
-  if (channels_last) {
-    strides[1] = stride;
-    stride *= std::max<int64_t>(sizes[1], 1);
-  }
-  for (int64_t d = dim - 1; d >= 0; --d) {
-    if (channels_last && d == 1) continue;
-    strides[d] = stride;
-    stride *= std::max<int64_t>(sizes[d], 1);
-  }
-  // Through the C interface, which knows dtypes by number: also those that this build has no name for.
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(weight.get(), &dtype));
-  AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
 }
 
 // What to copy for one output channel: `middle` times the input channels, as runs or, where these are short, one by one.

@@ -16,4 +16,8 @@ STABLE_TORCH_LIBRARY(polarfast, m) {
   // summary: float64 [rows, 3]; counts: int64 [rows, 100].
   m.def("valley(Tensor[] gammas) -> (Tensor summary, Tensor counts)");
   m.def("gather_channels(Tensor weight, Tensor? out_index, Tensor? in_index) -> Tensor");
+  m.def("put_back(Tensor kept, Tensor index, Tensor constant) -> Tensor");
+  m.def(
+      "put_back_norm(Tensor input, Tensor index, Tensor constant, Tensor weight, Tensor? bias, Tensor mean, "
+      "Tensor var, float eps) -> Tensor");
 }

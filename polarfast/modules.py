@@ -5,10 +5,13 @@ Each is a mixin over the torch class it stands in for, so that `isinstance` and 
 as they were.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from .gates import plain_type
+from .kernels.put_back import put_back, put_back_norm, takes_kernel
 
 
 def _nothing(norm: object, input: Tensor) -> Tensor:
@@ -21,6 +24,18 @@ def _nothing(norm: object, input: Tensor) -> Tensor:
     for parameter in norm.parameters(recurse=False):
         input = input + parameter.sum().to(input.dtype)
     return input
+
+
+def _is_affine(norm: nn.modules.batchnorm._BatchNorm, input: Tensor) -> bool:
+    """Whether all that is to do is y = a·x + b, for a kernel, and no gradient will follow."""
+    if torch.compiler.is_compiling() or norm.training or norm.running_mean is None:
+        return False
+    if torch.is_grad_enabled():
+        tensors = (input, norm.weight, norm.bias)
+        if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            return False
+    norm._check_input_dim(input)
+    return takes_kernel(input)
 
 
 class PutBackMixin:
@@ -43,19 +58,21 @@ class PutBackMixin:
 
     def forward(self, input: Tensor) -> Tensor:
         index, constant = self.put_back_index, self.put_back_constant
-        width = constant.numel()
         if not index.numel():
             return self._constant(_nothing(self, input))
-        kept = super().forward(input)  # type: ignore[misc]
-        shape = (kept.shape[0], width, *kept.shape[2:])
-        full = constant.to(kept.dtype).view(1, width, *[1] * (kept.dim() - 2)).expand(shape)
-        if (
-            kept.dim() == 4
-            and kept.is_contiguous(memory_format=torch.channels_last)
-            and not kept.is_contiguous()
-        ):
-            full = full.contiguous(memory_format=torch.channels_last)
-        return torch.index_copy(full, 1, index, kept)
+        assert isinstance(self, nn.modules.batchnorm._BatchNorm)
+        if _is_affine(self, input):
+            return put_back_norm(
+                input,
+                index,
+                constant,
+                self.weight,
+                self.bias,
+                cast(Tensor, self.running_mean),
+                cast(Tensor, self.running_var),
+                self.eps,
+            )
+        return put_back(super().forward(input), index, constant)  # type: ignore[misc]
 
     def _constant(self, nothing: Tensor) -> Tensor:
         """The output of a normalization that kept no channel, from its input [N, 0, *]."""

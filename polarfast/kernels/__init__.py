@@ -16,4 +16,4 @@ except ImportError as error:
         "`pip install --no-build-isolation .`, which needs a C++ compiler and torch >= 2.10"
     ) from error
 
-from polarfast.kernels import gather, polarize, valley  # noqa: E402, F401  they register the ops
+from polarfast.kernels import gather, polarize, put_back, valley  # noqa: E402, F401  they register the ops

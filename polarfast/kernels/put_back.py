@@ -1,0 +1,123 @@
+"""Put-back: kept channels at their places among constants, in one pass, as dispatcher ops."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from polarfast.kernels.gather import gather_channels
+from polarfast.kernels.put_back_ref import put_back_by_reading, put_back_ref
+from polarfast.kernels.registration import register
+
+_DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
+
+
+def put_back(kept: Tensor, index: Tensor, constant: Tensor) -> Tensor:
+    """A tensor with constant[c] everywhere, but for the channels `index`, which are `kept`'s.
+
+    One pass on the CPU; torch's own operators on other devices, and wherever something else than a
+    plain tensor comes in (compilers, exporters, function transforms).
+
+    Args:
+        kept: [N, K, *], any memory format.
+        index: int64 [K], the place of each kept channel; no place twice.
+        constant: [C].
+
+    Returns:
+        [N, C, *], in the dtype and memory format of `kept`; differentiable in `kept`.
+    """
+    if torch.compiler.is_compiling() or _in_transform():
+        return put_back_by_reading(kept, index, constant)  # asks no tensor for its memory format
+    if takes_kernel(kept):
+        return torch.ops.polarfast.put_back(kept, index, constant)
+    return put_back_ref(kept, index, constant)
+
+
+def put_back_norm(
+    input: Tensor,
+    index: Tensor,
+    constant: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> Tensor:
+    """`put_back` of a batch norm in eval mode, in the same pass. Not differentiable.
+
+    Args:
+        input: [N, K, *], one that `takes_kernel`.
+        index, constant: as for `put_back`.
+        weight, bias, mean, var, eps: the norm's, each [K].
+    """
+    return torch.ops.polarfast.put_back_norm(input, index, constant, weight, bias, mean, var, eps)
+
+
+def takes_kernel(input: Tensor) -> bool:
+    """Whether the CPU kernels can work on this tensor, and nobody looks on who wants torch's own
+    operators.
+    """
+    return (
+        type(input) is Tensor
+        and input.is_cpu
+        and input.dtype in _DTYPES
+        and not torch.jit.is_tracing()
+        and not _in_transform()
+        and _get_current_dispatch_mode() is None
+        and (input.is_contiguous() or _is_channels_last(input))
+    )
+
+
+def _in_transform() -> bool:
+    """Whether torch.func or forward-mode differentiation follows what is computed."""
+    level = torch._C._functorch.maybe_current_level()
+    return level is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    return memory_format is not None and tensor.is_contiguous(memory_format=memory_format)
+
+
+def _shape(kept: Tensor, index: Tensor, constant: Tensor) -> Tensor:
+    sizes = (kept.shape[0], constant.shape[0], *kept.shape[2:])
+    if kept.is_contiguous() or not _is_channels_last(kept):
+        return kept.new_empty(sizes)
+    rest = kept.new_empty((sizes[0], *sizes[2:], sizes[1]))
+    return rest.movedim(-1, 1)
+
+
+def _norm_shape(input: Tensor, index: Tensor, constant: Tensor, *norm: Any) -> Tensor:
+    return _shape(input, index, constant)
+
+
+def _norm_elsewhere(
+    input: Tensor,
+    index: Tensor,
+    constant: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> Tensor:
+    kept = F.batch_norm(input, mean, var, weight, bias, eps=eps)
+    return put_back_ref(kept, index, constant)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (index,) = ctx.saved_tensors
+    if torch.is_grad_enabled():  # of higher order
+        return grad.index_select(1, index), None, None
+    return gather_channels(grad, None, index), None, None
+
+
+register("put_back", fake=_shape, elsewhere=put_back_ref)
+register("put_back_norm", fake=_norm_shape, elsewhere=_norm_elsewhere)
+torch.library.register_autograd("polarfast::put_back", _backward, setup_context=_setup)

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from nets import Bottlenecks, chain, settle, zero
+from torch import Tensor
 
 import polarfast as pf
 from polarfast import slimming
@@ -78,7 +79,14 @@ def test_slim_raises_on_a_wrong_result(monkeypatch):
 
 
 def test_what_cannot_be_exact_is_named():
-    model, plan = make(Bottlenecks)
+    class Bent(Bottlenecks):
+        """Not only means of what the last convolution writes are read."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.fc((x + self.block(x)).relu().mean((2, 3)))
+
+    model, plan = make(Bent)
     slim = pf.slim(model, plan)
     report = pf.verify(model, slim, plan, X)
     assert list(report.notes) == ["block.6.weight"]

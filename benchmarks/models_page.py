@@ -1,0 +1,111 @@
+"""docs/models.md from the figures of bench_models.py."""
+
+from typing import Any
+
+TOLERANCE = 1e-10
+HEAD = """# Which networks, and how exactly
+
+Written by `python benchmarks/bench_models.py --write docs/models.md`; no figure here is typed in.
+Every network is torchvision's or timm's own (with 10 classes and random weights, 64 pixels,
+Inception 128), and no rule in polarfast knows a network's name. The assertions behind the table
+are the tests in [tests/conformance](../tests/conformance/__init__.py), which can be pointed at
+another pruner.
+
+Half of the channels of every layer that takes part are removed, one of every two neighbours.
+
+- **MACs cut**: share of multiply–accumulates, counted by torch's `FlopCounterMode`. "couple" asks
+  for the same channels in all layers of one width, so that those which are added together go
+  together.
+- **zero test**: γ = β = 0 on the removed channels (and wherever these pass through a depthwise
+  convolution's BatchNorm), everything else random. Largest difference of any output from the
+  original's, in float64, as a share of how much that output varies over inputs. Up to
+  {tolerance:g} it is rounding.
+- **β ≠ 0**: γ = 0 alone, β from a normal distribution with standard deviation 1, `fold="exact"`:
+  the same error against the original with these γ = 0.
+- **exact**: "yes" if both are rounding; else how many layers read something that cannot be
+  folded, and why (`plan.inexact` names each). These errors are those of random β at small images,
+  where most places are near a border: an upper end, not what a trained network shows. Gates
+  ([pf.add_gates](../README.md)) silence β and leave nothing to fold.
+- **time**: trace, plan and slim (`verify=False`) in float32, CPU seconds on one thread.
+- **torch-pruning** {tp}, **torch-kirigami** {tk}: the same channels, removed by the peer's own
+  means for given channels, in the zero test; error and time, measured in the same way. It is
+  compared with the original without what it did remove; its share of MACs is given where it is
+  another than ours. Neither puts a pruned branch back at its places ("expand") or keeps β.
+  torch-kirigami was stopped after {patience} s.
+
+"""
+COLUMNS = (
+    "network", "mode", "MACs cut", "zero test", "β ≠ 0", "exact", "time",
+    "torch-pruning", "torch-kirigami",
+)  # fmt: skip
+
+
+def page(rows: dict[tuple[str, str], Any], versions: dict[str, str], patience: int) -> str:
+    """The whole page.
+
+    Args:
+        rows: (model, mode) -> row of bench_models.py.
+        versions: of the peers.
+        patience: seconds that a peer was given.
+    """
+    head = HEAD.format(
+        tolerance=TOLERANCE,
+        tp=versions["torch-pruning"],
+        tk=versions["torch-kirigami"],
+        patience=patience,
+    )
+    lines = [head + _line(COLUMNS), _line("---" for _ in COLUMNS)]
+    lines += [_line(_cells(row)) for row in rows.values()]
+    lines += ["", summary(list(rows.values()))]
+    return "\n".join(lines) + "\n"
+
+
+def summary(rows: list[Any]) -> str:
+    done = [row for row in rows if not row.failure]
+    zero = sum(row.zero < TOLERANCE for row in done)
+    exact = sum(row.zero < TOLERANCE and row.beta < TOLERANCE for row in done)
+    text = [
+        f"{len({row.model for row in rows})} networks, {len(rows)} rows: polarfast equals the "
+        f"original in the zero test in {zero}, keeps every β in {exact}."
+    ]
+    for peer in ("torch-pruning", "torch-kirigami"):
+        tried = [row.peers[peer] for row in rows if peer in row.peers]
+        right = sum(one.error is not None and one.error < TOLERANCE for one in tried)
+        failed = sum(one.error is None for one in tried)
+        wrong = len(tried) - right - failed
+        text.append(
+            f"{peer}, of {len(tried)} rows: {right} equal, {wrong} different, {failed} failed or "
+            "not done in time."
+        )
+    return "\n".join(text)
+
+
+def _cells(row: Any) -> list[str]:
+    if row.failure:
+        return [row.model, row.mode, "", "", "", row.failure, "", "", ""]
+    reasons = ", ".join(f"{count} × {why}" for why, count in row.inexact.items())
+    exact = "yes" if row.zero < TOLERANCE and row.beta < TOLERANCE else f"no: {reasons}"
+    return [
+        row.model,
+        row.mode,
+        f"{row.cut:.0%}",
+        f"{row.zero:.0e}",
+        f"{row.beta:.0e}",
+        exact,
+        f"{row.seconds:.2f} s",
+        *(_peer(row, name) for name in COLUMNS[-2:]),
+    ]
+
+
+def _peer(row: Any, name: str) -> str:
+    if name not in row.peers:
+        return "not offered"
+    peer = row.peers[name]
+    if peer.failure:
+        return peer.failure
+    other = "" if abs(peer.cut - row.cut) < 0.005 else f", cuts {peer.cut:.0%}"
+    return f"{peer.error:.0e}{other}, {peer.seconds:.2f} s"
+
+
+def _line(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"

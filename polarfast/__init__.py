@@ -21,6 +21,7 @@ from .gating import add_gates
 from .planning import plan, reachable
 from .plans import PruningPlan
 from .prediction import CutPredictor
+from .recalibration import recalibrate
 from .regularizers import L1, DeepHoyer, Polarization, Regularizer
 from .scaling import ScalingFactors, init_scales, scaling_factors
 from .searching import SearchResult, Stability, Trial, search
@@ -63,6 +64,7 @@ __all__ = [
     "load_plan",
     "plan",
     "reachable",
+    "recalibrate",
     "save",
     "scaling_factors",
     "search",

@@ -16,6 +16,8 @@ from .selection import Selection
 ROUNDING = 1e-12
 #: Looks at the constants that removed channels really leave, before they are no longer foretold.
 LOOKS = 6
+#: Brackets wider than twice this are narrowed by interpolation.
+STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class _Search:
     def run(self) -> Hit:
         self._check_reach()
         seen: dict[int, Hit] = {}
-        count = self._most // 2
+        count: int | None = None
         for _ in range(LOOKS):
             count = self._crossing(count)
             if count in seen:
@@ -220,22 +222,35 @@ class _Search:
             "more layers take part (residual='expand' or 'couple' in scaling_factors)"
         )
 
-    def _crossing(self, start: int) -> int:
-        """The count at which enough goes and with one channel less does not, near `start`."""
+    def _crossing(self, start: int | None) -> int:
+        """A count at which enough goes and with one channel less does not, near `start`."""
         if self._enough(0):
             return 0
         low, high, step = 0, self._most, 1
-        if self._enough(start):
-            high = start
-            while high - step > 0 and self._enough(high - step):
-                high, step = high - step, 2 * step
-            low = max(high - step, 0)
-        else:
-            low = start
-            while low + step < self._most and not self._enough(low + step):
-                low, step = low + step, 2 * step
-            high = min(low + step, self._most)
+        if start is not None:
+            up = not self._enough(start)
+            low, high = (start, start + 1) if up else (start - 1, start)
+            while high < self._most and not self._enough(high):
+                low, high, step = high, min(high + 2 * step, self._most), 2 * step
+            while low > 0 and self._enough(low):
+                low, high, step = max(low - 2 * step, 0), low, 2 * step
         while high - low > 1:
+            low, high = self._narrow(low, high)
+        return high
+
+    def _narrow(self, low: int, high: int) -> tuple[int, int]:
+        """A bracket at most half as wide: by interpolation where it is wide, for shares change
+        evenly with the count but for single steps.
+        """
+        half = (high - low) // 2
+        if half > STEPS:
+            shares = [self._trials.foreseen(count)[self._aim.of] for count in (low, high)]
+            part = (self._aim.cut - shares[0]) / max(shares[1] - shares[0], ROUNDING)
+            middle, margin = low + int(2 * half * part), half // STEPS
+            for guess in (middle - margin, middle + margin):
+                if low < guess < high:
+                    low, high = (low, guess) if self._enough(guess) else (guess, high)
+        if high - low > half:
             middle = (low + high) // 2
             low, high = (low, middle) if self._enough(middle) else (middle, high)
-        return high
+        return low, high

@@ -78,9 +78,7 @@ class Chooser:
         while True:  # widths count constant channels, and adding channels back changes which
             folded = constants(choice)
             before, unread = choice.stays.clone(), choice.unread
-            found = choice.positions(folded.constant)
-            widths = {name: len(places) for name, places in found.items()}
-            choice.limit(self.limits, widths, folded.constant)
+            choice.limit(self.limits, choice.widths(folded.constant), folded.constant)
             if torch.equal(before, choice.stays):
                 return folded
             if choice.unread != unread:

@@ -3,25 +3,30 @@
 import torch
 from torch import Tensor
 
+from .carriers import carriers
 from .choosing import Chooser
 from .fields import Fold
 from .selection import Selection
-from .tracing import PIN
 
 
 class Foresight:
     """Which constant channels a selection will call for.
 
-    Until the network has been run, a guess that is right behind ReLU: a removed channel with β > 0
-    calls for one where a convolution with zero padding reads it. From then on a layer that loses
-    channels is taken to need as many as when it was last looked at.
+    Removed channels that one constant channel can stand for are a set. Until the network has been
+    run, a guess that is right behind ReLU: a set needs its constant channel if a channel of it with
+    β > 0 is read by a convolution with zero padding. From then on it is taken to need one whenever
+    it did when it was last looked at.
     """
 
     def __init__(self, chooser: Chooser) -> None:
         self._chooser, self._channels = chooser, chooser.channels
-        self._known: dict[str, int] = {}
+        graph = self._channels.graph
+        self._set = torch.full((graph.count,), -1, dtype=torch.long, device="cpu")  # by class
+        for label, carrier in carriers(self._channels, graph.mask()).items():
+            self._set[label] = carrier
+        self._shows = self._guess() if chooser.fold == "exact" else graph.mask()
+        self._looked_at, self._needed = graph.mask(), graph.mask()  # by set
         self._biased: list[Tensor] = []  # classes of the channels of each created bias
-        self._shows = self._guess() if chooser.fold == "exact" else self._channels.graph.mask()
 
     def _guess(self) -> Tensor:
         """bool [graph.count]: classes that are taken to need a constant channel."""
@@ -42,30 +47,29 @@ class Foresight:
         """What running the network is expected to find, of which the classes of constant channels
         are enough here.
         """
-        constant: set[int] = set()
-        for name, labels in choice.layers.items():
-            gone = labels[~choice.stays[labels]]
-            if not gone.numel():
-                continue
-            number = self._known.get(name)
-            if number is None:
-                number = int(self._shows[gone].any())
-            constant.update(gone.unique()[:number].tolist())
-        constant.discard(PIN)
-        return Fold(constant=constant)
+        gone = (~choice.stays & (self._set >= 0)).nonzero().flatten()
+        sets = self._set[gone]
+        first = torch.full_like(self._set, self._set.numel())
+        first.scatter_reduce_(0, sets, gone, "amin")
+        shows, broken = self._channels.graph.mask(), self._channels.graph.mask()
+        shows[sets[self._shows[gone]]] = True
+        broken[sets] = True
+        needed = broken & torch.where(self._looked_at, self._needed, shows)
+        return Fold(constant=set(first[needed].tolist()))
 
     def learn(self, choice: Selection, folded: Fold) -> bool:
         """Remember what a run of the network found; whether it was something else than expected."""
-        expected, biased = self.constants(choice), self._biased
-        found = choice.positions(folded.constant)
-        for name, labels in choice.layers.items():
-            if not bool(choice.stays[labels].all()):
-                self._known[name] = len(found[name])
-        self._biased = self._created(folded)
-        was = {name: len(places) for name, places in choice.positions(expected.constant).items()}
-        now = {name: len(places) for name, places in found.items()}
-        same = len(biased) == len(self._biased) and all(map(torch.equal, biased, self._biased))
-        return was != now or not same
+        expected, found = (
+            set(self._set[list(fold.constant)].tolist())
+            for fold in (self.constants(choice), folded)
+        )
+        gone = self._set[~choice.stays]
+        self._looked_at[gone[gone >= 0]] = True
+        self._needed[gone[gone >= 0]] = False
+        self._needed[list(found)] = True
+        before, self._biased = self._biased, self._created(folded)
+        same = len(before) == len(self._biased) and all(map(torch.equal, before, self._biased))
+        return expected != found or not same
 
     def _created(self, folded: Fold) -> list[Tensor]:
         model, graph = self._chooser.model, self._channels.graph

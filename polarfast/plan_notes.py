@@ -7,7 +7,7 @@ from torch import Tensor
 from .fields import Fold
 from .limits import Limits
 from .scores import Ranking
-from .selection import Selection
+from .selection import LAST, Selection
 
 #: A layer that keeps a smaller share of its channels is pointed out.
 ALMOST_NOTHING = 0.05
@@ -15,6 +15,28 @@ ALMOST_NOTHING = 0.05
 GAP = 0.05
 
 Notes = dict[str, list[str]]  # γ name -> what to know
+
+
+def limit_notes(choice: Selection) -> Notes:
+    """What came back for the limits, and what nothing reads."""
+    found: Notes = {}
+    for name, first, now in zip(choice.layers, choice.first, choice.counts(), strict=True):
+        mine = found[name] = []
+        if name in choice.unread:
+            mine.append("nothing reads it any more")
+            if not now:
+                continue
+        reasons = dict(choice.added[name])
+        if reasons.pop(LAST, 0):
+            mine.append(LAST)
+        coupled = now - first - sum(choice.added[name].values())
+        if coupled > 0:
+            reasons["coupled layers"] = coupled
+        if reasons:
+            several = len(reasons) > 1
+            each = [f"{number} {why}" if several else why for why, number in reasons.items()]
+            mine.append(f"{sum(reasons.values())} added back ({', '.join(each)})")
+    return found
 
 
 def note_crowds(

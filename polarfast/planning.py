@@ -11,12 +11,14 @@ from .choosing import Chooser
 from .errors import PlanError
 from .inputs import describe, unwrap
 from .limits import Counts, Limits, Shares, check_fold
-from .plan_notes import note_crowds, note_ranking, note_widths
+from .plan_notes import limit_notes, note_crowds, note_ranking, note_widths
 from .plan_writing import write_plan
 from .plans import PruningPlan
-from .scaling import ScalingFactors, analyze
+from .recalling import Made
+from .retracing import Traced, traced
+from .scaling import ScalingFactors
 from .scores import Ranking, as_factors, magnitudes
-from .thresholding import thresholds
+from .thresholding import check_finite, thresholds
 
 
 def plan(
@@ -76,25 +78,27 @@ def plan(
     aim = None if cut is None else Aim.given(cut, of, method, value)
     method = method or ("valley" if aim is None else "percentile")
     check_fold(fold)
-    chooser = _chooser(model, example_inputs, scales, fold, limits)
+    chooser, found = _chooser(model, example_inputs, scales, fold, limits)
     compared = magnitudes(scales, scores)
     factors = scales if scores is None else as_factors(compared)
     if aim is None:
         bounds = thresholds(factors, method, value)
         choice, folded = chooser.choose(compared, bounds)
-        notes = choice.remarks()
+        notes = limit_notes(choice)
         if method == "valley":
             note_crowds(notes, compared, bounds, gaps=scores is None)
     else:
-        valleys = thresholds(factors) if method == "valley" else None
-        ranking = Ranking(compared, valleys)
-        found = aim.hit(chooser, ranking)
-        choice, folded = found.choice, found.folded
-        bounds, notes = ranking.thresholds(found.count), choice.remarks()
-        note_ranking(notes, ranking, found.count)
+        check_finite(factors)
+        ranking = Ranking(compared, thresholds(factors) if method == "valley" else None)
+        trial = aim.hit(chooser, ranking)
+        choice, folded = trial.choice, trial.folded
+        bounds, notes = ranking.thresholds(trial.count), limit_notes(choice)
+        note_ranking(notes, ranking, trial.count)
     note_widths(notes, choice, folded, limits)
     asked = dict(limits.given) | ({} if aim is None else {"cut": aim.cut, "of": aim.of})
-    return write_plan(chooser, choice, folded, bounds, notes, method=method, asked=asked)
+    written = write_plan(chooser, choice, folded, bounds, notes, method=method, asked=asked)
+    written.made = Made.of(chooser.model, found, choice.alive(), folded)
+    return written
 
 
 def reachable(
@@ -120,7 +124,9 @@ def reachable(
     """
     limits = Limits.of(_sizes(scales), round_to, min_channels, max_share)
     check_fold(fold)
-    chooser = _chooser(model, example_inputs, scales, fold, limits)
+    chooser, _ = _chooser(model, example_inputs, scales, fold, limits)
+    if scores is None:
+        check_finite(scales)
     return reach(chooser, Ranking(magnitudes(scales, scores)))
 
 
@@ -130,11 +136,11 @@ def _sizes(scales: ScalingFactors) -> dict[str, int]:
 
 def _chooser(
     model: nn.Module, example_inputs: Any, scales: ScalingFactors, fold: str, limits: Limits
-) -> Chooser:
-    model = unwrap(model)
-    channels = analyze(model, example_inputs, scales.residual)
-    check_belongs(model, channels, scales)
-    return Chooser(model, channels, describe(example_inputs), scales, fold, limits)
+) -> tuple[Chooser, Traced]:
+    model, spec = unwrap(model), describe(example_inputs)
+    found = traced(model, example_inputs, scales.residual, scales.traced)
+    check_belongs(model, found.channels, scales)
+    return Chooser(model, found.channels, spec, scales, fold, limits), found
 
 
 def check_belongs(model: nn.Module, channels: Channels, scales: ScalingFactors) -> None:

@@ -33,7 +33,7 @@ class Ragged:
     def counts(self, mask: Tensor) -> Tensor:
         """int64 [number of lists]: entries of each whose class is in `mask` (bool by class)."""
         sums = torch.zeros(self.flat.numel() + 1, dtype=torch.long, device="cpu")
-        torch.cumsum(mask[self.flat], 0, out=sums[1:])
+        torch.cumsum(mask.index_select(0, self.flat), 0, out=sums[1:])
         return sums[self._ends].diff()
 
     def of(self, lists: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Which channel classes go: thresholds, limits, and layers that would lose everything."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Set
 
 import torch
 from torch import Tensor
 
-from .balancing import is_balanced, spare, to_restore
+from .balancing import spare, to_restore
 from .channels import Channels
 from .errors import PlanError
 from .limits import Limits
@@ -26,6 +27,7 @@ class Selection:
         stays: bool [graph.count] by class label.
         strength: float32 [graph.count] by class label: its strongest score; −1: it has none.
         unread: layers that lost what nothing reads any more.
+        first: channels that the thresholds left, of each layer.
         added: γ name -> why channels came back -> how many.
     """
 
@@ -36,6 +38,7 @@ class Selection:
         self._all = Ragged(list(self.layers.values()))
         others = [labels for name, labels in channels.layers.items() if name not in self.layers]
         self._left_out = Ragged(others).flat
+        self._repeats = {n for n, ids in self.layers.items() if ids.unique().numel() < ids.numel()}
         label = channels.label
         calls = [call for call in self.graph.projections if not call.depthwise]
         self._read = Ragged([label[call.inputs] for call in calls])
@@ -50,7 +53,7 @@ class Selection:
         self._dropped = self.graph.mask()
         self.unread: list[str] = []
         self.added: dict[str, dict[str, int]] = {name: {} for name in self.layers}
-        self._first: list[int] = list(self._all.sizes)  # channels left by the thresholds
+        self.first: list[int] = list(self._all.sizes)
 
     def anew(self) -> "Selection":
         """One in which everything stays, of the same layers."""
@@ -76,7 +79,7 @@ class Selection:
         self.stays[flat[score > bound]] = True
         self.stays[self._left_out] = True
         self.stays[PIN] = True
-        self._first = self.counts()
+        self.first = self.counts()
 
     def adopt(self, kept: Mapping[str, Tensor]) -> None:
         """Keep exactly the channels of a plan.
@@ -99,11 +102,6 @@ class Selection:
                     "layer they are coupled with: "
                     "make the plan anew for this model"
                 )
-        if not all(is_balanced(rows, stays) for rows in self.channels.balanced):
-            raise PlanError(
-                "the plan keeps more channels in one group of a convolution, or in one chunk, than "
-                "in another: make the plan anew for this model"
-            )
 
     def alive(self) -> Tensor:
         """bool [graph.count]: the ids that stay."""
@@ -120,10 +118,16 @@ class Selection:
         mask = self.graph.mask()
         mask[list(classes)] = True
         found: dict[str, list[int]] = {name: [] for name in self.layers}
-        if classes:
-            for name, labels in self.layers.items():
-                found[name] = mask[labels].nonzero().flatten().tolist()
+        for name, width in self.widths(classes).items():
+            if width:
+                found[name] = mask[self.layers[name]].nonzero().flatten().tolist()
         return found
+
+    def widths(self, classes: set[int]) -> dict[str, int]:
+        """γ name -> how many of the layer's channels belong to the given classes."""
+        mask = self.graph.mask()
+        mask[list(classes)] = True
+        return dict(zip(self.layers, self._all.counts(mask).tolist(), strict=True))
 
     def counts(self) -> list[int]:
         """Channels that stay, of each layer."""
@@ -142,16 +146,11 @@ class Selection:
         missing = min(wanted - labels.numel() + gone.numel(), gone.numel())
         if missing <= 0:
             return False
-        order = gone[self.strength[gone].argsort(descending=True, stable=True)].tolist()
-        width: dict[int, int] = {}  # a class may have several channels in one layer
-        for label in order:
-            width[label] = width.get(label, 0) + 1
-        chosen, came = [], 0
-        for label, channels in width.items():
-            if came >= missing:
-                break
-            chosen.append(label)
-            came += channels
+        order = gone[self.strength[gone].argsort(descending=True, stable=True)]
+        if name in self._repeats:  # a class has several channels in this layer
+            chosen, came = _enough(order.tolist(), missing)
+        else:
+            chosen, came = order[:missing].tolist(), missing
         self.stays[chosen] = True
         self.note_added(name, came, why)
         return True
@@ -164,29 +163,26 @@ class Selection:
         """Give its strongest channel back to every layer without which the input would not reach an
         output.
         """
-        emptied = self._emptied(self.layers)
-        for name in emptied:
+        for name in self._emptied(self.layers):
             if not can_vanish(self._mask(name)):
                 self.restore(name, 1, LAST)
-        emptied = self._emptied(emptied)
+        emptied = self._emptied(self.layers)
         # Strongest first, so that of several parallel ways the one that matters most is kept open.
         emptied.sort(key=lambda name: -float(self.strength[self.layers[name]].max()))
+        node = {name: self.channels.calls[name].node for name in emptied}
+        empty = list(emptied)
         for name in emptied:
-            others = {
-                self.channels.calls[other].node
-                for other in emptied
-                if other != name and self.count(other) == 0
-            }
-            if not self.graph.reachable({self.channels.calls[name].node}) or (
-                not self.graph.reachable(others | {self.channels.calls[name].node})
-                and self.graph.reachable(others)
+            others = {node[other] for other in empty if other != name}
+            if not self.graph.reachable({node[name]}) or (
+                not self.graph.reachable(others | {node[name]}) and self.graph.reachable(others)
             ):
                 self.restore(name, 1, LAST)
+                empty = self._emptied(empty)
         for name in emptied:
-            cut = {self.channels.calls[other].node for other in self._emptied(emptied)}
-            if self.graph.reachable(cut):
+            if self.graph.reachable({node[other] for other in empty}):
                 break
             self.restore(name, 1, LAST)
+            empty = self._emptied(empty)
 
     def _emptied(self, names: Iterable[str]) -> list[str]:
         empty = {n for n, left in zip(self.layers, self.counts(), strict=True) if left == 0}
@@ -212,10 +208,11 @@ class Selection:
             changed = self._balance(constant)
             counts = self.counts()
             for row, (name, full) in enumerate(zip(self.layers, self._all.sizes, strict=True)):
-                wanted = self._wanted(name, counts[row], full, limits, widths.get(name, 0))
-                if wanted > counts[row]:
-                    self._add_back(name, wanted, limits)
-                    changed, counts = True, self.counts()
+                extra = widths.get(name, 0)
+                if self._wanted(name, counts[row], full, limits, extra) > counts[row]:
+                    now = self.count(name)  # more may have come back since
+                    self._add_back(name, self._wanted(name, now, full, limits, extra), limits)
+                    changed = True
 
     def _balance(self, constant: Set[int]) -> bool:
         """Add channels back until groups and chunks are equal in size; whether any came back."""
@@ -242,7 +239,8 @@ class Selection:
             self.stays |= self._dropped
             self._dropped = self.graph.mask()
             self.unread = []
-        self.restore(name, min(limits.least[name], wanted), limits.why[name])
+        if limits.least[name]:
+            self.restore(name, min(limits.least[name], wanted), limits.why[name])
         self.restore(name, wanted, "round_to")
 
     def drop_unread(self, can_vanish: Callable[[Tensor], bool]) -> None:
@@ -264,22 +262,14 @@ class Selection:
         hit = self._all.counts(dropped).tolist()
         self.unread = [name for name, lost in zip(self.layers, hit, strict=True) if lost]
 
-    def remarks(self) -> dict[str, list[str]]:
-        """γ name -> what a reader of the plan should know about the limits."""
-        found: dict[str, list[str]] = {}
-        for name, first, now in zip(self.layers, self._first, self.counts(), strict=True):
-            found[name] = []
-            if name in self.unread:
-                found[name].append("nothing reads it any more")
-                if not now:
-                    continue
-            reasons = dict(self.added[name])
-            if reasons.pop(LAST, 0):
-                found[name].append(LAST)
-            coupled = now - first - sum(self.added[name].values())
-            if coupled > 0:
-                reasons["coupled layers"] = coupled
-            if reasons:
-                each = ", ".join(f"{number} for {why}" for why, number in reasons.items())
-                found[name].append(f"{sum(reasons.values())} added back ({each})")
-        return found
+
+def _enough(labels: list[int], missing: int) -> tuple[list[int], int]:
+    """The first classes that make up so many channels, and how many these are."""
+    width = Counter(labels)
+    chosen, came = [], 0
+    for label in width:  # in order of first appearance
+        if came >= missing:
+            break
+        chosen.append(label)
+        came += width[label]
+    return chosen, came

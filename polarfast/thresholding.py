@@ -53,7 +53,7 @@ def thresholds(
     if method == "valley":
         return {name: threshold for name, (threshold, _) in valleys(scales).items()}
     if method == "fixed":
-        _magnitudes(scales)  # all finite
+        check_finite(scales)
         return dict.fromkeys(scales, value)
     return _percentile(scales, value)
 
@@ -104,6 +104,11 @@ def valleys(scales: ScalingFactors) -> dict[str, tuple[float | None, int]]:
                 )
         found[name] = (None if math.isnan(threshold) else threshold, int(above))
     return found
+
+
+def check_finite(scales: ScalingFactors) -> None:
+    """Raise ThresholdError, which names the layer, if a γ is NaN or infinite."""
+    _magnitudes(scales)
 
 
 def _percentile(scales: ScalingFactors, value: float) -> dict[str, float | None]:

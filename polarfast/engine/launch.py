@@ -14,7 +14,6 @@ from polarfast.engine import figures
 from polarfast.engine.checkpoint import Checkpoints, write_text
 from polarfast.engine.display import make_display
 from polarfast.engine.events import Observer
-from polarfast.engine.latency import device_name, median_latencies
 from polarfast.engine.recipe import Recipe
 from polarfast.engine.recipe_files import differing_settings, recipe_from_dict, to_yaml
 from polarfast.engine.recording import JsonLog, TensorBoardLog
@@ -22,6 +21,7 @@ from polarfast.engine.results import BATCHES, Pair, Results, results_table
 from polarfast.engine.run import DONE, Run
 from polarfast.engine.workers import Workers
 from polarfast.errors import ArgumentError
+from polarfast.timing import device_name, median_latencies
 
 LATENCY_SECONDS = 0.5  # for each batch size
 

@@ -14,12 +14,12 @@ from polarfast.engine.campaigns.rivals import DENSE, METHODS, chains
 from polarfast.engine.campaigns.trials import Trial, run_all
 from polarfast.engine.checkpoint import write_text
 from polarfast.engine.data import load as load_data
-from polarfast.engine.latency import median_latencies
 from polarfast.engine.launch import find_state
 from polarfast.engine.recipe import Recipe
 from polarfast.engine.run import Run
 from polarfast.engine.workers import Workers
 from polarfast.errors import ArgumentError
+from polarfast.timing import median_latencies
 
 LATENCY_BATCH, LATENCY_SECONDS = 64, 60.0
 

@@ -9,9 +9,9 @@ from rich.table import Table
 from polarfast.engine.campaigns.comparison import LATENCY_BATCH, Row
 from polarfast.engine.campaigns.rivals import DENSE, METHODS
 from polarfast.engine.figures import save, subplots
-from polarfast.engine.latency import device_name
 from polarfast.engine.recipe import Recipe
 from polarfast.engine.workers import Workers
+from polarfast.timing import device_name
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from polarfast.engine.latency import median_latencies
+from polarfast.timing import median_latencies
 
 
 class Sleeper(nn.Module):

@@ -60,6 +60,7 @@ def zeroed(pruner: Pruner, case: Case, mode: str, beta: bool) -> tuple[nn.Module
     oracles.set_zero(model, asked, beta)
     if beta:
         oracles.silence(model, case.inputs(seed=5))
+        asked = oracles.zeros(model, asked)
     return model, asked, inputs
 
 

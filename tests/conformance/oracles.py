@@ -108,6 +108,11 @@ def silence(model: nn.Module, inputs: Any) -> None:
             hook.remove()
 
 
+def zeros(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The channels of these γ that are 0."""
+    return {name: (model.get_parameter(name) == 0).nonzero().flatten() for name in names}
+
+
 def masked(model: nn.Module, channels: Channels, beta: bool) -> nn.Module:
     """A copy of the network with γ (and β) of the removed channels 0."""
     return set_zero(copy.deepcopy(model), channels, beta)

@@ -77,6 +77,7 @@ def check_further_step(pruner: Pruner, case: Case, mode: str, optimizer: str) ->
     asked = oracles.half(model, pruner.prunable(model, inputs, mode))
     oracles.set_zero(model, asked, beta=True)
     oracles.silence(model, case.inputs(seed=5))
+    asked = oracles.zeros(model, asked)
     original, reference = copy.deepcopy((model, made))
     pruned = pruner.prune(model, inputs, mode, asked, "none", made)
     small = pruned.model

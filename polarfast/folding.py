@@ -101,8 +101,7 @@ class Masked:
     ) -> None:
         self._source = model, kept, zero_beta
         self._calls, self._spec, self._device = channels.graph.projections, spec, device_of(model)
-        by_channel = {call.weight for call in self._calls if call.depthwise}
-        self._hollow = {call.weight for call in self._calls} - by_channel
+        self._hollow = channels.graph.product_weights()
 
     @cached_property
     def real(self) -> nn.Module:

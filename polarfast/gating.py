@@ -19,7 +19,8 @@ from .gates import (
     own_forward,
 )
 from .inputs import unwrap
-from .scaling import ScalingFactors, analyze, factors_of
+from .retracing import analyze
+from .scaling import ScalingFactors, factors_of
 
 Reasons = dict[str, str]
 

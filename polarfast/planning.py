@@ -97,7 +97,7 @@ def plan(
     note_widths(notes, choice, folded, limits)
     asked = dict(limits.given) | ({} if aim is None else {"cut": aim.cut, "of": aim.of})
     written = write_plan(chooser, choice, folded, bounds, notes, method=method, asked=asked)
-    written.made = Made.of(chooser.model, found, choice.alive(), folded)
+    written._made = Made.of(chooser.model, found, choice.alive(), folded, fold)
     return written
 
 
@@ -138,7 +138,7 @@ def _chooser(
     model: nn.Module, example_inputs: Any, scales: ScalingFactors, fold: str, limits: Limits
 ) -> tuple[Chooser, Traced]:
     model, spec = unwrap(model), describe(example_inputs)
-    found = traced(model, example_inputs, scales.residual, scales.traced)
+    found = traced(model, example_inputs, scales.residual, scales._traced)
     check_belongs(model, found.channels, scales)
     return Chooser(model, found.channels, spec, scales, fold, limits), found
 

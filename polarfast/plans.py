@@ -3,13 +3,16 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .channels import RESIDUAL_MODES
 from .errors import PlanError
+
+if TYPE_CHECKING:
+    from .recalling import Made
 
 FORMAT = "polarfast-plan"
 VERSION = 1
@@ -64,6 +67,13 @@ class PruningPlan:
     params: int
     inexact: dict[str, str] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # For `slim` on the same model; no part of the plan, so neither compared, copied nor kept.
+        self._made: Made | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}
 
     @property
     def flops_reduction(self) -> float:

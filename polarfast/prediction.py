@@ -14,7 +14,8 @@ from .errors import ArgumentError
 from .inputs import describe, unwrap
 from .limits import Counts, Limits, Shares, check_fold
 from .planning import check_belongs
-from .scaling import ScalingFactors, analyze
+from .retracing import traced
+from .scaling import ScalingFactors
 from .scores import as_factors, magnitudes
 from .sharded import is_sharded, present_parameters, whole
 from .thresholding import check_method, thresholds, valleys
@@ -58,7 +59,8 @@ class CutPredictor:
         limits = Limits.of(sizes, round_to, min_channels, max_share)
         self.scales, self.method, self.value, self.fold = scales, method, value, fold
         self._model = unwrap(model)
-        channels = analyze(self._model, example_inputs, scales.residual)
+        known = scales._traced
+        channels = traced(self._model, example_inputs, scales.residual, known).channels
         check_belongs(self._model, channels, scales)
         check_method(method, value)  # and no γ: what they are now may be clamped before a look
         self._names = list(scales)

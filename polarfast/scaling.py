@@ -10,9 +10,8 @@ from torch import nn
 from .channels import RESIDUAL_MODES, Channels
 from .errors import ArgumentError, TracingError
 from .inputs import unwrap
-from .modules import can_put_back
-from .sharded import present_parameters, refuse_sharded
-from .tracing import trace
+from .retracing import Traced, traced
+from .sharded import present_parameters
 
 
 class ScalingFactors(Mapping[str, nn.Parameter]):
@@ -43,6 +42,7 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         self._tables: dict[
             Any, Any
         ] = {}  # address tables of these factors, kept by the training step
+        self._traced: Traced | None = None  # what they were found in, for `plan`
 
     def __getitem__(self, name: str) -> nn.Parameter:
         return self._params[name]
@@ -77,9 +77,11 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
                 f"pattern={pattern!r} matches no scaling factor; names look like: {known}, …"
             )
         rest = {name: param for name, param in self._params.items() if name not in chosen}
-        return ScalingFactors(
+        selected = ScalingFactors(
             chosen, pinned=self.pinned, others={**rest, **self.others}, residual=self.residual
         )
+        selected._traced = self._traced
+        return selected
 
     def rebind(self, model: nn.Module) -> "ScalingFactors":
         """The same factors as the parameters that bear their names in `model` now.
@@ -114,7 +116,7 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
 
     def __getstate__(self) -> dict[str, Any]:
         # Address tables belong to this process and these tensors: a copy makes its own.
-        return {**self.__dict__, "_tables": {}}
+        return {**self.__dict__, "_tables": {}, "_traced": None}
 
     def __repr__(self) -> str:
         return (
@@ -129,16 +131,6 @@ def _check_residual(residual: str) -> None:
         raise ArgumentError(
             f"residual={residual!r}: choose one of {', '.join(map(repr, RESIDUAL_MODES))}"
         )
-
-
-def analyze(model: nn.Module, example_inputs: Any, residual: str) -> Channels:
-    """Trace an (unwrapped) model and sort its channels into classes."""
-    refuse_sharded(model)
-
-    def putting_back(name: str) -> bool:
-        return can_put_back(model.get_submodule(name.rpartition(".")[0]))
-
-    return Channels(trace(model, example_inputs), residual, putting_back)
 
 
 def scaling_factors(
@@ -165,7 +157,8 @@ def scaling_factors(
     """
     _check_residual(residual)
     model = unwrap(model)
-    channels = analyze(model, example_inputs, residual)
+    found = traced(model, example_inputs, residual)
+    channels = found.channels
     if not channels.layers:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(channels.pinned.items())[:3])
         raise TracingError(
@@ -176,7 +169,9 @@ def scaling_factors(
                 "pf.add_gates puts gates (a factor per channel) where γ is missing"
             )
         )
-    return factors_of(model, channels)
+    scales = factors_of(model, channels)
+    scales._traced = found
+    return scales
 
 
 def factors_of(model: nn.Module, channels: Channels) -> ScalingFactors:

@@ -20,7 +20,7 @@ from .layout import Layout
 from .limits import FOLDS
 from .migration import migrate_optimizer
 from .plans import PruningPlan
-from .scaling import analyze
+from .retracing import analyze
 from .selection import Selection
 from .structure import Structure
 from .verification import check_slim
@@ -133,8 +133,7 @@ class _Blueprint:
 
 def _fit(model: nn.Module, plan: PruningPlan) -> tuple[Channels, Selection]:
     """Trace the model and take over the plan's channels."""
-    inputs = generate(plan.inputs, device=device_of(model), dtype=dtype_of(model), seed=0)
-    channels = analyze(model, inputs, plan.residual)
+    channels = _channels(model, plan)
     for name, layer in plan.layers.items():
         if name not in channels.layers:
             why = channels.pinned.get(name, "it has no such scaling factor")
@@ -151,6 +150,14 @@ def _fit(model: nn.Module, plan: PruningPlan) -> tuple[Channels, Selection]:
     return channels, choice
 
 
+def _channels(model: nn.Module, plan: PruningPlan) -> Channels:
+    """The model's channels; those that the plan was made with, if it is still the same model."""
+    if plan._made is not None and plan._made.traced.fits(model, plan.inputs, plan.residual):
+        return plan._made.traced.channels
+    inputs = generate(plan.inputs, device=device_of(model), dtype=dtype_of(model), seed=0)
+    return analyze(model, inputs, plan.residual)
+
+
 def _draw(
     model: nn.Module, plan: PruningPlan, channels: Channels, choice: Selection, fold: str
 ) -> _Blueprint:
@@ -162,7 +169,11 @@ def _draw(
     }
     if fold != plan.fold:  # then only for what keeps groups equal in size
         forced &= {int(label) for rows in channels.balanced for label in rows.flatten()}
-    folded = fold_constants(model, channels, choice.kept(), alive, plan.inputs, fold, forced)
+    folded = None
+    if plan._made is not None and plan._made.traced.channels is channels:
+        folded = plan._made.fold_of(model, alive, forced, fold)
+    if folded is None:
+        folded = fold_constants(model, channels, choice.kept(), alive, plan.inputs, fold, forced)
     alive |= channels.in_classes(folded.constant)
     stays = channels.graph.mask()
     stays[channels.label[alive]] = True

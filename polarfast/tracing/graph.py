@@ -175,6 +175,11 @@ class Graph:
         """
         return [torch.stack((c.inputs, c.outputs)) for c in self.norms if c.scale not in boundaries]
 
+    def product_weights(self) -> set[str]:
+        """Names of the weights of convolutions and linear layers, apart from depthwise ones."""
+        depthwise = {call.weight for call in self.projections if call.depthwise}
+        return {call.weight for call in self.projections} - depthwise
+
     def gate_names(self) -> set[str]:
         """Names of all gates."""
         return {call.gate for call in self.norms if call.gate is not None}

@@ -21,6 +21,7 @@ from .gating import add_gates
 from .planning import plan, reachable
 from .plans import PruningPlan
 from .prediction import CutPredictor
+from .profiling import Profile
 from .recalibration import recalibrate
 from .regularizers import L1, DeepHoyer, Polarization, Regularizer
 from .scaling import ScalingFactors, init_scales, scaling_factors
@@ -44,6 +45,7 @@ __all__ = [
     "PlanError",
     "PolarfastError",
     "Polarization",
+    "Profile",
     "PruningPlan",
     "Regularizer",
     "Report",

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .channels import RESIDUAL_MODES
 from .errors import PlanError
 
 if TYPE_CHECKING:
+    from .profiling import Profile
     from .recalling import Made
 
 FORMAT = "polarfast-plan"
@@ -52,6 +53,7 @@ class PruningPlan:
         inexact: reader's weight name -> why removed channels are not folded into it exactly.
         asked: the limits and the share to cut that the plan was made for, those that were given, by
             the name of `plan`'s argument (JSON data).
+        profiled: what `profile` measured last; not part of the plan's text.
     """
 
     kept: dict[str, Tensor]
@@ -67,6 +69,7 @@ class PruningPlan:
     params: int
     inexact: dict[str, str] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)
+    profiled: "Profile | None" = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # For `slim` on the same model; no part of the plan, so neither compared, copied nor kept.
@@ -131,6 +134,37 @@ class PruningPlan:
             return _from_data(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+
+    def profile(
+        self,
+        model: nn.Module,
+        slim: nn.Module | None = None,
+        example_inputs: Any = None,
+        *,
+        seconds: float = 4.0,
+    ) -> "Profile":
+        """Measure the slim model's latency beside the original's, layer by layer, in eval mode.
+
+        What multiply-accumulates promise stands beside what the machine makes of it, with hints
+        where the two part. From then on it is also part of the plan's table. The models take turns;
+        the whole is timed with no hooks on; both are left as found.
+
+        Args:
+            model: the original.
+            slim: the slim model; by default made here.
+            example_inputs: of the batch size and resolution of use; by default random ones of the
+                shapes that the plan was made with. They are converted to the model's device and
+                dtype.
+            seconds: measured for about this long in all.
+
+        Raises:
+            ArgumentError: `slim` has other layers than `model`, or is on another device.
+            PlanError: the plan does not fit `model`.
+        """
+        from .profiling import profile  # builds slim models, which are built from plans
+
+        self.profiled = profile(self, model, slim, example_inputs, seconds=seconds)
+        return self.profiled
 
     def __str__(self) -> str:
         return table(self)
@@ -213,4 +247,6 @@ def table(plan: PruningPlan) -> str:
         lines.append(f"takes no part: {some}: {reason}")
     for name, why in plan.inexact.items():
         lines.append(f"not exact: {name}: {why}")
+    if plan.profiled is not None:
+        lines += ["", str(plan.profiled)]
     return "\n".join(lines)

@@ -35,7 +35,7 @@ def hints(layers: Sequence[LayerTime], ms_before: float, ms: float, share: float
     flagged = [layer for layer in layers if short(layer, ms)]
     put_back = [layer for layer in flagged if layer.put_back]
     computing = [layer for layer in flagged if layer.macs_before]
-    odd = [layer for layer in computing if any(n % STEP for n in layer.channels)]
+    odd = [layer for layer in computing if _odd(layer)]
     rest = [layer for layer in computing if layer not in odd]
     if put_back:
         text = (
@@ -57,6 +57,12 @@ def hints(layers: Sequence[LayerTime], ms_before: float, ms: float, share: float
         text = f"{outside:.3g} of {ms:.3g} ms are spent outside the layers that were pruned"
         found.append((outside, text))
     return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
+
+
+def _odd(layer: LayerTime) -> bool:
+    """Whether pruning left it with a width that fills no vectors."""
+    widths = zip(layer.channels_before, layer.channels, strict=True)
+    return any(now != before and now % STEP for before, now in widths)
 
 
 def _lost(layers: Sequence[LayerTime]) -> float:

@@ -113,9 +113,9 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> N
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (index,) = ctx.saved_tensors
-    if torch.is_grad_enabled():  # of higher order
-        return grad.index_select(1, index), None, None
-    return gather_channels(grad, None, index), None, None
+    if torch.is_grad_enabled() or grad.is_contiguous() or not _is_channels_last(grad):
+        return grad.index_select(1, index), None, None  # differentiable in its turn
+    return gather_channels(grad, None, index), None, None  # where torch goes element by element
 
 
 register("put_back", fake=_shape, elsewhere=put_back_ref)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .carriers import carriers
 from .channels import Channels
@@ -26,11 +26,13 @@ class Carriers:
         self.carrier_of = carriers(channels, alive)
 
     @contextmanager
-    def shown(self, masked: nn.Module) -> Iterator[None]:
+    def shown(self, params: dict[str, Tensor]) -> Iterator[None]:
         """Put β = 1 on these channels, on the first norm that writes them (the others' β is 0): a
         run then shows the shape in which each reader sees such a channel.
+
+        Args:
+            params: parameters of a masked network by name, changed in place meanwhile.
         """
-        params: dict[str, Tensor] = dict(masked.named_parameters())
         saved: dict[str, Tensor] = {}
         first: set[int] = set()
         chosen = set(self.carrier_of.values())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .channels import Channels
-from .copies import double_copy
+from .copies import doubled
 from .folding import fold_constants
 from .inputs import Spec
 from .selection import Selection
@@ -129,8 +129,7 @@ def _spread(
     """A float64 copy with the β of `layers` spread over the ranges, and the other norms random: in
     a fresh network they are all alike, which would make constants proportional by accident.
     """
-    copy = double_copy(model)
-    tensors: dict[str, Tensor] = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
+    copy, tensors = doubled(model)
     generator = torch.Generator("cpu").manual_seed(0)
     low, high = torch.tensor(PROBES, dtype=torch.float64, device="cpu").unbind(1)
     for name, call in channels.calls.items():
@@ -143,7 +142,7 @@ def _spread(
             turn = (torch.arange(width, device="cpu") + offset) % len(PROBES)
             spread = low[turn] + (high - low)[turn] * draw[2]
             tensors[call.bias].copy_(spread if name in layers else 2 * draw[2] - 1)
-    return copy
+    return copy.double()
 
 
 def ranges(beta: Tensor) -> Tensor:

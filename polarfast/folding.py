@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from .carrying import Carriers
 from .channels import Channels
-from .copies import masked_copy
+from .copies import doubled, mask, tensors_of_model
 from .fields import DEPENDS, Field, Fold, ReaderFold, shift_of
 from .gates import plain_type
 from .inputs import Spec, device_of, generate
-from .runs import read_fields, read_hollow
+from .runs import Runs
 from .tracing import ProjectionCall
 
 #: Seeds of two runs: what differs between them depends on the input.
@@ -99,31 +99,30 @@ class Masked:
         spec: Spec,
         zero_beta: bool,
     ) -> None:
-        self._source = model, kept, zero_beta
-        self._calls, self._spec, self._device = channels.graph.projections, spec, device_of(model)
-        self._hollow = channels.graph.product_weights()
+        self._model, self._kept, self._zero_beta = model, kept, zero_beta
+        self._graph, self._spec, self._device = channels.graph, spec, device_of(model)
 
     @cached_property
-    def real(self) -> nn.Module:
+    def whole(self) -> Runs:
         """The network itself."""
-        return masked_copy(*self._source)
+        runs = self._copy(set())
+        runs.model.double()  # layers that keep tensors of other kinds convert them there
+        return runs
 
     @cached_property
-    def hollow(self) -> nn.Module:
-        """The network without the weights of its products."""
-        return masked_copy(*self._source, self._hollow)
+    def hollow(self) -> Runs:
+        """The network without the weights of its products, and so whatever these are."""
+        return self._copy(self._graph.product_weights())
 
-    def _inputs(self, seed: int) -> object:
-        return generate(self._spec, device=self._device, dtype=torch.float64, seed=seed)
+    def _copy(self, hollow: set[str]) -> Runs:
+        copied, tensors = doubled(self._model, hollow)
+        mask(tensors, self._kept, self._zero_beta)
+        return Runs(copied.eval(), tensors, self._graph.projections, hollow)
 
-    def see(self, wanted: dict[int, Tensor], seed: int) -> dict[int, Field]:
-        """What readers see, on random inputs."""
-        return read_fields(self.real, self._inputs(seed), wanted, self._calls)
-
-    def see_hollow(self, wanted: dict[int, Tensor], seed: int) -> dict[int, Field] | None:
-        """What they see whatever products are; None if the network does not run without."""
-        inputs = self._inputs(seed)
-        return read_hollow(self.hollow, inputs, wanted, self._calls, self._hollow, seed)
+    def see(self, runs: Runs, wanted: dict[int, Tensor], seed: int) -> dict[int, Field]:
+        """What readers see on random inputs; none if the network does not run without weights."""
+        inputs = generate(self._spec, device=self._device, dtype=torch.float64, seed=seed)
+        return runs.fields(inputs, wanted, seed) or {}
 
 
 class _Look:
@@ -133,13 +132,13 @@ class _Look:
         masked, wanted: where, and at what.
         fields: by index into `graph.projections`.
         depends: readers that see something that depends on the input.
-        real: readers that were looked at in the real network.
+        real: readers that were looked at in the whole network.
     """
 
     def __init__(self, masked: Masked, wanted: dict[int, Tensor]) -> None:
         self.masked, self.wanted = masked, wanted
-        self.fields = masked.see_hollow(wanted, FIRST) or {}
-        again = (masked.see_hollow(wanted, SECOND) or {}) if self.fields else {}
+        self.fields = masked.see(masked.hollow, wanted, FIRST)
+        again = masked.see(masked.hollow, wanted, SECOND) if self.fields else {}
         self.real = {
             i
             for i in wanted
@@ -148,22 +147,21 @@ class _Look:
         self.depends: set[int] = set()
         if self.real:
             unsure = {i: wanted[i] for i in self.real}
-            first, second = masked.see(unsure, FIRST), masked.see(unsure, SECOND)
+            first, second = (masked.see(masked.whole, unsure, seed) for seed in (FIRST, SECOND))
             self.fields = {i: f for i, f in self.fields.items() if i not in unsure} | first
             self.depends = {i for i in first if i not in second or first[i].differs_from(second[i])}
 
     def unit(self, carriers: Carriers, indices: Iterable[int]) -> dict[int, Field]:
         """What these readers see in constant channels."""
-        wanted = {i: self.wanted[i] for i in indices}
-        hollow = {i: gone for i, gone in wanted.items() if i not in self.real}
+        left = {i: self.wanted[i] for i in indices}
         found: dict[int, Field] = {}
-        if hollow:
-            with carriers.shown(self.masked.hollow):
-                found = self.masked.see_hollow(hollow, FIRST) or {}
-        rest = {i: gone for i, gone in wanted.items() if i not in found}
-        if rest:
-            with carriers.shown(self.masked.real):
-                found |= self.masked.see(rest, FIRST)
+        for runs in ("hollow", "whole"):
+            mine = {i: gone for i, gone in left.items() if runs == "whole" or i not in self.real}
+            if mine:
+                chosen: Runs = getattr(self.masked, runs)
+                with carriers.shown(chosen.tensors):
+                    found |= self.masked.see(chosen, mine, FIRST)
+                left = {i: gone for i, gone in left.items() if i not in found}
         return found
 
 
@@ -207,7 +205,7 @@ class Sinks:
 
     def __init__(self, model: nn.Module, channels: Channels) -> None:
         self._model, self._channels = model, channels
-        self._tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._tensors = tensors_of_model(model)
         self._calls = channels.graph.projections
         self._names = [self._find(i, call) for i, call in enumerate(self._calls)]
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .channels import Channels
+from .copies import tensors_of_model
 from .fields import Fold
 from .retracing import Traced
 
@@ -59,5 +60,4 @@ class Made:
 
 def _values(model: nn.Module, channels: Channels) -> dict[str, Tensor]:
     products = channels.graph.product_weights()
-    tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor for name, tensor in tensors if name not in products}
+    return {name: t for name, t in tensors_of_model(model).items() if name not in products}

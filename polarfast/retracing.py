@@ -107,9 +107,10 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...] | None:
     cannot be told. Names, types and plain attributes of modules, their hooks, and parameters and
     buffers by identity, shape, strides, dtype and device.
     """
-    seen = _Seen(model)
+    modules = list(model.modules())
+    seen = _Seen(modules)
     try:
-        found = [tuple(seen.module(module)) for module in model.modules()]
+        found = [tuple(seen.module(module)) for module in modules]
     except _Unclear:
         return None
     ambient = (
@@ -121,11 +122,12 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...] | None:
 
 
 class _Seen:
-    """Describes the parts of a model."""
+    """Describes the parts of a model, given its modules."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = {id(module): i for i, module in enumerate(model.modules())}
-        self.tensors = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = {id(module): i for i, module in enumerate(modules)}
+        stores = (store for m in modules for store in (m._parameters, m._buffers))
+        self.tensors = {id(tensor) for store in stores for tensor in store.values()}
         self.kinds: dict[type, tuple[Any, ...]] = {}
 
     def module(self, module: nn.Module) -> Iterator[Any]:

@@ -3,13 +3,15 @@ it is in the traced graph.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .copies import tensors_of_model
 from .errors import PlanError
 from .fields import Field, Fold, observe, shift_of
 from .tracing import ProjectionCall, call_model, plain_eager
@@ -48,13 +50,17 @@ def _is_double(args: Any) -> bool:
 
 
 class _Projections(StaysDouble):
-    """Meets each convolution and linear layer of a model as the call it is in the traced graph."""
+    """Meets each convolution and linear layer of a model as the call it is in the traced graph.
 
-    def __init__(self, model: nn.Module, calls: list[ProjectionCall]) -> None:
+    Args:
+        tensors: the model's parameters and buffers by name.
+        calls: `graph.projections`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], calls: list[ProjectionCall]) -> None:
         super().__init__()
         self.calls = calls
-        tensors = (*model.named_parameters(), *model.named_buffers())
-        self.names = {tensor.data_ptr(): name for name, tensor in tensors}
+        self.names = {tensor.data_ptr(): name for name, tensor in tensors.items()}
         self.copies: list[Tensor] = []  # kept, so that no other tensor gets their addresses
         order: dict[str, list[int]] = {}
         for i, call in enumerate(calls):
@@ -98,9 +104,12 @@ class _Reads(_Projections):
     """Notes what each call reads in the channels asked for."""
 
     def __init__(
-        self, model: nn.Module, wanted: dict[int, Tensor], calls: list[ProjectionCall]
+        self,
+        tensors: Mapping[str, Tensor],
+        calls: list[ProjectionCall],
+        wanted: dict[int, Tensor],
     ) -> None:
-        super().__init__(model, calls)
+        super().__init__(tensors, calls)
         self.wanted, self.fields = wanted, dict[int, Field]()
 
     def read(self, index: int, x: Tensor, args: Any) -> Tensor:
@@ -126,21 +135,20 @@ class _Hollow(_Reads):
     is the same whatever they are is what the real network shows. For a fraction of the time.
 
     Args:
-        model: a copy with zeros for the weights of products (`double_copy`).
-        wanted, calls: as in `_Reads`.
+        tensors, calls, wanted: as in `_Reads`; of a model with zeros for the weights of products.
         hollow: names of the weights that are not there.
         seed: of the numbers drawn.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        wanted: dict[int, Tensor],
+        tensors: Mapping[str, Tensor],
         calls: list[ProjectionCall],
+        wanted: dict[int, Tensor],
         hollow: set[str],
         seed: int,
     ) -> None:
-        super().__init__(model, wanted, calls)
+        super().__init__(tensors, calls, wanted)
         self.hollow = {address for address, name in self.names.items() if name in hollow}
         self.draws = _Draws(seed)
 
@@ -231,9 +239,9 @@ class AsFolded(_Projections):
     """
 
     def __init__(self, model: nn.Module, fold: Fold, calls: list[ProjectionCall]) -> None:
-        super().__init__(model, calls)
+        tensors = tensors_of_model(model)
+        super().__init__(tensors, calls)
         self.readers = {i: reader for i, reader in fold.readers.items() if reader.note}
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.shifts = {
             i: shift_of(calls[i], tensors[calls[i].weight], reader)
             for i, reader in self.readers.items()
@@ -271,40 +279,48 @@ def run_double(model: nn.Module, inputs: Any) -> Any:
         ) from error
 
 
-def read_fields(
-    model: nn.Module, inputs: Any, wanted: dict[int, Tensor], calls: list[ProjectionCall]
-) -> dict[int, Field]:
-    """Run `model`; for each call index in `wanted`, what it reads in those input channels.
+@dataclass
+class Runs:
+    """Runs of one float64 copy of a model.
 
-    Raises:
-        PlanError: what it reads is not finite.
+    Attributes:
+        model, tensors: the copy, and its parameters and buffers by name.
+        calls: `graph.projections`.
+        hollow: names of weights that are not there, but zeros of their shapes.
     """
-    with _Reads(model, wanted, calls) as reads:
-        run_double(model, inputs)
-    for index, seen in reads.fields.items():
-        if not math.isfinite(seen.largest):
-            raise PlanError(
-                f"{calls[index].weight} reads NaN or inf in a removed channel, on random inputs "
-                "between the example inputs' smallest and largest value: use example inputs like "
-                "the real ones, and check that training has not diverged"
-            )
-    return reads.fields
 
+    model: nn.Module
+    tensors: dict[str, Tensor]
+    calls: list[ProjectionCall]
+    hollow: set[str] = field(default_factory=set)
 
-def read_hollow(
-    model: nn.Module,
-    inputs: Any,
-    wanted: dict[int, Tensor],
-    calls: list[ProjectionCall],
-    hollow: set[str],
-    seed: int,
-) -> dict[int, Field] | None:
-    """The same without computing products; None where the network does not run like that."""
-    try:
-        with _Hollow(model, wanted, calls, hollow, seed) as reads, plain_eager():
-            call_model(model, inputs)
-    except _ANY:
-        # Its code may well want other numbers than random ones (an index, a box): then the real
-        # network runs, and any error that is one shows.
-        return None
-    return reads.fields
+    def fields(self, inputs: Any, wanted: dict[int, Tensor], seed: int) -> dict[int, Field] | None:
+        """For each call index in `wanted`, what the call reads in those input channels; None where
+        a model does not run without its weights.
+
+        Raises:
+            PlanError: what a whole model reads is not finite.
+        """
+        if self.hollow:
+            return self._drawn(inputs, wanted, seed)
+        with _Reads(self.tensors, self.calls, wanted) as reads:
+            run_double(self.model, inputs)
+        for index, seen in reads.fields.items():
+            if not math.isfinite(seen.largest):
+                raise PlanError(
+                    f"{self.calls[index].weight} reads NaN or inf in a removed channel, on random "
+                    "inputs between the example inputs' smallest and largest value: use example "
+                    "inputs like the real ones, and check that training has not diverged"
+                )
+        return reads.fields
+
+    def _drawn(self, inputs: Any, wanted: dict[int, Tensor], seed: int) -> dict[int, Field] | None:
+        reads = _Hollow(self.tensors, self.calls, wanted, self.hollow, seed)
+        try:
+            with reads, plain_eager():
+                call_model(self.model, inputs)
+        except _ANY:
+            # Its code may well want other numbers than random ones (an index, a box): then the
+            # whole network runs, and any error that is one shows.
+            return None
+        return reads.fields

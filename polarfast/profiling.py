@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from .errors import ArgumentError
+from .gates import plain_type
 from .inputs import convert, describe, device_of, dtype_of, generate, unwrap
 from .modules import PutBackMixin
 from .plans import PruningPlan
@@ -28,7 +30,7 @@ class LayerTime:
     """One layer that pruning changed.
 
     Attributes:
-        name, kind: of the module; its class in the original.
+        name, kind: of the module; its class in the original, without a gate.
         channels_before, channels: [inputs, outputs] of a convolution or linear layer, [channels] of
             others that have any.
         depthwise: a convolution of one channel a group.
@@ -136,7 +138,7 @@ def profile(
     models = [model, small]
     macs = [_macs(each, inputs) for each in models]
     before, after = median_latencies(models, inputs, seconds / 2, least=5)
-    times = _layer_times(models, inputs, changed, seconds / 2, device.type == "cuda")
+    times = _layer_times(models, inputs, changed, seconds / 2, device)
     layers = [_row(model, small, name, macs, times) for name in changed]
     return Profile(
         layers=layers,
@@ -202,15 +204,19 @@ def _macs(model: nn.Module, inputs: Any) -> dict[str, int]:
 
 @torch.inference_mode()
 def _layer_times(
-    models: Sequence[nn.Module], inputs: Any, names: list[str], seconds: float, on_gpu: bool
+    models: Sequence[nn.Module], inputs: Any, names: list[str], seconds: float, device: torch.device
 ) -> list[dict[str, float]]:
     """For each model, layer name -> median ms; the models take turns."""
     found: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in models]
     clocks = []
+    on_gpu = device.type == "cuda"
+    # Events are recorded on the current device, which need not be the models'.
+    current: AbstractContextManager[object]
+    current = torch.cuda.device(device) if on_gpu else nullcontext()
     try:
         for model in models:
             clocks.append(Clock({name: model.get_submodule(name) for name in names}, on_gpu))
-        with in_eval_mode(models):
+        with in_eval_mode(models), current:
             deadline, rounds = time.perf_counter() + seconds, 0
             while time.perf_counter() < deadline or rounds < 6:
                 for model, clock, times in zip(models, clocks, found, strict=True):
@@ -237,7 +243,7 @@ def _row(
     groups = getattr(before, "groups", 1)
     return LayerTime(
         name=name,
-        kind=type(before).__name__,
+        kind=plain_type(before).__name__,
         channels_before=_channels(before),
         channels=_channels(after),
         depthwise=groups > 1 and groups == getattr(before, "in_channels", None),

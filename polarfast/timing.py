@@ -101,11 +101,11 @@ class Clock:
 
     def read(self) -> dict[str, float]:
         """Module name -> ms since the last reading."""
-        if self._on_gpu:
-            torch.cuda.synchronize()
         found = {}
         for name, marks in self._marks.items():
             if self._on_gpu:
+                for _, end in marks:
+                    end.synchronize()
                 found[name] = sum(start.elapsed_time(end) for start, end in marks)
             else:
                 found[name] = 1000 * sum(end - start for start, end in marks)

@@ -1,7 +1,7 @@
 """The ops.
 
 Each has one schema (csrc/schemas.cpp), one eager reference (*_ref.py), one CPU kernel (csrc) and,
-but for the gather, one Triton kernel (*_triton.py).
+but for the gather and the put-back, one Triton kernel (*_triton.py).
 """
 
 import torch  # noqa: F401  the extension's symbols are torch's: torch comes first

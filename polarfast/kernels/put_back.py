@@ -17,8 +17,9 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16
 def put_back(kept: Tensor, index: Tensor, constant: Tensor) -> Tensor:
     """A tensor with constant[c] everywhere, but for the channels `index`, which are `kept`'s.
 
-    One pass on the CPU; torch's own operators on other devices, and wherever something else than a
-    plain tensor comes in (compilers, exporters, function transforms).
+    One pass on the CPU; torch's own operators on other devices, where they are no slower, and
+    wherever something else than a plain tensor comes in (compilers, exporters, function
+    transforms).
 
     Args:
         kept: [N, K, *], any memory format.
@@ -30,7 +31,9 @@ def put_back(kept: Tensor, index: Tensor, constant: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or _in_transform():
         return put_back_by_reading(kept, index, constant)  # asks no tensor for its memory format
-    if takes_kernel(kept):
+    graph = torch.is_grad_enabled() and kept.requires_grad
+    # With a graph to write, torch's own operators are no slower, but for channels_last.
+    if takes_kernel(kept) and not (graph and kept.is_contiguous()):
         return torch.ops.polarfast.put_back(kept, index, constant)
     return put_back_ref(kept, index, constant)
 

@@ -12,7 +12,7 @@ from conformance import checks, oracles, reload, training
 from conformance.models import ALL, chosen
 from conformance.pruners import MODES, NotOffered
 
-FAST = "resnet18|googlenet|densenet121|mobilenet_v3_small|shufflenet_v2_x0_5|regnet_y_400mf"
+FAST = "resnet18|googlenet|mobilenet_v3_small|shufflenet_v2_x0_5|regnet_y_400mf"
 #: Networks with outputs that exist in train mode only, and what these need to be able to run.
 TRAIN_ONLY = {"googlenet": 64, "inception_v3": 299}
 

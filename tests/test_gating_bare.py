@@ -1,0 +1,303 @@
+"""Gates where there is no BatchNorm: convolutions of a VGG, hidden units of MLPs, transposed
+convolutions; and on layers derived from torch's own.
+"""
+
+import copy
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gating_cases import TOLERANCE, is_plain, masked
+from nets import conv_bn, settle
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import polarfast as pf
+
+IMAGE = (3, 32, 32)
+
+
+class Tokens(nn.Module):
+    """Two MLP blocks on tokens [N, L, C], as in a vision transformer; in front, BatchNorms."""
+
+    def __init__(self, act: Callable[[], nn.Module] = nn.GELU) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*conv_bn(3, 6), nn.ReLU())
+        self.embed = nn.Sequential(*conv_bn(6, 8, 4, padding=0, stride=8), nn.ReLU())
+        self.lift = nn.Conv2d(8, 12, 1)
+        self.norms = nn.ModuleList(nn.LayerNorm(12) for _ in range(2))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(12, 20, bias=i > 0), act(), nn.Linear(20, 12)) for i in range(2)
+        )
+        self.scale = nn.Parameter(torch.full((12,), 0.5))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lift(self.embed(self.stem(x))).flatten(2).transpose(1, 2)
+        for norm, mlp in zip(self.norms, self.mlps, strict=True):
+            x = x + self.scale * mlp(norm(x))
+        return self.head(x.mean(1))
+
+
+class Encoder(nn.Module):
+    """Torch's own transformer layers, which have a fused form that calls none of their layers."""
+
+    def __init__(self, norm_first: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 16, 8, 8)
+        layer = nn.TransformerEncoderLayer(
+            16, 2, 24, activation="gelu", batch_first=True, norm_first=norm_first
+        )
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class ActivatedNorm(nn.BatchNorm2d):
+    """A normalization with its activation, as timm's are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(super().forward(x))
+
+
+class SamePadding(nn.Conv2d):
+    """A convolution that pads its input itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class OwnLinear(nn.Linear):
+    """Another name, the same forward."""
+
+
+def derived() -> nn.Module:
+    return nn.Sequential(
+        SamePadding(3, 8, 2), nn.ReLU(), nn.Conv2d(8, 12, 3), ActivatedNorm(12),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), OwnLinear(48, 10), nn.GELU(), nn.Linear(10, 5),
+    )  # fmt: skip
+
+
+def transposed(dims: int, groups: int = 1, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
+    conv, up = getattr(nn, f"Conv{dims}d"), getattr(nn, f"ConvTranspose{dims}d")
+    return nn.Sequential(
+        conv(3, 8, 3, padding=1), act(), up(8, 12, 4, 2, 1, groups=groups, bias=False), act(),
+        up(12, 6, 3, groups=groups), act(), conv(6, 4, 1),
+    )  # fmt: skip
+
+
+def vgg() -> nn.Module:
+    layers = pytest.importorskip("torchvision").models.vgg.make_layers
+    return nn.Sequential(
+        layers([8, "M", 12, "M", 16, 16, "M"]), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(64, 24), nn.ReLU(), nn.Dropout(), nn.Linear(24, 5),
+    )  # fmt: skip
+
+
+def squeezenet() -> nn.Module:
+    return pytest.importorskip("torchvision").models.squeezenet1_1(num_classes=5)
+
+
+def convnext() -> nn.Module:
+    module = pytest.importorskip("torchvision").models.convnext
+    stages = [module.CNBlockConfig(12, 16, 2), module.CNBlockConfig(16, None, 2)]
+    return module.ConvNeXt(stages, num_classes=5, layer_scale=0.5, stochastic_depth_prob=0.3)
+
+
+def vit() -> nn.Module:
+    return pytest.importorskip("torchvision").models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=24,
+        num_classes=5,
+    )  # fmt: skip
+
+
+def swin() -> nn.Module:
+    models = pytest.importorskip("torchvision").models
+    return models.SwinTransformer([2, 2], 12, [2, 2], [2, 2], [4, 4], num_classes=5)
+
+
+def mobilenet() -> nn.Module:
+    models = pytest.importorskip("torchvision").models
+    return models.mobilenet_v3_small(num_classes=5, width_mult=0.5)
+
+
+def timm(name: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        return pytest.importorskip("timm").create_model(name, num_classes=5, **options)
+
+    return build
+
+
+SMALL_VIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
+SMALL_NEXT = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 20)}
+# network, where, and which modules get gates
+CASES: dict[str, tuple[Callable[[], nn.Module], str | None, str]] = {
+    "vgg": (vgg, None, r"^(0\.(0|3|6|8)|3)$"),
+    "squeezenet": (squeezenet, None, r"^features\.(0|\d+\.(squeeze|expand[13]x[13]))$"),
+    "convnext": (convnext, None, r"^features\.\d\.\d\.block\.3$"),
+    "vit": (vit, "mlp", r"\.mlp\.0$"),
+    "swin": (swin, "mlp", r"\.mlp\.0$"),
+    "squeeze-excite": (mobilenet, r"\.fc1$", r"\.block\.\d\.fc1$"),
+    "timm vit": (timm("vit_tiny_patch16_224", **SMALL_VIT), "mlp", r"\.mlp\.fc1$"),
+    "timm convnext": (timm("convnext_atto", **SMALL_NEXT), None, r"\.mlp\.fc1$"),
+    "timm resnet": (timm("resnetv2_50", layers=(1, 1), channels=(16, 24)), None, r"\.norm[23]$"),
+    "tokens": (Tokens, "mlps", r"^mlps\.\d\.0$"),
+    "encoder": (Encoder, None, r"\.linear1$"),
+    "post-norm encoder": (lambda: Encoder(False), None, r"\.linear1$"),
+    "derived": (derived, ".", "^[036]$"),
+}
+
+
+def prepared(build: Callable[[], nn.Module], x: Tensor, **options: Any) -> tuple[nn.Module, Any]:
+    """A network as trained, half of each layer's gates at 0, the others away from 1."""
+    torch.manual_seed(0)
+    model = settle(build(), x)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if name.endswith("bias") or not param.any():  # some heads start at 0
+                param.add_(torch.randn_like(param), alpha=0.03)
+        scales = pf.add_gates(model, x[:2], **options)
+        for gate in scales.values():
+            gate.uniform_(0.3, 1.0)
+            gate[torch.randperm(gate.numel())[: gate.numel() // 2]] = 0
+    return model, scales
+
+
+def macs(model: nn.Module, x: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:  # with gradients: torch's fused forms are off
+        model(x)
+    return counter.get_total_flops() // 2
+
+
+def error(wanted: nn.Module, got: nn.Module, shape: tuple[int, ...]) -> float:
+    """Largest difference as a share of the output's variation over 8 inputs."""
+    x = torch.rand(8, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        a, b = wanted(x), got.eval()(x)
+    return float((a - b).abs().max() / (a.amax(0) - a.amin(0)).max())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_slim_is_the_network_with_gates_of_zero(case, tmp_path):
+    build, where, expected = CASES[case]
+    x = torch.rand(4, *IMAGE, dtype=torch.float64)
+    model, scales = prepared(build, x, where=where)
+    gated = [name for name, _ in build().named_modules() if re.search(expected, name)]
+    assert [name.removesuffix(".gate") for name in scales] == gated
+    plan = pf.plan(model, x[:2], scales, method="fixed")
+    assert not plan.inexact and plan.macs < plan.macs_before
+    slim = pf.slim(model, plan)
+    assert error(masked(model, plan), slim, IMAGE) < TOLERANCE
+    assert is_plain(slim, build()) and not any(m._forward_pre_hooks for m in slim.modules())
+    assert plan.macs == macs(slim, x[:2])
+    assert plan.macs_before == macs(build().double().eval(), x[:2])
+    assert plan.params == sum(p.numel() for p in slim.parameters())
+    assert plan.params_before == sum(p.numel() for p in build().parameters())
+    pf.save(slim, plan, tmp_path / "slim.pt")
+    loaded = pf.load(tmp_path / "slim.pt", build=lambda: build().double()).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(x), slim(x))
+    slim.train()(x).square().sum().backward()
+    assert all(p.grad is not None for p in slim.parameters() if p.numel())
+
+
+@pytest.mark.parametrize("fold", ["exact", "bias", "none"])
+@pytest.mark.parametrize(
+    "act", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.Sigmoid, nn.Softplus]
+)
+def test_hidden_units_behind_any_activation(act, fold):
+    x = torch.rand(4, *IMAGE, dtype=torch.float64)
+    model, scales = prepared(lambda: Tokens(act), x, where="mlps")
+    plan = pf.plan(model, x, scales, method="fixed", fold=fold)
+    slim = pf.slim(model, plan)
+    assert not plan.inexact and list(plan.kept) == ["mlps.0.0.gate", "mlps.1.0.gate"]
+    assert error(masked(model, plan), slim, IMAGE) < TOLERANCE
+    assert slim.mlps[0][0].bias is None and slim.mlps[0][0].out_features == 10
+
+
+def test_where_in_a_network_that_mixes_norms_and_bare_layers():
+    x = torch.rand(2, *IMAGE)
+    assert list(pf.add_gates(Tokens(), x)) == ["embed.1.gate"]
+    bare = ["mlps.0.0.gate", "mlps.1.0.gate"]
+    assert list(pf.add_gates(Tokens(), x, "mlp")) == bare
+    assert list(pf.add_gates(Tokens(), x, ".")) == ["embed.1.gate", *bare]
+    for residual in ("expand", "couple"):
+        assert list(pf.add_gates(Tokens(), x, "mlp", residual)) == bare
+    with pytest.raises(pf.ArgumentError, match=r"embed.0: a normalization reads it"):
+        pf.add_gates(Tokens(), x, ["embed.0"])
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions(dims, groups):
+    shape = (3, *[6] * dims)
+    x = torch.rand(2, *shape, dtype=torch.float64)
+    model, scales = prepared(lambda: transposed(dims, groups), x)
+    assert list(scales) == ["0.gate", "2.gate", "4.gate"]
+    assert [gate.numel() for gate in scales.values()] == [8, 12, 6]
+    twin = transposed(dims, groups).double()
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if "gate" not in k})
+    factor = scales["2.gate"].detach().view(1, 12, *[1] * dims)
+    assert torch.equal(model[2](model[:2](x)), twin[2](model[:2](x)) * factor)
+    plan = pf.plan(model, x, scales, method="fixed")
+    slim = pf.slim(model, plan)
+    assert not plan.inexact and plan.macs == macs(slim, x) < plan.macs_before
+    assert error(masked(model, plan), slim, shape) < TOLERANCE
+    assert is_plain(slim, transposed(dims, groups))
+    sized = nn.Sequential(*transposed(dims, groups)).double()
+    pf.add_gates(sized, x)
+    assert sized[2](sized[:2](x), output_size=[13] * dims).shape[2:] == (13,) * dims
+
+
+def test_torchs_fused_layers_do_not_pass_gates_by():
+    x = torch.rand(2, *IMAGE)
+    model = Encoder().eval()
+    assert torch.backends.mha.get_fastpath_enabled()
+    scales = pf.add_gates(model, x)
+    assert torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad():
+        before = model(x)
+        for gate in scales.values():
+            gate.zero_()
+        after = model(x)  # the fused form would take the weights alone
+    assert torch.allclose(after, model(x), atol=1e-5) and float((before - after).abs().max()) > 0.01
+
+
+def test_a_gate_that_does_not_reach_the_output_alone_is_refused():
+    class Odd(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.gelu(super().forward(x))
+
+    class Merged(nn.Conv2d):
+        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(x, weight, bias).square()
+
+    x = torch.rand(2, 3, 4, 4)
+    for layer in (Odd(48, 6), Merged(3, 6, 4)):
+        parts = [nn.Flatten()] if isinstance(layer, nn.Linear) else []
+        model = nn.Sequential(*parts, layer, nn.Flatten(), nn.Linear(6, 2))
+        with pytest.raises(pf.ArgumentError, match="its class does more to its output"):
+            pf.add_gates(model, x)
+        assert type(layer) in (Odd, Merged) and "gate" not in dict(layer.named_parameters())
+
+
+def test_gated_layers_are_copied_pickled_and_compiled():
+    x = torch.rand(2, *IMAGE)
+    model = derived().eval()
+    scales = pf.add_gates(model, x, ".")
+    with torch.no_grad():
+        for gate in scales.values():
+            gate.uniform_()
+    wanted = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), wanted)
+        assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+        assert list(pf.scaling_factors(twin, x)) == ["0.gate", "3.gate", "6.gate"]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), wanted)

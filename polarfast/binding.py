@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .errors import ScalingFactorError, StepError
+from .gates import is_gate, lost_gates
 from .kernels.table import ScaleTable
 from .sharded import is_sharded, whole
 from .sharded_table import ShardedTable
@@ -39,6 +40,7 @@ class Binding:
         self.trainable: list[Tensor] = []
         self.groups: list[int] = []
         self._others: Mapping[str, Tensor] = scales.others
+        self._model = scales._model
         self._members: list[Tensor] = []  # the optimizer's parameters, as of the last check
         self._ends: list[int] = []
         self._flags: list[bool] = []  # requires_grad of each γ, as of the last check
@@ -71,16 +73,7 @@ class Binding:
             f"no scaling factor has a gradient (first: {self.names[0]!r}): call backward() before "
             "the step; if you did, the model's parameters were replaced after "
             "pf.scaling_factors(model, ...), as fully_shard does: take scales.rebind(model) "
-            f"after that{self._gates_lost()}"
-        )
-
-    def _gates_lost(self) -> str:
-        """One more cause of an error, where some γ are gates."""
-        if not any(name.rpartition(".")[2] == "gate" for name in self.names):
-            return ""
-        return (
-            "; gates are lost where layers are replaced after pf.add_gates, as "
-            "SyncBatchNorm.convert_sync_batchnorm does: convert first, then add gates"
+            f"after that{lost_gates(self.names)}"
         )
 
     def check_members(self, optimizer: Optimizer) -> None:
@@ -111,11 +104,27 @@ class Binding:
                     f"{type(optimizer).__name__}: build the optimizer from model.parameters() "
                     "after the model is complete, add_param_group it, or freeze it; if the model's "
                     "parameters were replaced (fully_shard), take scales.rebind(model)"
-                    f"{self._gates_lost()}"
+                    f"{lost_gates(self.names)}"
                 )
+        self._check_present()
         self.trainable = trainable
         self.groups = sorted({group_of[id(param)] for param in trainable})
         self._members, self._ends, self._flags = members, ends, flags
+
+    def _check_present(self) -> None:
+        """Raise StepError for γ that the network they were found in has lost."""
+        model = None if self._model is None else self._model()
+        if model is None:
+            return
+        present = {id(param) for param in model.parameters()}
+        gone = [n for n, p in zip(self.names, self.params, strict=True) if id(p) not in present]
+        if gone:
+            raise StepError(
+                f"{len(gone)} of {len(self.names)} scaling factors are no parameters of the network"
+                f" any more, so that no step reaches it: {', '.join(map(repr, gone[:4]))}. Their "
+                "parameters were replaced: take scales.rebind(model), then make the optimizer"
+                f"{lost_gates(self.names)}"
+            )
 
     def table(self, reg: Regularizer | None) -> ScaleTable | ShardedTable:
         """The address table of all γ, with the layer weights of `reg` if they matter."""
@@ -151,14 +160,14 @@ def _first_clamp(outside: Mapping[str, int], clamped: Sequence[str], upper: floa
     """What the first clamp cuts off, for people: how many values by name."""
     shown = ", ".join(f"{name} ({count})" for name, count in list(outside.items())[:4])
     more = f" and {len(outside) - 4} more" if len(outside) > 4 else ""
-    gates = [name.rpartition(".")[2] == "gate" for name in clamped]
+    gates = [is_gate(name) for name in clamped]
     if all(gates):
         what, advice = "gates", "raise upper=, or start from gates of 1 (pf.init_scales)"
     else:
         what = "scaling factors" if any(gates) else "BatchNorm weights"
         advice = (
-            "put gates behind these layers, raise upper=, or train from scratch after "
-            "pf.init_scales"
+            "put gates behind these layers (pf.add_gates), raise upper=, or train from scratch "
+            "after pf.init_scales"
         )
     return (
         f"{sum(outside.values())} values in {len(outside)} of {len(clamped)} {what} lie outside "

@@ -4,7 +4,7 @@ Each class is a mixin over the torch class it stands in for: an instance gets a 
 its class, so that parameter names, hooks and modes stay with it, and loses it the same way.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -158,7 +158,8 @@ def gated_type(plain: type[nn.Module]) -> type[nn.Module] | None:
         return GATED.get(plain)
     if base is nn.SyncBatchNorm:  # its output is multiplied, and what a derived class does to that
         return None
-    return _derived(plain, issubclass(base, nn.modules.batchnorm._BatchNorm))
+    norm = issubclass(base, nn.modules.batchnorm._BatchNorm)
+    return _derived(plain, norm)  # type: ignore[arg-type]  # classes do hash
 
 
 @cache  # one class for all layers alike
@@ -192,6 +193,23 @@ def gate_name(module_name: str) -> str:
     return f"{module_name}.gate" if module_name else "gate"
 
 
+def is_gate(name: str) -> bool:
+    """Whether a parameter's name is that of a gate."""
+    return name.rpartition(".")[2] == "gate"
+
+
+def lost_gates(names: Iterable[str]) -> str:
+    """One more cause for an error message where parameters are missing, if some of them are gates;
+    else nothing.
+    """
+    if not any(map(is_gate, names)):
+        return ""
+    return (
+        "; gates are lost where layers are replaced after pf.add_gates, as "
+        "SyncBatchNorm.convert_sync_batchnorm does: convert first, then add gates"
+    )
+
+
 def open_gate(module: nn.Module) -> None:
     """Give a plain layer a gate of ones, which changes nothing."""
     weight = module.weight
@@ -213,17 +231,20 @@ def drop_gate(module: Gated) -> None:
     hooks = module._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _is_called]:
         del hooks[key]
-    module.__class__ = module.plain
+    module.__class__ = module.plain  # type: ignore[assignment]
 
 
 def fold_gate(module: Gated, full: Tensor, gate: Tensor) -> None:
-    """Multiply a layer's full-size weight or bias by its gate, in place, along the channels that
-    the layer writes.
+    """Multiply a layer's weight or bias, full-size or cut like its gate, by its gate, in place,
+    along the channels that the layer writes.
     """
     gate = gate.to(full.device, full.dtype)
+    if not full.numel():
+        return
     if isinstance(module, _TransposedConv) and full.dim() > 1:  # [C_in, C_out / groups, ...]
-        rows = full.view(module.groups, -1, *full.shape[1:])
-        rows.mul_(gate.view(module.groups, 1, -1, *[1] * (full.dim() - 2)))
+        groups = gate.numel() // full.shape[1]
+        rows = full.view(groups, -1, *full.shape[1:])
+        rows.mul_(gate.view(groups, 1, -1, *[1] * (full.dim() - 2)))
     else:
         full.mul_(gate.view(-1, *[1] * (full.dim() - 1)))
 

@@ -86,7 +86,9 @@ def add_gates(
         raise
     found = factors_of(model, channels)
     gates = {name: gate for name, gate in found.items() if name in channels.graph.gate_names()}
-    return ScalingFactors(gates, pinned=found.pinned, others=found.others, residual=residual)
+    return ScalingFactors(
+        gates, pinned=found.pinned, others=found.others, residual=residual, model=model
+    )
 
 
 def _settle(

@@ -1,6 +1,8 @@
 """Scaling factors: which γ take part in pruning, and their first values."""
 
 import re
+import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,9 +11,10 @@ from torch import nn
 
 from .channels import RESIDUAL_MODES, Channels
 from .errors import ArgumentError, TracingError
+from .gates import is_gate
 from .inputs import unwrap
 from .retracing import Traced, traced
-from .sharded import present_parameters
+from .sharded import present_parameters, whole
 
 
 class ScalingFactors(Mapping[str, nn.Parameter]):
@@ -23,6 +26,10 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         others: BatchNorm weights (in a network with gates: gates) that are not in this mapping
             (clamped too with ``clamp="all"``).
         residual: "keep", "expand" or "couple": what happens to channels that meet in an addition.
+
+    Args:
+        model: the network that the factors are parameters of, so that a training step can notice
+            when they no longer are. It is not kept alive.
     """
 
     def __init__(
@@ -32,8 +39,10 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         pinned: Mapping[str, str] | None = None,
         others: Mapping[str, nn.Parameter] | None = None,
         residual: str = "keep",
+        model: nn.Module | None = None,
     ) -> None:
         _check_residual(residual)
+        self._model = None if model is None else weakref.ref(model)
         self._params = dict(params)
         self._sizes = {name: param.numel() for name, param in self._params.items()}
         self.pinned = dict(pinned or {})
@@ -78,7 +87,11 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
             )
         rest = {name: param for name, param in self._params.items() if name not in chosen}
         selected = ScalingFactors(
-            chosen, pinned=self.pinned, others={**rest, **self.others}, residual=self.residual
+            chosen,
+            pinned=self.pinned,
+            others={**rest, **self.others},
+            residual=self.residual,
+            model=None if self._model is None else self._model(),
         )
         selected._traced = self._traced
         return selected
@@ -112,11 +125,13 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
             pinned=self.pinned,
             others={name: present[name] for name in self.others},
             residual=self.residual,
+            model=unwrap(model),
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Address tables belong to this process and these tensors: a copy makes its own.
-        return {**self.__dict__, "_tables": {}, "_traced": None}
+        # Address tables belong to this process and these tensors: a copy makes its own. Nor is it
+        # of the network that these were found in.
+        return {**self.__dict__, "_tables": {}, "_model": None, "_traced": None}
 
     def __repr__(self) -> str:
         return (
@@ -185,15 +200,21 @@ def factors_of(model: nn.Module, channels: Channels) -> ScalingFactors:
         if name not in taking_part and (name in gates or not gates)
     }
     return ScalingFactors(
-        taking_part, pinned=channels.pinned, others=others, residual=channels.residual
+        taking_part,
+        pinned=channels.pinned,
+        others=others,
+        residual=channels.residual,
+        model=model,
     )
 
 
 def init_scales(scales: Mapping[str, nn.Parameter], value: float = 0.5) -> None:
     """Set every scaling factor to `value` in place (Sec. 3.2: all are initialized to 0.5).
 
-    For networks trained from scratch: in a *trained* network this overwrites what the γ have
-    learned; start such a network from gates, or train on from the γ it has.
+    For networks trained from scratch. In a *trained* network this overwrites what the γ have
+    learned, which is warned about (a UserWarning) where the γ of a layer are not all equal: start
+    such a network from gates (`add_gates`), or train on from the γ that it has. Setting gates back
+    is no reason to warn.
 
     Raises:
         ArgumentError: `value` is not a finite number >= 0.
@@ -203,5 +224,21 @@ def init_scales(scales: Mapping[str, nn.Parameter], value: float = 0.5) -> None:
             f"value={value!r}: scaling factors start from a finite number >= 0 (0.5 in the paper)"
         )
     with torch.no_grad():
+        gammas = whole({name: p for name, p in scales.items() if not is_gate(name)})
+        learned = [name for name, gamma in gammas.items() if _differ(gamma)]
         for param in scales.values():
             param.fill_(value)
+    if learned:
+        shown = ", ".join(learned[:4])
+        more = f" and {len(learned) - 4} more" if len(learned) > 4 else ""
+        warnings.warn(
+            f"in {len(learned)} of {len(gammas)} layers γ were not all equal, as learned ones are, "
+            f"and are now {value:g}: {shown}{more}. What a trained network has learned there is "
+            "lost: start it from gates instead, scales = pf.add_gates(model, example_inputs), which"
+            " leave its γ alone",
+            stacklevel=2,
+        )
+
+
+def _differ(gamma: torch.Tensor) -> bool:
+    return not gamma.is_meta and bool((gamma != gamma.flatten()[0]).any())

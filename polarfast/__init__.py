@@ -3,6 +3,7 @@
 Zhuang et al., "Neuron-level Structured Pruning using Polarization Regularizer", NeurIPS 2020.
 """
 
+from .aiming import Reach
 from .errors import (
     ArgumentError,
     BuildError,
@@ -47,6 +48,7 @@ __all__ = [
     "Polarization",
     "Profile",
     "PruningPlan",
+    "Reach",
     "Regularizer",
     "Report",
     "ScalingFactorError",

@@ -24,14 +24,38 @@ def to_restore(
     while changed:  # a class may be in several rows, and in rows of others
         changed = False
         for rows in balanced:
-            counts = there[rows].sum(1)
-            for row in rows[counts < counts.max()]:
-                while int(there[row].sum()) < int(there[rows].sum(1).max()):
-                    gone = row[~there[row]]
-                    label = int(gone[strength[gone].argmax()])
-                    there[label] = changed = True
-                    found.append(label)
+            missing = _missing(rows, there, strength)
+            if missing.numel():
+                there[missing] = changed = True
+                found += missing.tolist()
     return found
+
+
+def _missing(rows: Tensor, there: Tensor, strength: Tensor) -> Tensor:
+    """What must be added for as many in each row, the strongest first."""
+    inside = there[rows]
+    counts = inside.sum(1, keepdim=True)
+    if bool((counts == counts[0]).all()):
+        return rows.new_empty(0)
+    strongest = strength[rows].masked_fill(inside, -torch.inf)
+    order = strongest.argsort(dim=1, descending=True, stable=True)
+    first = torch.arange(rows.shape[1], device="cpu") < counts.max() - counts
+    missing = rows.gather(1, order)[first]
+    added = there.clone()
+    added[missing] = True
+    if bool((added[rows].sum(1) == counts.max()).all()):
+        return missing
+    return _one_by_one(rows, there.clone(), strength)  # a class is in several of these rows
+
+
+def _one_by_one(rows: Tensor, there: Tensor, strength: Tensor) -> Tensor:
+    found = []
+    for row in rows:
+        while int(there[row].sum()) < int(there[rows].sum(1).max()):
+            gone = row[~there[row]]
+            found.append(gone[strength[gone].argmax()])
+            there[found[-1]] = True
+    return torch.stack(found)
 
 
 def spare(balanced: Sequence[Tensor], stays: Tensor, useless: Tensor) -> None:

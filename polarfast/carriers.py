@@ -39,6 +39,7 @@ def _places(channels: Channels, labels: Iterable[int]) -> dict[int, Place]:
     found: dict[int, set[tuple[int, int]]] = {label: set() for label in labels}
     for i, rows in enumerate(channels.balanced):
         for j, row in enumerate(rows.tolist()):
-            for label in found.keys() & set(row):
-                found[label].add((i, j))
+            for label in row:
+                if label in found:
+                    found[label].add((i, j))
     return {label: frozenset(places) for label, places in found.items()}

@@ -22,8 +22,10 @@ class Foresight:
         self._chooser, self._channels = chooser, chooser.channels
         graph = self._channels.graph
         self._set = torch.full((graph.count,), -1, dtype=torch.long, device="cpu")  # by class
-        for label, carrier in carriers(self._channels, graph.mask()).items():
-            self._set[label] = carrier
+        carrier_of = carriers(self._channels, graph.mask())
+        self._set[list(carrier_of)] = torch.tensor(
+            list(carrier_of.values()), dtype=torch.long, device="cpu"
+        )
         self._shows = self._guess() if chooser.fold == "exact" else graph.mask()
         self._looked_at, self._needed = graph.mask(), graph.mask()  # by set
         self._biased: list[Tensor] = []  # classes of the channels of each created bias

@@ -43,6 +43,7 @@ class Selection:
         calls = [call for call in self.graph.projections if not call.depthwise]
         self._read = Ragged([label[call.inputs] for call in calls])
         self._written = Ragged([label[call.outputs] for call in calls])
+        self._rows = Ragged([row for rows in channels.balanced for row in rows])
         put_back = [label[channels.calls[name].inputs] for name in channels.boundaries]
         self._untouchable = Ragged([*put_back, self._left_out]).flat
         self._reset()
@@ -216,7 +217,11 @@ class Selection:
 
     def _balance(self, constant: Set[int]) -> bool:
         """Add channels back until groups and chunks are equal in size; whether any came back."""
-        labels = to_restore(self.channels.balanced, self.stays, self.strength, constant)
+        there = self.stays.clone()
+        there[list(constant)] = True
+        counts = iter(self._rows.counts(there).tolist())
+        unequal = [rows for rows in self.channels.balanced if len({next(counts) for _ in rows}) > 1]
+        labels = to_restore(unequal, self.stays, self.strength, constant)
         if not labels:
             return False
         before = self.counts()
@@ -253,7 +258,8 @@ class Selection:
             read = self.graph.mask()
             read[self._read.of(self._written.counts(self.stays) > 0)] = True
             useless = self.stays & known & ~read
-            spare(self.channels.balanced, self.stays, useless)
+            if bool(useless.any()):
+                spare(self.channels.balanced, self.stays, useless)
             if not bool(useless.any()) or not can_vanish(useless):
                 break
             self.stays[useless] = False

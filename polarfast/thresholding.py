@@ -47,8 +47,7 @@ def thresholds(
         ThresholdError: a γ is NaN or infinite, or negative with "valley"; names the layer.
         ArgumentError: an unknown method, or a `value` out of its range.
     """
-    if not scales:
-        raise ScalingFactorError("there are no scaling factors to choose a threshold for")
+    check_any(scales)
     value = check_method(method, value)
     if method == "valley":
         return {name: threshold for name, (threshold, _) in valleys(scales).items()}
@@ -107,8 +106,17 @@ def valleys(scales: ScalingFactors) -> dict[str, tuple[float | None, int]]:
 
 
 def check_finite(scales: ScalingFactors) -> None:
-    """Raise ThresholdError, which names the layer, if a γ is NaN or infinite."""
+    """Raise ThresholdError, which names the layer, if a γ is NaN or infinite, and
+    ScalingFactorError if there is none.
+    """
+    check_any(scales)
     _magnitudes(scales)
+
+
+def check_any(scales: ScalingFactors) -> None:
+    """Raise ScalingFactorError unless there are scaling factors."""
+    if not scales:
+        raise ScalingFactorError("there are no scaling factors to choose a threshold for")
 
 
 def _percentile(scales: ScalingFactors, value: float) -> dict[str, float | None]:

@@ -9,6 +9,7 @@ from .aiming import Aim, Reach, reach
 from .channels import Channels
 from .choosing import Chooser
 from .errors import PlanError
+from .gates import lost_gates
 from .inputs import describe, unwrap
 from .limits import Counts, Limits, Shares, check_fold
 from .plan_notes import limit_notes, note_crowds, note_ranking, note_widths
@@ -150,7 +151,7 @@ def check_belongs(model: nn.Module, channels: Channels, scales: ScalingFactors) 
         if params.get(name) is not gamma:
             raise PlanError(
                 f"scales[{name!r}] is not a parameter of this model: call scaling_factors(model, "
-                "…) on the model to plan, or take scales.rebind(model)"
+                f"…) on the model to plan, or take scales.rebind(model){lost_gates([name])}"
             )
         if name not in channels.layers:
             raise PlanError(

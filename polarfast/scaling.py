@@ -11,7 +11,7 @@ from torch import nn
 
 from .channels import RESIDUAL_MODES, Channels
 from .errors import ArgumentError, TracingError
-from .gates import is_gate
+from .gates import is_gate, lost_gates
 from .inputs import unwrap
 from .retracing import Traced, traced
 from .sharded import present_parameters, whole
@@ -113,7 +113,7 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
                 raise ArgumentError(
                     f"{name!r} is no parameter of this model, whose names look like "
                     f"{', '.join(map(repr, list(present)[:2]))}: rebind to the model that the "
-                    "factors were found in, or to one built alike"
+                    f"factors were found in, or to one built alike{lost_gates([name])}"
                 )
             if present[name].numel() != size:
                 raise ArgumentError(

@@ -14,7 +14,7 @@ from .edits import Edits, new_biases, write_edits
 from .errors import ArgumentError, PlanError
 from .fields import Fold
 from .folding import fold_constants
-from .gates import drop_gate, gated_modules
+from .gates import drop_gate, gated_modules, lost_gates
 from .inputs import device_of, dtype_of, generate, unwrap
 from .layout import Layout
 from .limits import FOLDS
@@ -136,7 +136,7 @@ def _fit(model: nn.Module, plan: PruningPlan) -> tuple[Channels, Selection]:
     channels = _channels(model, plan)
     for name, layer in plan.layers.items():
         if name not in channels.layers:
-            why = channels.pinned.get(name, "it has no such scaling factor")
+            why = channels.pinned.get(name, f"it has no such scaling factor{lost_gates([name])}")
             raise PlanError(f"the plan does not fit this model: {name} takes no part ({why})")
         if channels.layers[name].numel() != layer.channels:
             raise PlanError(

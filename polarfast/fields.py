@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .kernels.gather import gather_channels
 from .tracing import ProjectionCall
 
 #: A field counts as one constant (or as proportional to another field) up to this share of its
@@ -129,23 +130,26 @@ class Fold:
         return {reader.weight: reader.note for reader in self.readers.values() if reader.note}
 
 
-def shift_of(call: ProjectionCall, weight: Tensor, reader: ReaderFold) -> Tensor:
-    """What a reader's folded constants add to each of its output channels.
+def shift_of(
+    call: ProjectionCall, weight: Tensor, reader: ReaderFold, rows: Tensor | None = None
+) -> Tensor:
+    """What a reader's folded constants add to its output channels.
 
     Args:
         call: the reader.
         weight: its full-size weight, of any floating point dtype.
         reader: its fold; `adds` is True.
+        rows: output channels asked for; by default, all.
 
     Returns:
-        Float64 [C_out], on the CPU.
+        Float64 [C_out] or [rows], on the CPU, new.
     """
     if reader.shift is not None:
-        return reader.shift
+        return reader.shift.clone() if rows is None else reader.shift[rows]
     assert reader.level is not None and reader.shifted is not None
     level, positions = reader.level.to(weight.device), reader.shifted.to(weight.device)
     if call.groups == 1 and not call.transposed:
-        used = weight.detach().index_select(1, positions).double()
+        used = gather_channels(weight.detach(), rows, positions).double()
         return ((used.flatten(2).sum(2) if used.dim() > 2 else used) @ level).cpu()
     taps = weight.detach().double()
     value = torch.zeros(call.inputs.numel(), dtype=torch.float64, device=weight.device)
@@ -153,7 +157,9 @@ def shift_of(call: ProjectionCall, weight: Tensor, reader: ReaderFold) -> Tensor
     if call.transposed:
         taps = taps.flatten(2).mean(2) if taps.dim() > 2 else taps
         per_group = taps.view(call.groups, -1, taps.shape[1]) * value.view(call.groups, -1, 1)
-        return per_group.sum(1).flatten().cpu()
+        shift = per_group.sum(1).flatten().cpu()
+        return shift if rows is None else shift[rows]
     taps = taps.flatten(2).sum(2) if taps.dim() > 2 else taps
     per_group = taps.view(call.groups, -1, taps.shape[1]) * value.view(call.groups, 1, -1)
-    return per_group.sum(2).flatten().cpu()
+    shift = per_group.sum(2).flatten().cpu()
+    return shift if rows is None else shift[rows]

@@ -37,6 +37,15 @@ class Layout:
         """
         return self._index.get(name, {})
 
+    def places(self, name: str, dim: int, mask: Tensor) -> Tensor:
+        """A mask over a tensor's positions along a dimension ([groups, n] where each group of rows
+        has its own), cut to those that stay.
+        """
+        index = self.index(name).get(dim)
+        if index is None:
+            return mask
+        return mask.gather(1, index) if index.dim() == 2 else mask[index]
+
     def changed(self) -> list[str]:
         """Names of all tensors that lose positions."""
         return list(self._index)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .balancing import is_balanced
 from .channels import Channels
 from .choosing import can_vanish
-from .copies import copy_with, double_copy
+from .copies import copy_with, double_copy, tensors_of_model
 from .edits import Edits, new_biases, write_edits
 from .errors import ArgumentError, PlanError
 from .fields import Fold
@@ -86,10 +86,10 @@ def slim(
     if verify:
         # Built in float64, where only the algebra can be wrong.
         double = double_copy(model)
-        check_slim(double, blueprint.build(double), plan, fold, blueprint.folded, channels)
-    small = blueprint.build(model)
+        check_slim(double, blueprint.build(double)[0], plan, fold, blueprint.folded, channels)
+    small, edits = blueprint.build(model)
     if optimizer is not None:
-        migrate_optimizer(optimizer, model, small, blueprint.layout, blueprint.edits)
+        migrate_optimizer(optimizer, model, small, blueprint.layout, edits)
     return small
 
 
@@ -100,35 +100,33 @@ class _Blueprint:
     channels: Channels
     folded: Fold
     layout: Layout
-    edits: Edits
     info: SlimInfo
 
     @torch.no_grad()
-    def build(self, model: nn.Module) -> nn.Module:
+    def build(self, model: nn.Module) -> tuple[nn.Module, Edits]:
         """Copy the model with cut tensors in place of the full ones, then give it its structure."""
-        tensors: dict[str, Tensor] = {
-            **dict(model.named_parameters()),
-            **dict(model.named_buffers()),
-        }
+        tensors = tensors_of_model(model)
+        edits = write_edits(model, self.channels, self.folded, self.layout)
         memo: dict[int, Any] = {}
-        for name in {*self.layout.changed(), *self.edits.tensors}:
+        for name in (*self.layout.changed(), *edits.tensors):
             original = tensors[name]
-            cut = self.layout.gather(
-                name, self.edits.tensors.get(name, original.detach()).to(original.dtype)
-            )
+            cut = edits.tensors.get(name)
+            if cut is None:
+                cut = self.layout.gather(name, original.detach())
+            cut = cut.to(original.dtype)
             if isinstance(original, nn.Parameter):
                 cut = nn.Parameter(cut, requires_grad=original.requires_grad)
             memo[id(original)] = cut
         small = copy_with(model, memo)
         for _, module in list(gated_modules(small)):
             drop_gate(module)
-        new = _new_tensors(tensors, self.channels, self.layout, self.edits, self.info.fold)
+        new = _new_tensors(tensors, self.channels, self.layout, edits, self.info.fold)
         self.info.structure.apply(small, lambda name, old: new[name])
         for param in small.parameters():
             param.grad = None
         before = getattr(model, "polarfast_info", None)
         small.polarfast_info = self.info.after(before)  # type: ignore[assignment]
-        return small
+        return small, edits
 
 
 def _fit(model: nn.Module, plan: PruningPlan) -> tuple[Channels, Selection]:
@@ -183,9 +181,8 @@ def _draw(
             f"numbers of channels for fold={fold!r}: make the plan anew, with this fold="
         )
     layout = Layout(channels, alive)
-    edits = write_edits(model, channels, folded)
     structure = layout.structure(model, new_biases(model, channels, folded, alive))
-    return _Blueprint(channels, folded, layout, edits, SlimInfo(structure, fold, folded.notes()))
+    return _Blueprint(channels, folded, layout, SlimInfo(structure, fold, folded.notes()))
 
 
 def _new_tensors(
@@ -193,9 +190,9 @@ def _new_tensors(
 ) -> dict[str, Tensor]:
     """Created biases, and what norms need to put their channels back."""
     new: dict[str, Tensor] = {}
-    for name, (values, ids) in edits.biases.items():
+    for name, values in edits.biases.items():
         like = tensors[f"{name.removesuffix('bias')}weight"]
-        new[name] = values[layout.alive[ids]].to(like.device, like.dtype)
+        new[name] = values.to(like.device, like.dtype)
     for weight in channels.boundaries:
         norm = channels.calls[weight]
         alive = layout.alive[norm.inputs]

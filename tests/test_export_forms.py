@@ -56,6 +56,7 @@ def test_compile_with_inductor():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch would like torch.export used
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a branch on a width, not on data
 @pytest.mark.parametrize("name", CASES)
 def test_trace(name):

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .ragged import Ragged
 from .tracing import PIN, Graph, Match, NormCall, ProjectionCall
 
 #: What may happen to channels that meet in an addition.
@@ -111,6 +112,11 @@ class Channels:
             for name in self._alone
             if bool(deeper[self._raw[self.calls[name].outputs]].any()) and can_put_back(name)
         )
+
+    @cached_property
+    def axes(self) -> Ragged:
+        """The ids along `graph.axes`, in their order."""
+        return Ragged(list(self.graph.axes.values()))
 
     def in_classes(self, labels: Iterable[int]) -> Tensor:
         """bool [graph.count]: the ids of the given classes."""
@@ -240,8 +246,16 @@ class Channels:
             else None
         )
 
+    @cached_property
+    def _joined(self) -> Tensor:
+        """Labels of what goes together through norms and products; through products with what must
+        stay not, which say nothing about why.
+        """
+        gates = [pairs[:, (pairs != PIN).all(0)] for pairs in self.graph.gates]
+        return self.graph.labels(self.graph.links(self.boundaries), gates)
+
     def _pin_reason(self, name: str, call: NormCall) -> str | None:
-        label = self.graph.labels(self.graph.links(self.boundaries), self.graph.gates)
+        label = self._joined
         mine = self.graph.mask()
         mine[label[call.inputs]] = True
         mine[PIN] = False

@@ -287,6 +287,23 @@ def test_a_gate_that_does_not_reach_the_output_alone_is_refused():
         assert type(layer) in (Odd, Merged) and "gate" not in dict(layer.named_parameters())
 
 
+def test_hidden_units_that_are_normalized_over_all_of_them_are_refused_with_the_reason():
+    class Normalized(nn.Module):
+        """As ConvNeXt V2's: a unit counts by its share of all units' responses."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.gelu(self.first(x))
+            size = x.norm(dim=1, keepdim=True)
+            return self.last(x + x * (size / (size.mean(-1, keepdim=True) + 1e-6)))
+
+    with pytest.raises(pf.ArgumentError, match="first: flows through linalg_vector_norm"):
+        pf.add_gates(Normalized(), torch.rand(2, 5, 3), "first")
+
+
 def test_gated_layers_are_copied_pickled_and_compiled():
     x = torch.rand(2, *IMAGE)
     model = derived().eval()

@@ -110,6 +110,7 @@ def test_parameters_replaced_after_the_first_step_are_noticed_with_the_next_opti
 
 
 def test_a_trained_network_is_gated_polarized_pruned_and_fine_tuned(capsys):
+    pytest.importorskip("sklearn")
     found = example("pretrained_start").main()
     assert found["pretrained"] > 95
     assert found["pruned"] > found["pretrained"] - 2 and found["MACs cut"] > 30

@@ -22,7 +22,6 @@ from .gating import add_gates
 from .planning import plan, reachable
 from .plans import PruningPlan
 from .prediction import CutPredictor
-from .profiling import Profile
 from .recalibration import recalibrate
 from .regularizers import L1, DeepHoyer, Polarization, Regularizer
 from .scaling import ScalingFactors, init_scales, scaling_factors
@@ -46,7 +45,6 @@ __all__ = [
     "PlanError",
     "PolarfastError",
     "Polarization",
-    "Profile",
     "PruningPlan",
     "Reach",
     "Regularizer",

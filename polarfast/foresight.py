@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .carriers import carriers
 from .choosing import Chooser
+from .edits import new_biases
 from .fields import Fold
 from .selection import Selection
 
@@ -74,14 +75,13 @@ class Foresight:
         return expected != found or not same
 
     def _created(self, folded: Fold) -> list[Tensor]:
-        model, graph = self._chooser.model, self._channels.graph
-        existing = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-        sinks = {
-            reader.sink: self._channels.label[graph.projections[index].outputs]
-            for index, reader in sorted(folded.readers.items())
-            if reader.shift is not None and reader.sink is not None
+        channels = self._channels
+        created = new_biases(self._chooser.model, channels, folded, ~channels.graph.mask())
+        outputs = {
+            reader.sink: channels.graph.projections[index].outputs
+            for index, reader in folded.readers.items()
         }
-        return [labels for name, labels in sinks.items() if name not in existing]
+        return [channels.label[outputs[name]] for name in sorted(created)]
 
     def new_biases(self) -> list[Tensor]:
         """For each bias that the constants will create, the classes of its channels."""

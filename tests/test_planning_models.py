@@ -16,7 +16,7 @@ X = torch.randn(1, 3, 64, 64)
         ("resnet50", "expand", "macs", {"round_to": 8}),
         ("resnet50", "couple", "params", {"round_to": 32, "max_share": 0.9}),
         ("mobilenet_v2", "expand", "params", {"round_to": 16, "max_share": 0.75}),
-        ("densenet121", "keep", "macs", {"round_to": 8, "min_channels": 16}),
+        ("densenet121", "keep", "params", {"round_to": 8, "min_channels": 16}),
         ("resnext50_32x4d", "keep", "macs", {"round_to": 32}),
     ],
 )
@@ -30,6 +30,9 @@ def test_a_share_with_limits(name, residual, of, limits):
                 module.weight.uniform_(-1, 1)
                 module.bias.normal_()
     reach = pf.reachable(model, X, scales, **limits)
+    most = pf.plan(model, X, scales, "fixed", value=2.0, **limits)
+    assert reach.macs[1] == pytest.approx(most.flops_reduction)
+    assert reach.params[1] == pytest.approx(1 - most.params / most.params_before)
     cut = 0.6 * getattr(reach, of)[1]
     plan = pf.plan(model, X, scales, cut=cut, of=of, **limits)
     # The strongest of all channels that go stays: that is not enough.

@@ -120,8 +120,9 @@ def _silence(edits: Edits, layout: Layout, wanted: Tensor, edit: Editor) -> None
         mine = channels.label[norm.inputs]
         ones[str(norm.bias)] = wanted[norm.inputs] & ~written[mine]
         written[mine] = True
-    for (tensor, dim), axis in channels.graph.axes.items():
-        if tensor in values and bool(wanted[axis].any()):
+    found = channels.axes.counts(wanted).tolist()
+    for ((tensor, dim), axis), count in zip(channels.graph.axes.items(), found, strict=True):
+        if count and tensor in values:
             places = layout.places(tensor, dim, wanted[axis])
             cut = edit(tensor)
             _fill(cut, dim, places, values[tensor])

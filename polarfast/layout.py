@@ -23,10 +23,10 @@ class Layout:
         self.channels, self.graph, self.alive = channels, channels.graph, alive
         self._index: dict[str, dict[int, Tensor]] = {}
         gates = self.graph.gate_names()  # no slim model has any
-        for (name, dim), ids in self.graph.axes.items():
-            stays = alive[ids]
-            if name not in gates and not bool(stays.all()):
-                kept = stays.nonzero()[:, -1]
+        lost = channels.axes.counts(~alive).tolist()
+        for ((name, dim), ids), gone in zip(self.graph.axes.items(), lost, strict=True):
+            if gone and name not in gates:
+                kept = alive[ids].nonzero()[:, -1]
                 # Groups keep as many positions each, but not the same ones.
                 index = kept.view(len(ids), -1) if ids.dim() == 2 else kept
                 self._index.setdefault(name, {})[dim] = index

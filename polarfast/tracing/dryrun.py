@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..copies import tensors_of_model
 from ..errors import TracingError
 from . import rules
 from .calling import copied_inputs, enlarged, plain_eager, tensors_of
@@ -155,10 +156,12 @@ def _unread(model: nn.Module, recorder: Recorder) -> list[str]:
 @contextmanager
 def _as_found(model: nn.Module) -> Iterator[None]:
     """Put back train/eval modes, buffers (their objects and their values) and random state."""
-    modes = [(module, module.training) for module in model.modules()]
-    stores = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    tensors = (*model.parameters(), *model.buffers())
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    stores = [(module._buffers, dict(module._buffers)) for module in modules]
+    tensors = tensors_of_model(model).values()
+    buffers = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
+    values = [(buffer, buffer.detach().clone()) for buffer in buffers]
     devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..copies import tensors_of_model
 from ..gates import gate_name, gated_modules
 from .graph import Addition, Graph, Match, Pin
 from .ids import PIN, along, compact
@@ -51,7 +52,7 @@ class Recorder:
         self.asked: list[Any] | None = None  # sizes in the network's own call, while it runs
         self.used: set[str] = set()
         self.whole: set[str] = set()
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for name, tensor in tensors_of_model(model).items():
             self.views[tensor] = ParameterView(name, tuple(range(tensor.dim())))
 
     # --- values

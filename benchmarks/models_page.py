@@ -7,9 +7,13 @@ HEAD = """# Which networks, and how exactly
 
 Written by `python benchmarks/bench_models.py --write docs/models.md`; no figure here is typed in.
 Every network is torchvision's or timm's own (with 10 classes and random weights, 64 pixels,
-Inception 128), and no rule in polarfast knows a network's name. The assertions behind the table
-are the tests in [tests/conformance](../tests/conformance/__init__.py), which can be pointed at
-another pruner.
+Inception 128), and no rule in polarfast knows a network's name.
+
+The assertions behind the table are a test suite, which a stranger can point at another pruner: two
+methods of `conformance.pruners.Pruner` to write, three more for what a library offers beyond.
+
+    pytest tests/test_conformance.py tests/test_conformance_training.py --models all
+    pytest tests/test_conformance.py --models 'resnet.*' --pruner conformance.peers:TorchPruning
 
 Half of the channels of every layer that takes part are removed, one of every two neighbours.
 
@@ -23,9 +27,9 @@ Half of the channels of every layer that takes part are removed, one of every tw
 - **β ≠ 0**: γ = 0 alone, β from a normal distribution with standard deviation 1, `fold="exact"`:
   the same error against the original with these γ = 0.
 - **exact**: "yes" if both are rounding; else how many layers read something that cannot be
-  folded, and why (`plan.inexact` names each). These errors are those of random β at small images,
-  where most places are near a border: an upper end, not what a trained network shows. Gates
-  ([pf.add_gates](../README.md)) silence β and leave nothing to fold.
+  folded, and why (`plan.inexact` names each). These β are as large
+  as what the norms put out, and at 64 pixels most places are near a border: both make the errors
+  large. Gates ([pf.add_gates](../README.md)) silence β and leave nothing to fold.
 - **time**: trace, plan and slim (`verify=False`) in float32, CPU seconds on one thread.
 - **torch-pruning** {tp}, **torch-kirigami** {tk}: the same channels, removed by the peer's own
   means for given channels, in the zero test; error and time, measured in the same way. It is

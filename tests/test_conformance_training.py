@@ -56,7 +56,7 @@ def test_files(pruner, mode, request, tmp_path):
     names, before = [], {}
     models = config.getoption("--models")
     for case in chosen(FAST if models == "fast" else models):
-        trial = checks.run(pruner, case, mode, "exact" if "exact" in pruner.folds else "none", True)
+        trial = checks.run(pruner, case, mode, pruner.best_fold, beta=True)
         offered(pruner.save, trial.pruned, reload.file(tmp_path, case.name, "model"))
         torch.save(trial.probe, reload.file(tmp_path, case.name, "inputs"))
         names.append(case.name)

@@ -91,9 +91,15 @@ class Pruner(ABC):
         """Read it back in another process."""
         raise NotOffered
 
-    def report(self, model: nn.Module, pruned: Pruned, inputs: Any) -> float:
-        """The error, as a share of the output's variation, that the library itself reports."""
-        raise NotOffered
+    def report(self, model: nn.Module, pruned: Pruned, inputs: Any) -> float | None:
+        """The error, as a share of the output's variation, that the library itself reports, if it
+        does."""
+        return None
+
+    @property
+    def best_fold(self) -> str:
+        """The one that keeps most."""
+        return next(fold for fold in reversed(FOLDS) if fold in self.folds)
 
 
 class Polarfast(Pruner):
@@ -127,7 +133,7 @@ class Polarfast(Pruner):
     def load(self, path: Path, build: Callable[[], nn.Module]) -> nn.Module:
         return pf.load(path, build)
 
-    def report(self, model: nn.Module, pruned: Pruned, inputs: Any) -> float:
+    def report(self, model: nn.Module, pruned: Pruned, inputs: Any) -> float | None:
         report = pf.verify(model, pruned.model, pruned.handle, inputs)
         assert report.notes == pruned.inexact
         return report.rel_error

@@ -163,8 +163,8 @@ def check_again(pruner: Pruner, case: Case, mode: str) -> None:
     """The same channels removed from a network built anew with the same weights give the same
     network, bit for bit; from an averaged (EMA) copy, what the averaged one computes without them.
     """
-    beta = not case.exact
-    trial = checks.run(pruner, case, mode, "exact", beta)
+    beta = not case.exact or pruner.best_fold != "exact"
+    trial = checks.run(pruner, case, mode, pruner.best_fold, beta)
     fresh = case.build().double().eval()
     fresh.load_state_dict(trial.original.state_dict())
     twin = pruner.again(fresh, trial.pruned)

@@ -49,20 +49,20 @@ def sleeping(monkeypatch, kind: type[nn.Module], milliseconds) -> None:
 
 
 def test_time_that_follows_the_channels_is_measured_as_expected(monkeypatch):
-    """16 → 4 channels; convolutions sleep 4 ms and 1/8 ms for each pair of channels."""
+    """16 → 4 channels; convolutions sleep 16 ms and 1/4 ms for each pair of channels."""
     model = Net()
     plan = planned(model, 12)
-    sleeping(monkeypatch, nn.Conv2d, lambda conv: 4 + conv.in_channels * conv.out_channels / 8)
+    sleeping(monkeypatch, nn.Conv2d, lambda conv: 16 + conv.in_channels * conv.out_channels / 4)
     profile = plan.profile(model, example_inputs=X, seconds=0.3)
     rows = {row.name: row for row in profile.layers}
     assert list(rows) == ["first.0", "first.1", "second.0", "second.1", "fc"]
     second = rows["second.0"]
     assert (second.channels_before, second.channels, second.kind) == ([16, 16], [4, 4], "Conv2d")
-    assert 36 <= second.ms_before < 72 and 6 <= second.ms < 12
-    assert 10 <= rows["first.0"].ms_before < 20 and 5.5 <= rows["first.0"].ms < 11
-    assert profile.ms_before >= 46 and 11.5 <= profile.ms < profile.ms_before
+    assert 80 <= second.ms_before < 160 and 20 <= second.ms < 40
+    assert 28 <= rows["first.0"].ms_before < 56 and 19 <= rows["first.0"].ms < 38
+    assert profile.ms_before >= 108 and 39 <= profile.ms < profile.ms_before
     assert profile.measured == profile.ms_before / profile.ms
-    assert rows["fc"].ms < 5 and rows["first.1"].ms < 5
+    assert rows["fc"].ms < 16 and rows["first.1"].ms < 16
 
 
 def test_multiply_accumulates_are_those_of_the_plan_and_of_the_formula():
@@ -87,7 +87,7 @@ def test_layers_that_are_not_faster_are_pointed_out(monkeypatch, gone, advice):
     """16 → 11 and 16 → 8 channels, and each call as slow as before."""
     model = Net()
     plan = planned(model, gone)
-    sleeping(monkeypatch, nn.Conv2d, lambda conv: 5)
+    sleeping(monkeypatch, nn.Conv2d, lambda conv: 30)
     profile = plan.profile(model, example_inputs=X, seconds=0.1)
     (hint,) = [hint for hint in profile.hints if "gain little" in hint]
     assert "second.0" in hint and advice in hint
@@ -99,11 +99,11 @@ def test_layers_that_are_not_faster_are_pointed_out(monkeypatch, gone, advice):
 def test_put_back_that_costs_much_is_pointed_out(monkeypatch):
     model = Residual()
     plan = planned(model, 3, residual="expand")
-    sleeping(monkeypatch, PutBackBatchNorm2d, lambda norm: 10)
+    sleeping(monkeypatch, PutBackBatchNorm2d, lambda norm: 30)
     profile = plan.profile(model, example_inputs=X, seconds=0.1)
     put_back = [row for row in profile.layers if row.put_back]
     assert [row.name for row in put_back] == ["first.4", "second.4"]
-    assert all(row.ms >= 10 > row.ms_before for row in put_back)
+    assert all(row.ms >= 30 > row.ms_before for row in put_back)
     (hint,) = [hint for hint in profile.hints if "put channels back" in hint]
     assert "residual='keep'" in hint and "2 norms" in hint
 
@@ -113,13 +113,13 @@ def test_hooks_of_others_and_time_outside_layers_are_not_the_layers(monkeypatch)
     plan = planned(model, 8)
     slim = pf.slim(model, plan)
     for net in (model, slim):
-        net.second[0].register_forward_pre_hook(lambda module, args: time.sleep(0.01))
-        net.second[0].register_forward_hook(lambda module, args, out: time.sleep(0.01))
+        net.second[0].register_forward_pre_hook(lambda module, args: time.sleep(0.03))
+        net.second[0].register_forward_hook(lambda module, args, out: time.sleep(0.03))
         net.register_forward_hook(lambda module, args, out: time.sleep(0.02))
     profile = plan.profile(model, slim, X, seconds=0.1)
     row = next(row for row in profile.layers if row.name == "second.0")
-    assert row.ms_before < 10 and row.ms < 10
-    assert profile.ms_before >= 40 and profile.ms >= 40
+    assert row.ms_before < 30 and row.ms < 30
+    assert profile.ms_before >= 80 and profile.ms >= 80
     assert any("outside the layers that were pruned" in hint for hint in profile.hints)
 
 

@@ -36,7 +36,9 @@ FLAGS = [
     "-fno-trapping-math",
     "-fvisibility=hidden",
 ]
-SOURCES = "schemas simd rows strides coefficients polarize valley gather put_back table module".split()
+SOURCES = (
+    "schemas simd rows strides coefficients polarize valley gather put_back table module"
+).split()
 
 
 class Build(cpp_extension.BuildExtension):

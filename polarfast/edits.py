@@ -76,6 +76,8 @@ def write_edits(model: nn.Module, channels: Channels, fold: Fold, layout: Layout
     for index, reader in fold.readers.items():
         call = channels.graph.projections[index]
         for carrier, (positions, multiple) in reader.columns.items():
+            if not bool(layout.alive[call.inputs[carrier]]):
+                continue  # no constant channel: all that it would carry is zero
             own = tensors[call.weight].detach()
             _carry(layout, call, carrier, positions, multiple, edit(call.weight), own)
     _fold_gates(edits, model, layout, edit)

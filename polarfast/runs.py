@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .copies import tensors_of_model
 from .errors import PlanError
 from .fields import Field, Fold, observe, shift_of
-from .tracing import ProjectionCall, call_model, plain_eager
+from .tracing import ProjectionCall, call_model, convolution_shape, plain_eager
 
 #: Products, and where their input and their weight stand among the arguments.
 PRODUCTS = {"convolution": (0, 1), "addmm": (1, 2), "mm": (0, 1)}
@@ -165,7 +165,7 @@ class _Hollow(_Reads):
         x, weight = (args[i] for i in PRODUCTS[func.overloadpacket.__name__])
         if weight.data_ptr() not in self.hollow:
             return super().product(index, func, args)
-        shape = _shape(args) if func.overloadpacket.__name__ == "convolution" else None
+        shape = convolution_shape(args) if func.overloadpacket.__name__ == "convolution" else None
         return self.draws.take(shape or [x.shape[0], weight.shape[1]], x.device)
 
 
@@ -192,22 +192,6 @@ class _Draws:
 
 def _taps(weight: Tensor) -> int:
     return math.prod(weight.shape[2:])
-
-
-def _shape(args: Any) -> list[int]:
-    """The shape of what aten.convolution(input, weight, bias, stride, padding, dilation,
-    transposed, output_padding, groups) returns.
-    """
-    x, weight, _, stride, padding, dilation, transposed, output_padding, groups = args
-    shape = [x.shape[0], weight.shape[1] * groups if transposed else weight.shape[0]]
-    for i, size in enumerate(x.shape[2:]):
-        s, p, d = (each[i % len(each)] for each in (stride, padding, dilation))
-        reach = d * (weight.shape[2 + i] - 1)
-        if transposed:
-            shape.append((size - 1) * s - 2 * p + reach + output_padding[i] + 1)
-        else:
-            shape.append((size + 2 * p - reach - 1) // s + 1)
-    return shape
 
 
 def _addresses(args: Any, kwargs: dict[str, Any]) -> set[int]:

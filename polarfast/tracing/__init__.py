@@ -1,6 +1,7 @@
 """Which channels of a model are the same channel, found by one dry run."""
 
 from .calling import call_model, plain_eager, tensors_of
+from .calls import convolution_shape
 from .dryrun import trace
 from .graph import Addition, Graph, Match, NormCall, Pin, ProjectionCall
 from .ids import PIN, components
@@ -15,6 +16,7 @@ __all__ = [
     "ProjectionCall",
     "call_model",
     "components",
+    "convolution_shape",
     "plain_eager",
     "tensors_of",
     "trace",

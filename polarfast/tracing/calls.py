@@ -31,6 +31,20 @@ def convolution(rec: Recorder, args: tuple[Any, ...], out: Tensor) -> None:
     )
 
 
+def convolution_shape(args: tuple[Any, ...]) -> list[int]:
+    """The shape of what aten.convolution (arguments as above) returns."""
+    x, weight, _, stride, padding, dilation, transposed, output_padding, groups = args
+    shape = [x.shape[0], weight.shape[1] * groups if transposed else weight.shape[0]]
+    for i, size in enumerate(x.shape[2:]):
+        s, p, d = (each[i % len(each)] for each in (stride, padding, dilation))
+        reach = d * (weight.shape[2 + i] - 1)
+        if transposed:
+            shape.append((size - 1) * s - 2 * p + reach + output_padding[i] + 1)
+        else:
+            shape.append((size + 2 * p - reach - 1) // s + 1)
+    return shape
+
+
 def addmm(rec: Recorder, args: tuple[Any, ...], out: Tensor) -> None:
     """aten.addmm(bias, input, weight.t())"""
     bias, x, weight_t = args[:3]

@@ -17,6 +17,7 @@ from ..copies import tensors_of_model
 from ..errors import TracingError
 from . import rules
 from .calling import copied_inputs, enlarged, plain_eager, tensors_of
+from .calls import convolution_shape
 from .graph import Graph
 from .operators import record
 from .recorder import Recorder, pinned_ids
@@ -24,9 +25,16 @@ from .sizes import SizeTracking
 
 
 class _DryRun(TorchDispatchMode):
-    def __init__(self, recorder: Recorder) -> None:
+    """Follows the channels through every operator that runs.
+
+    Args:
+        recorder: what is told.
+        hollow: convolutions return zeros, for a pass whose numbers do not matter.
+    """
+
+    def __init__(self, recorder: Recorder, hollow: bool = False) -> None:
         super().__init__()
-        self.recorder = recorder
+        self.recorder, self.hollow = recorder, hollow
 
     def __torch_dispatch__(
         self,
@@ -41,7 +49,10 @@ class _DryRun(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        out = func(*args, **kwargs)
+        if self.hollow and func is torch.ops.aten.convolution.default and _fits(*args):
+            out = args[0].new_zeros(convolution_shape(args))
+        else:
+            out = func(*args, **kwargs)
         try:
             # The rules themselves compute with ids; those operators are not the model's.
             with torch.utils._python_dispatch._disable_current_modes():
@@ -52,6 +63,12 @@ class _DryRun(TorchDispatchMode):
                 "report the model"
             ) from error
         return out
+
+
+def _fits(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> bool:
+    """Whether a convolution's input has the channels that its weight reads."""
+    transposed, groups = rest[4], rest[6]
+    return x.shape[1] == (weight.shape[0] if transposed else weight.shape[1] * groups)
 
 
 def trace(model: nn.Module, example_inputs: Any) -> Graph:
@@ -107,23 +124,29 @@ def _run_in_training(
     for larger in (1, 2, 4):
         try:
             recorder.graph = graph.copy()
-            _run(model, enlarged(example_inputs, larger), recorder, why)
+            _run(model, enlarged(example_inputs, larger), recorder, why, hollow=True)
             return
         except TracingError:
             continue
     raise first
 
 
-def _run(model: nn.Module, example_inputs: Any, recorder: Recorder, why: str = "") -> None:
+#: What a forward may raise beside the usual, on inputs that it does not expect.
+_OTHERS = (AssertionError, AttributeError)
+
+
+def _run(
+    model: nn.Module, example_inputs: Any, recorder: Recorder, why: str = "", hollow: bool = False
+) -> None:
     source = recorder.node([])
     recorder.graph.inputs.append(source)
     args, kwargs = copied_inputs(example_inputs)
     for tensor in rules.tensors_in((args, kwargs)):
         recorder.values[tensor] = recorder.start(pinned_ids(tensor), source)
     try:
-        with plain_eager(), SizeTracking(recorder), _DryRun(recorder):
+        with plain_eager(), SizeTracking(recorder), _DryRun(recorder, hollow):
             out = model(*args, **kwargs)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, *_OTHERS) as error:
         hint = f" ({why}: a batch of 2 or more may help)" if why else ""
         raise TracingError(
             f"the model's forward failed in {'train' if why else 'eval'} mode on the example "

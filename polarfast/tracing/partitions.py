@@ -186,10 +186,11 @@ def _follows(rec: Recorder, value: Value, dim: int, places: list[int] | None, na
             found = [channels_of(size) for size in rec.asked[: len(places) + 1]]
         else:
             found = [_deciding(rec.asked, place, row.numel()) for place in places]
-        if any(ids is None or ids.numel() != row.numel() for ids in found):
+        known = [ids for ids in found if ids is not None and ids.numel() == row.numel()]
+        if len(known) < len(found):
             return False
         rec.graph.pooled.append(row)  # split(0) is an error
-        for ids in found:
+        for ids in known:
             rec.match(row, ids, f"cut by the number of other channels ({name})")
     rec.balance(row.view(-1, step))
     return True

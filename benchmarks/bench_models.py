@@ -100,9 +100,11 @@ def _measure(row: Row, case: Case, slow: Collection[str]) -> None:
 
 
 def ask(peer: Pruner, trial: checks.Trial, before: int) -> Peer:
-    """The same channels, by a peer's means. What it must equal is the original without what it
-    did remove."""
-    channels = {name: gone for name, gone in trial.pruned.removed.items() if gone.numel()}
+    """The same channels by a peer's means, in eval mode alone, in which the peers look at a
+    network. What it must equal is the original without what it did remove."""
+    seen = oracles.running(trial.original, trial.inputs)
+    removed = trial.pruned.removed
+    channels = {name: gone for name, gone in removed.items() if gone.numel() and name in seen}
     try:
         with patience():
             model = copy.deepcopy(trial.original)

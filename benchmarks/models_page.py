@@ -31,11 +31,12 @@ Half of the channels of every layer that takes part are removed, one of every tw
   as what the norms put out, and at 64 pixels most places are near a border: both make the errors
   large. Gates ([pf.add_gates](../README.md)) silence β and leave nothing to fold.
 - **time**: trace, plan and slim (`verify=False`) in float32, CPU seconds on one thread.
-- **torch-pruning** {tp}, **torch-kirigami** {tk}: the same channels, removed by the peer's own
-  means for given channels, in the zero test; error and time, measured in the same way. It is
-  compared with the original without what it did remove; its share of MACs is given where it is
-  another than ours. Neither puts a pruned branch back at its places ("expand") or keeps β.
-  torch-kirigami was stopped after {patience} s.
+- **torch-pruning** {tp} (`BNScalePruner`, half of every layer in which we remove channels) and
+  **torch-kirigami** {tk} (`plan_remove` of the same channels): error of the same zero test, and
+  time, measured in the same way. They are compared with the original without what they did remove;
+  the share of MACs cut is given where it is another than ours. Neither puts a pruned branch back at
+  its places ("expand"), keeps β, or prunes heads that run in train mode only. A peer is stopped after
+  {patience} s.
 
 """
 COLUMNS = (

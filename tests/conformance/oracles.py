@@ -113,6 +113,21 @@ def zeros(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: (model.get_parameter(name) == 0).nonzero().flatten() for name in names}
 
 
+def running(model: nn.Module, inputs: Any) -> set[str]:
+    """The γ of the norms that run on these inputs."""
+    found: set[str] = set()
+    hooks = [
+        norm.register_forward_pre_hook(lambda *_, name=name: found.add(name))
+        for name, norm in norms(model).items()
+    ]
+    try:
+        outputs(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 def masked(model: nn.Module, channels: Channels, beta: bool) -> nn.Module:
     """A copy of the network with γ (and β) of the removed channels 0."""
     return set_zero(copy.deepcopy(model), channels, beta)

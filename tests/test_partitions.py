@@ -81,6 +81,24 @@ def flat(n, x):
     return n.fc(x.view(x.size(0), x.size(1) * x.size(2) * x.size(3)))
 
 
+def interleaved(n, x):
+    return n.end(torch.stack(n.a(x).chunk(2, 1), 2).flatten(1, 2))
+
+
+def side_by_side(n, x):
+    """Two layers' channels along the height, then flattened."""
+    x = n.a(x)
+    pools = [F.adaptive_avg_pool2d(n.b(x), 1), F.adaptive_avg_pool2d(x, (2, 1))]
+    return n.fc(torch.cat(pools, 2).flatten(1))
+
+
+def nothing(n, x):
+    """Reshapes and a sum of what holds no element, as where a detector finds nothing."""
+    x = n.a(x)
+    tokens = x.permute(0, 2, 3, 1)[:, :0].reshape(0, x.shape[1])
+    return n.end(x) + x[:, :0].reshape(0, 10, 10).sum() + 0 * tokens.numel()
+
+
 NETS = {
     "chunks that are read and concatenated": lambda: net(
         c2f, b=body(8, 8), c=body(8, 8), end=nn.Sequential(*conv_bn(32, 6), *tail(6))
@@ -106,6 +124,9 @@ NETS = {
     ),
     "numel": lambda: net(counted, fc=nn.Linear(64, 3)),
     "a product of sizes": lambda: net(flat, fc=nn.Linear(64, 3)),
+    "interleaved chunks": lambda: net(interleaved),
+    "side by side": lambda: net(side_by_side, b=body(16, 16), fc=nn.Linear(48, 3)),
+    "reshapes of nothing": lambda: net(nothing),
     "groups": lambda: net(
         lambda n, x: n.end(n.c(n.b(n.a(x)))),
         b=nn.Sequential(*conv_bn(16, 32, groups=4), nn.SiLU()), c=body(32, 16),
@@ -187,6 +208,7 @@ def test_groups_lose_as_many_channels_each_but_not_the_same(optimizer):
         ("a size of another layer", lambda n, x: x.view(3, 2, n.c // 2, 10, 10)),
         ("a size computed in another way", lambda n, x: x.view(3, int(x.shape[1] / 2), 2, 10, 10)),
         ("chunks of unequal size", lambda n, x: x.chunk(3, 1)[0]),
+        ("chunks of constant size", lambda n, x: x.chunk(x.shape[1] // 4, 1)[0]),
         ("constant slice", lambda n, x: x[:, :8]),
         ("slice by the image's size", lambda n, x: x[:, : x.shape[2]]),
         ("constant split", lambda n, x: x.split((4, 12), 1)[1]),

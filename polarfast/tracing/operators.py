@@ -59,6 +59,8 @@ def _apply(
         rule(rec, args, out)
     elif "batch_norm" in plain and isinstance(out, tuple):
         calls.batch_norm(rec, func._overloadname, args, out[0])
+    elif plain in ("cat", "stack"):
+        rules.join(rec, func, args, out)
     elif plain in rules.FREE_MOVES:
         rules.movement(rec, func, args, out)
     elif plain in ("view", "_unsafe_view", "reshape") and first:

@@ -27,7 +27,9 @@ def view(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
     value = rec.values[args[0]]
     asked = rec.asked if rec.asked is not None and len(rec.asked) == out.dim() else None
     varying = varying_dims(value.ids)
-    for sources, pieces in _blocks(value.ids.shape, out.shape):
+    # What holds no element has no channels to tell apart (a detector that finds nothing).
+    blocks = _blocks(value.ids.shape, out.shape) if out.numel() else ()
+    for sources, pieces in blocks:
         dims = [dim for dim in sources if value.ids.shape[dim] > 1]
         pieces = [dim for dim in pieces if out.shape[dim] > 1]
         if not varying & set(dims):

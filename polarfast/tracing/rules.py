@@ -20,7 +20,7 @@ POINTWISE = frozenset("prelu _prelu_kernel".split())
 #: Movements that keep every channel whole whatever the number of channels: the operator itself, run
 #: on the ids.
 FREE_MOVES = frozenset(
-    "permute transpose t squeeze unsqueeze expand cat stack repeat movedim swapaxes".split()
+    "permute transpose t squeeze unsqueeze expand repeat movedim swapaxes".split()
 )
 #: Per-position operators on (N, C, ...) that leave N and C alone.
 SPATIAL = frozenset(
@@ -70,6 +70,25 @@ def movement(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
         rec.put(tensor, tensor_ids, sources)
 
 
+def join(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+    """Concatenation or stack. Along another dimension than that of their channels, the operands
+    must have as many each: these go together, place by place.
+    """
+    movement(rec, func, args, out)
+    dim = (args[1] if len(args) > 1 else 0) % out.dim()
+    rows = []
+    for tensor in args[0]:
+        value = rec.value(tensor)
+        ids = torch.full((), PIN, device="cpu").expand(tensor.shape) if value is None else value.ids
+        if func.overloadpacket.__name__ == "stack":
+            ids = ids.unsqueeze(dim)
+        if ids.numel() and dim not in varying_dims(ids):
+            rows.append(ids.narrow(dim, 0, 1))
+    for row in rows[1:]:
+        if varying_dims(row) or varying_dims(rows[0]):
+            rec.tie(*torch.broadcast_tensors(compact(rows[0]), compact(row)))
+
+
 def spatial(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
     """Pooling, resizing, reflection: over as many last dimensions as the name says."""
     value = rec.values[args[0]]
@@ -104,6 +123,9 @@ def reduction(
     )
     if set(dims) & varying_dims(value.ids):
         opaque(rec, func, args, out)
+        return
+    if any(value.ids.shape[dim] == 0 for dim in dims):  # a sum of nothing is a constant
+        rec.put_pinned(out, [value])
         return
     ids = value.ids
     for dim in dims:

@@ -123,8 +123,12 @@ class SizeTracking(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func in _CHUNKS:
             pieces = args[1] if len(args) > 1 else kwargs.get("chunks", kwargs.get("sections"))
-            equal = type(pieces) is int
-            with self._asking([Kept, pieces] if equal else list(_numbers((args[1:], kwargs)))):
+            asked: list[Any] | None = [Kept, pieces]
+            if isinstance(pieces, Size):  # the size of a piece stays, their number does not
+                asked = [Kept, pieces] if channels_of(pieces) is None else None
+            elif type(pieces) is not int:
+                asked = list(_numbers((args[1:], kwargs)))
+            with self._asking(asked):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 

@@ -3,8 +3,9 @@
 `scaling_factors`, `plan` and `slim` each need the network's channels, and tracing takes longer than
 most of what follows. So what was found is handed on, privately, together with a fingerprint of what
 it was found in. It holds for the very same model while nothing about it has changed that its code
-can see (values of tensors aside), and for inputs of the same description. Whatever cannot be judged
-(an attribute that is an object of some other library) counts as changed.
+can see (of the values of tensors, only buffers that are a single number), and for inputs of the
+same description. Whatever cannot be judged (an attribute that is an object of some other library)
+counts as changed.
 """
 
 import enum
@@ -33,6 +34,8 @@ PLAIN = frozenset(
 )
 #: Attributes of every module that are looked at apart, or that a trace does not depend on.
 APART = frozenset(("training", "_parameters", "_buffers", "_modules"))
+#: Buffers that training changes and no code looks at to decide what to do.
+STATISTICS = frozenset(("running_mean", "running_var", "num_batches_tracked"))
 #: Containers are looked into so deep.
 DEPTH = 8
 
@@ -105,7 +108,7 @@ class _Unclear(Exception):
 def fingerprint(model: nn.Module) -> tuple[Any, ...] | None:
     """Everything that a trace of the model depends on, to be compared with `==`; None where that
     cannot be told. Names, types and plain attributes of modules, their hooks, and parameters and
-    buffers by identity, shape, strides, dtype and device.
+    buffers by identity, shape, strides, dtype and device; buffers of a single number also by value.
     """
     modules = list(model.modules())
     seen = _Seen(modules)
@@ -142,6 +145,8 @@ class _Seen:
                 yield name
                 if tensor is not None:
                     yield from self.tensor(tensor)
+                    if _may_steer(store is module._buffers, name, tensor):
+                        yield tensor.item()
         for name, child in module._modules.items():
             yield name
             yield None if child is None else self.modules[id(child)]
@@ -197,9 +202,16 @@ class _Seen:
         if isinstance(value, functools.partial):
             parts = [value.func, value.args, value.keywords]
             return (kind, *(self.value(part, depth - 1) for part in parts))
-        if is_dataclass(value) or isinstance(value, types.SimpleNamespace):
+        plain = is_dataclass(value) or isinstance(value, types.SimpleNamespace)
+        if plain and hasattr(value, "__dict__"):
             return (kind, self.value(vars(value), depth - 1))
         raise _Unclear
+
+
+def _may_steer(is_buffer: bool, name: str, tensor: Tensor) -> bool:
+    """Whether the network's code may well ask for this tensor's value to decide what to do."""
+    single = is_buffer and tensor.numel() == 1 and name not in STATISTICS
+    return single and tensor.layout == torch.strided and tensor.device.type != "meta"
 
 
 def _shared(kind: type) -> Iterator[Any]:

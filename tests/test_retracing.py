@@ -5,6 +5,7 @@ import functools
 import gc
 import pickle
 import weakref
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -179,6 +180,21 @@ def test_a_class_that_changes(monkeypatch, traces):
     assert len(traces) == 3
 
 
+def test_a_buffer_that_steers(traces):
+    model, scales = make()
+    model.register_buffer("on", torch.zeros(1, dtype=torch.uint8))
+    model.act = lambda x: torch.relu(x)[:, ::2].repeat(1, 2, 1, 1) if model.on.item() else x.relu()
+    scales = pf.scaling_factors(model, X)
+    model.train()(X)  # which changes what norms keep
+    plan = pf.plan(model.eval(), X, scales, "fixed")
+    assert len(traces) == 2 and "a.1.weight" in plan.kept
+    model.on.fill_(1)
+    with pytest.raises(pf.PlanError, match="cut at constant positions"):
+        pf.slim(model, plan)
+    with pytest.raises(pf.PlanError, match="cut at constant positions"):
+        pf.plan(model, X, scales, "fixed")
+
+
 def test_other_inputs(traces):
     model, scales = make()
     small = pf.plan(model, X, scales, "fixed")
@@ -209,8 +225,12 @@ def test_what_cannot_be_judged_is_traced_anew(traces):
     class Other:
         slope = 0.0
 
+    @dataclass(slots=True)
+    class Slots:
+        slope: float = 0.0
+
     model, scales = make()
-    model.config = Other()
+    model.config, model.more = Other(), Slots()
     scales = pf.scaling_factors(model, X)
     pf.plan(model, X, scales, "fixed")
     assert len(traces) == 3

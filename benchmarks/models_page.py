@@ -35,8 +35,8 @@ Half of the channels of every layer that takes part are removed, one of every tw
   **torch-kirigami** {tk} (`plan_remove` of the same channels): error of the same zero test, and
   time, measured in the same way. They are compared with the original without what they did remove;
   the share of MACs cut is given where it is another than ours. Neither puts a pruned branch back at
-  its places ("expand"), keeps β, or prunes heads that run in train mode only. A peer is stopped after
-  {patience} s.
+  its places ("expand"), keeps β, or prunes heads that run in train mode only. A peer is stopped
+  after {patience} s.
 
 """
 COLUMNS = (

@@ -24,12 +24,14 @@ class Selections(StaysDouble):
     """Notes every decision of one run; a second run with the same object takes them over.
 
     A decision is a whole number or truth value that an operator finds from floating point numbers
-    (comparisons, `argmax`, `nms`, a cast), an order (`sort`, `topk`), or a step (`floor`).
+    (comparisons, `argmax`, `nms`, a cast), an order (`sort`, `topk`), or a step (`floor`). Whoever
+    replays has to look at `apart`: a decision may be taken over only where it hangs on rounding.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.taken: list[tuple[str, Tensor]] = []
+        self.taken: list[tuple[str, Tensor, list[Tensor]]] = []
+        self.apart: list[tuple[Tensor, Tensor]] = []  # what they were taken from, in both runs
         self.place: int | None = None  # in `taken`, of the next decision to take over
 
     def replay(self) -> "Selections":
@@ -38,10 +40,13 @@ class Selections(StaysDouble):
         return self
 
     def operator(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        out = func(*args, **kwargs)
         plain = name.rstrip("_")
+        if plain in STEPS and name.endswith("_"):  # the numbers are gone afterwards
+            given = args[0].clone()
+            return args[0].copy_(self._decide(name, func(*args, **kwargs), [given]))
+        out = func(*args, **kwargs)
         if plain in INDEXED and isinstance(out, tuple):
-            indices = self._decide(name, out[1])
+            indices = self._decide(name, out[1], args)
             if plain not in PICKS:
                 return out[0], indices
             return (out[0] if indices is out[1] else _picked(plain, args, kwargs, indices)), indices
@@ -50,19 +55,25 @@ class Selections(StaysDouble):
         decides = not out.is_floating_point() and not out.is_complex()
         if not decides and plain not in STEPS:
             return out
-        taken = self._decide(name, out)
-        return out if taken is out else out.copy_(taken) if name.endswith("_") else taken
+        return self._decide(name, out, args)
 
-    def _decide(self, name: str, own: Tensor) -> Tensor:
+    def _decide(self, name: str, own: Tensor, args: Any) -> Tensor:
         """The decision that counts: this one, or the one taken at this place before."""
+        numbers = [arg for arg in args if _continuous(arg) and isinstance(arg, Tensor)]
         if self.place is None:
-            self.taken.append((name, own.clone()))
+            self.taken.append((name, own.clone(), [number.clone() for number in numbers]))
             return own
-        known, taken = self.taken[self.place] if self.place < len(self.taken) else ("", own)
+        if self.place >= len(self.taken):
+            return own
+        known, taken, before = self.taken[self.place]
         self.place += 1
         # Over channels of which some are gone, each decides for itself.
         fits = taken.shape == own.shape or name in COUNTS
-        return taken.clone() if known == name and fits else own
+        fits &= [t.shape for t in before] == [t.shape for t in numbers]
+        if known != name or not fits:
+            return own
+        self.apart += [(a, b.clone()) for a, b in zip(before, numbers, strict=True)]
+        return taken.clone()
 
 
 def _continuous(arg: Any) -> bool:

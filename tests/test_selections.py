@@ -16,7 +16,7 @@ X = torch.randn(2, 3, 10, 10, dtype=torch.float64)
 def ranked(n: nn.Module, x: Tensor) -> Tensor:
     """Features at the places of the highest scores, which hang on the last digits."""
     x = n.b(n.a(x))
-    scores = n.score(x).flatten(1).mul(1e14).sin()
+    scores = n.score(x).flatten(1).mul(1e16).sin().mul(1e-13).add(1)
     top = scores.topk(20).indices
     places = x.flatten(2).gather(2, top.unsqueeze(1).expand(-1, x.shape[1], -1))
     first, at = places.max(2)
@@ -74,12 +74,35 @@ def test_decisions_are_taken_over_and_values_are_not(decide):
     assert same_values or torch.isin(got, two).all()  # its own numbers, at the other's places
 
 
+@pytest.mark.parametrize(
+    "decide",
+    [
+        lambda x: x.argmax(1), lambda x: x > 0, lambda x: x.sign(), lambda x: (9 * x).long(),
+        lambda x: x + (x.round() - x), lambda x: x.clone().round_(), lambda x: x.topk(2, 1).indices,
+        lambda x: x.masked_fill(x < 0, -torch.inf).argmax(1),
+    ],
+)  # fmt: skip
+def test_no_decision_hides_what_it_was_taken_from(decide):
+    torch.manual_seed(0)
+    model = Net(lambda n, x: decide(n.b(n.a(x))), a=body(3, 8), b=nn.Conv2d(8, 4, 1))
+    model = settle(model, X)
+    scales = pf.scaling_factors(model, X)
+    zero(scales)
+    plan = pf.plan(model, X, scales, "fixed")
+    slim = pf.slim(model, plan)
+    assert pf.verify(model, slim, plan, X).exact
+    with torch.no_grad():
+        slim.b.weight.add_(torch.randn_like(slim.b.weight))
+    report = pf.verify(model, slim, plan, X)
+    assert not report.exact and report.max_abs_diff > 0
+
+
 def test_nothing_is_decided_where_all_is_continuous():
     with Selections() as recorded:
         body().double()(X)
         nn.functional.max_pool2d(X, 2)
         X.max(1).values.clamp(0, 1)
-    assert [name for name, _ in recorded.taken] == ["max"]
+    assert [name for name, *_ in recorded.taken] == ["max"]
 
 
 def test_detectors():

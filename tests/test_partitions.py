@@ -99,6 +99,14 @@ def nothing(n, x):
     return n.end(x) + x[:, :0].reshape(0, 10, 10).sum() + 0 * tokens.numel()
 
 
+def picked(n, x):
+    """Rows picked by masks and places that the network computes, as detectors do."""
+    x = n.a(x)
+    scores = n.fc(n.b(x).mean((2, 3)))
+    best = scores[torch.arange(len(scores)), scores.argmax(1)]
+    return n.end(x) + scores[scores > 0].sum() + best[scores[:, 0] > scores[:, 1]].sum()
+
+
 NETS = {
     "chunks that are read and concatenated": lambda: net(
         c2f, b=body(8, 8), c=body(8, 8), end=nn.Sequential(*conv_bn(32, 6), *tail(6))
@@ -126,6 +134,7 @@ NETS = {
     "a product of sizes": lambda: net(flat, fc=nn.Linear(64, 3)),
     "interleaved chunks": lambda: net(interleaved),
     "side by side": lambda: net(side_by_side, b=body(16, 16), fc=nn.Linear(48, 3)),
+    "picked places": lambda: net(picked, b=body(16, 8), fc=nn.Linear(8, 4)),
     "reshapes of nothing": lambda: net(nothing),
     "groups": lambda: net(
         lambda n, x: n.end(n.c(n.b(n.a(x)))),

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from .ids import PIN, compact, varying_dims
 from .recorder import ParameterView, Recorder, Value
@@ -48,7 +49,8 @@ PRODUCTS = frozenset("mul div".split())
 
 def movement(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
     """Run the operator itself on the ids."""
-    in_place = func.overloadpacket.__name__.endswith("_")  # then on a copy: ids are shared
+    name = func.overloadpacket.__name__
+    in_place = name.endswith("_")  # then on a copy: ids are shared
     sources: list[Value] = []
 
     def to_ids(arg: Any) -> Any:
@@ -61,6 +63,8 @@ def movement(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
         return [to_ids(item) for item in arg] if isinstance(arg, (list, tuple)) else arg
 
     id_args = [to_ids(arg) for arg in args]
+    if name in ("index", "index_select"):  # by the indices themselves
+        id_args[1:] = tree_map_only(Tensor, Tensor.cpu, args[1:])
     try:
         ids = func(*id_args)
     except RuntimeError:  # a view of expanded ids that needs real memory

@@ -271,3 +271,17 @@ def test_sizes_are_plain_numbers_when_they_leave():
     assert isinstance(seen[0], Size) and model.half == 4
     assert type(copy.deepcopy(model).half) is int
     assert [type(size) for size in pickle.loads(pickle.dumps(model.shape))] == [int] * 4
+
+
+def test_sizes_that_are_kept_count_as_fixed_in_the_next_trace():
+    def kept(n, x):
+        x = n.a(x)
+        n.shape = n.shape or x.shape
+        c = n.shape[1]
+        return n.end(n.free(x.view(-1, 2, c // 2, 10, 10).flatten(1, 2)))
+
+    model = net(kept, free=body(16, 16))
+    model.shape = None
+    assert list(pf.scaling_factors(model, X.float())) == ["a.1.weight", "free.1.weight"]
+    scales = pf.scaling_factors(model, X.float())
+    assert list(scales) == ["free.1.weight"] and "do not follow" in scales.pinned["a.1.weight"]

@@ -6,6 +6,7 @@ give whole numbers that remember where they come from, through products and quot
 computes in another way counts as fixed.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from .ids import along, varying_dims
 from .recorder import Recorder
 
-Source = tuple[Tensor, int]  # ids of an activation, and one of its dimensions
+#: Ids of an activation, one of its dimensions, and the trace that these ids are of.
+Source = tuple[Tensor, int, "weakref.ref[Recorder]"]
 
 
 class Size(int):
@@ -85,9 +87,9 @@ def _same(one: Source, other: Source) -> bool:
 
 def channels_of(size: Any) -> Tensor | None:
     """The row of channel ids that a size is proportional to; None where it is fixed."""
-    if not isinstance(size, Size):
-        return None
-    varying = [(ids, dim) for ids, dim in size.sources if dim in varying_dims(ids)]
+    if not isinstance(size, Size) or any(trace() is None for _, _, trace in size.sources):
+        return None  # or kept by the network since an earlier trace
+    varying = [(ids, dim) for ids, dim, _ in size.sources if dim in varying_dims(ids)]
     return along(*varying[0]) if len(varying) == 1 else None
 
 
@@ -145,12 +147,15 @@ class SizeTracking(TorchFunctionMode):
         value = self.recorder.value(tensor)
         if value is None:
             return out
+        trace = weakref.ref(self.recorder)
+        sources = [(value.ids, dim, trace) for dim in range(tensor.dim())]
         if isinstance(out, torch.Size):
-            return torch.Size([Size.of(size, ((value.ids, dim),)) for dim, size in enumerate(out)])
+            pairs = zip(out, sources, strict=True)
+            return torch.Size([Size.of(size, (source,)) for size, source in pairs])
         if func in _COUNTS:
-            return Size.of(out, tuple((value.ids, dim) for dim in range(tensor.dim())))
+            return Size.of(out, tuple(sources))
         dim = args[1] if len(args) > 1 else kwargs["dim"]
-        return Size.of(out, ((value.ids, dim % tensor.dim()),))
+        return Size.of(out, (sources[dim],))
 
 
 def _asked(args: Any, kwargs: dict[str, Any]) -> list[Any] | None:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from .channels import Channels
 from .copies import double_copy, masked_copy
+from .decisions import Decisions
 from .errors import VerificationError
 from .fields import TOLERANCE, Fold
 from .inputs import convert, device_of, dtype_of, generate, unwrap
 from .plans import PruningPlan
 from .runs import AsFolded, run_double
-from .selections import Selections
 from .sharded import refuse_sharded
 from .tracing import tensors_of
 
@@ -165,11 +165,11 @@ def _pair(
     inputs: Any,
     claimed: tuple[Fold, Channels] | None,
     replay: bool = False,
-) -> tuple[list[Tensor], list[Tensor], Selections]:
+) -> tuple[list[Tensor], list[Tensor], Decisions]:
     """Outputs of both, and the decisions taken; the candidate's are the reference's if
     `replay`.
     """
-    decisions = Selections()
+    decisions = Decisions()
     with nullcontext() if claimed is None else _as_claimed(reference, *claimed), decisions:
         wanted = _outputs(reference, inputs)
     with decisions.replay() if replay else nullcontext():
@@ -212,7 +212,7 @@ def _is_rounding(wanted: Tensor, got: Tensor, dtype: torch.dtype) -> bool:
     return bool(((wanted - got).abs()[~same] <= limit).all())
 
 
-def _check_comparable(pairs: list[tuple[list[Tensor], list[Tensor], Selections]]) -> None:
+def _check_comparable(pairs: list[tuple[list[Tensor], list[Tensor], Decisions]]) -> None:
     """Raise VerificationError where outputs cannot be compared at all."""
     for wanted, got, _ in pairs:
         shapes = [[tuple(t.shape) for t in outputs] for outputs in (got, wanted)]

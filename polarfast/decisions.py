@@ -20,7 +20,7 @@ COUNTS = frozenset("nms nonzero unique_dim _unique2 unique_consecutive".split())
 STEPS = frozenset("floor ceil round trunc sign".split())
 
 
-class Selections(StaysDouble):
+class Decisions(StaysDouble):
     """Notes every decision of one run; a second run with the same object takes them over.
 
     A decision is a whole number or truth value that an operator finds from floating point numbers
@@ -34,7 +34,7 @@ class Selections(StaysDouble):
         self.apart: list[tuple[Tensor, Tensor]] = []  # what they were taken from, in both runs
         self.place: int | None = None  # in `taken`, of the next decision to take over
 
-    def replay(self) -> "Selections":
+    def replay(self) -> "Decisions":
         """From here on, take the decisions over, from the first one on."""
         self.place = 0
         return self

@@ -8,7 +8,7 @@ from test_slimming import masked
 from torch import Tensor, nn
 
 import polarfast as pf
-from polarfast.selections import Selections
+from polarfast.decisions import Decisions
 
 X = torch.randn(2, 3, 10, 10, dtype=torch.float64)
 
@@ -62,7 +62,7 @@ def test_the_slim_model_is_given_the_original_choice():
 def test_decisions_are_taken_over_and_values_are_not(decide):
     generator = torch.Generator().manual_seed(0)
     one, two = torch.randn(2, 6, 6, generator=generator).mul(3)
-    recorded = Selections()
+    recorded = Decisions()
     with recorded:
         wanted = decide(one)
     with recorded.replay():
@@ -98,7 +98,7 @@ def test_no_decision_hides_what_it_was_taken_from(decide):
 
 
 def test_nothing_is_decided_where_all_is_continuous():
-    with Selections() as recorded:
+    with Decisions() as recorded:
         body().double()(X)
         nn.functional.max_pool2d(X, 2)
         X.max(1).values.clamp(0, 1)

@@ -148,8 +148,12 @@ class _Look:
         if self.real:
             unsure = {i: wanted[i] for i in self.real}
             first, second = (masked.see(masked.whole, unsure, seed) for seed in (FIRST, SECOND))
+            # A gate may hardly move on two inputs, and still follow whatever is before it.
+            moved = {i for i in self.real & self.fields.keys() & again.keys() if first[i].largest}
             self.fields = {i: f for i, f in self.fields.items() if i not in unsure} | first
-            self.depends = {i for i in first if i not in second or first[i].differs_from(second[i])}
+            self.depends = moved | {
+                i for i in first if i not in second or first[i].differs_from(second[i])
+            }
 
     def unit(self, carriers: Carriers, indices: Iterable[int]) -> dict[int, Field]:
         """What these readers see in constant channels."""

@@ -58,6 +58,35 @@ def test_one_inexact_reader_hides_nothing(monkeypatch):
         pf.slim(model, plan)
 
 
+def test_a_gate_that_hardly_moves_is_named_too():
+    """What it multiplies changes with every fold before it that is not exact."""
+    model, scales = make(
+        lambda: Net(
+            lambda n, x: n.end(n.two(n.one(n.a(x)))),
+            a=body(),
+            one=Excite(),
+            two=Excite(),
+            end=nn.Sequential(*conv_bn(8, 6, 1), *tail(6)),
+        )
+    )
+    with torch.no_grad():
+        model.two.gate[1].weight.mul_(1e-11)
+    plan = pf.plan(model, X, scales, "fixed")
+    assert set(plan.inexact) == {"one.last.0.weight", "two.last.0.weight"}
+    pf.slim(model, plan)
+
+
+class Excite(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Sequential(*conv_bn(8, 8, 1), nn.SiLU())
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.gate(x)
+        return self.last(x)
+
+
 def test_inputs_and_ambient_modes_are_left_alone():
     model, scales = make(EXACT["input changed in place"])
     x = X.clone()

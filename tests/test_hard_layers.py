@@ -231,8 +231,8 @@ def test_wrappers_are_looked_through(tmp_path):
     )
     try:
         wrapped = [
-            nn.DataParallel(model), torch.compile(model), nn.parallel.DistributedDataParallel(model),
-            torch.compile(nn.DataParallel(model)), averaged,
+            nn.DataParallel(model), torch.compile(model), torch.compile(nn.DataParallel(model)),
+            nn.parallel.DistributedDataParallel(model), averaged,
         ]  # fmt: skip
         for wrapper in wrapped:
             scales = pf.scaling_factors(wrapper, X)

@@ -1,5 +1,6 @@
 """`slim`: a new, smaller, dense model from a plan."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from .channels import Channels
 from .choosing import can_vanish
 from .copies import copy_with, double_copy, tensors_of_model
 from .edits import Edits, new_biases, write_edits
-from .errors import ArgumentError, PlanError
+from .errors import ArgumentError, PlanError, VerificationError
 from .fields import Fold
 from .folding import fold_constants
 from .gates import drop_gate, gated_modules, lost_gates
@@ -81,12 +82,14 @@ def slim(
     if fold not in FOLDS:
         raise ArgumentError(f"fold={fold!r}: choose one of {', '.join(map(repr, FOLDS))}")
     model = unwrap(model)
-    channels, choice = _fit(model, plan)
-    blueprint = _draw(model, plan, channels, choice, fold)
-    if verify:
-        # Built in float64, where only the algebra can be wrong.
-        double = double_copy(model)
-        check_slim(double, blueprint.build(double)[0], plan, fold, blueprint.folded, channels)
+    try:
+        blueprint = _checked(model, plan, fold, verify)
+    except VerificationError:
+        if plan._made is None:
+            raise
+        # What its code goes by may have changed outside the model (a global flag): a copy of the
+        # plan knows nothing of the trace that it was made from.
+        blueprint = _checked(model, copy.copy(plan), fold, verify)
     small, edits = blueprint.build(model)
     if optimizer is not None:
         migrate_optimizer(optimizer, model, small, blueprint.layout, edits)
@@ -127,6 +130,16 @@ class _Blueprint:
         before = getattr(model, "polarfast_info", None)
         small.polarfast_info = self.info.after(before)  # type: ignore[assignment]
         return small, edits
+
+
+def _checked(model: nn.Module, plan: PruningPlan, fold: str, verify: bool) -> _Blueprint:
+    channels, choice = _fit(model, plan)
+    blueprint = _draw(model, plan, channels, choice, fold)
+    if verify:
+        # Built in float64, where only the algebra can be wrong.
+        double = double_copy(model)
+        check_slim(double, blueprint.build(double)[0], plan, fold, blueprint.folded, channels)
+    return blueprint
 
 
 def _fit(model: nn.Module, plan: PruningPlan) -> tuple[Channels, Selection]:

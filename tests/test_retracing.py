@@ -256,3 +256,25 @@ def test_a_plan_keeps_no_model_alive():
     del model, scales
     gc.collect()
     assert [ref() for ref in refs] == [None, None] and plan._made is not None
+
+
+def test_a_flag_outside_the_model_shows_when_the_result_is_checked(monkeypatch, traces):
+    """The module's namespace cannot be watched; a slim model that differs is made anew."""
+    switch = {"on": False}
+
+    class Switched(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + (self.extra(self.a(x)).mean() if switch["on"] else 0.0)
+
+    torch.manual_seed(0)
+    model = Switched()
+    model.extra = nn.Conv2d(8, 8, 3, padding=1)
+    settle(model, torch.randn(4, 3, 10, 10))
+    scales = pf.scaling_factors(model, X)
+    zero(scales)
+    plan = pf.plan(model, X, scales, "fixed", fold="none")
+    before = len(traces)
+    switch["on"] = True
+    slim = pf.slim(model, plan)
+    assert len(traces) == before + 1 and slim.extra.in_channels < 8
+    assert error(masked(model, plan, True), slim) < TOLERANCE

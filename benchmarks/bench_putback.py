@@ -11,7 +11,7 @@ ResNet-50 and CIFAR's ResNet-56 (at its 32×32) with half of the channels of eve
               any fusion with the addition could win at most, in eval mode;
     keep      residual="keep" instead: the branches' last layers stay whole, nothing is put back.
 
-Expected before the first measurement. In units of one full-width output, half of its channels kept:
+Expected, reasoned beside a prototype. In units of one full-width output, half of its channels kept:
 plain writes and reads 1 for the norm, 1 for the constants, 1 for the copy; with the addition's 3
 that is 6. Now: half is read, 1 written, 3 for the addition, 4.5. ResNet-50's branches put out 22 MB
 for an image of 224×224; 1.5 times that at some 8 GB/s is 4 ms of about 60. In channels_last

@@ -24,10 +24,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", cases, ids=lambda case: case.name)
 
 
+def hardest(pruner, case) -> str:
+    """The hardest mode that there is: networks × modes are test_conformance's."""
+    return next(m for m in ("expand", *MODES) if m in pruner.modes and m in case.modes)
+
+
 @pytest.fixture
-def mode(pruner) -> str:
-    """The hardest that the pruner offers: networks × modes are test_conformance's."""
-    return next(mode for mode in ("expand", *MODES) if mode in pruner.modes)
+def mode(pruner, case) -> str:
+    return hardest(pruner, case)
 
 
 def offered(check, *args) -> None:
@@ -50,13 +54,13 @@ def test_the_same_again(pruner, case, mode):
     offered(training.check_again, pruner, case, mode)
 
 
-def test_files(pruner, mode, request, tmp_path):
+def test_files(pruner, request, tmp_path):
     """All networks in one process, which has not seen them before."""
     config = request.config
     names, before = [], {}
     models = config.getoption("--models")
     for case in chosen(FAST if models == "fast" else models):
-        trial = checks.run(pruner, case, mode, pruner.best_fold, beta=True)
+        trial = checks.run(pruner, case, hardest(pruner, case), pruner.best_fold, beta=True)
         offered(pruner.save, trial.pruned, reload.file(tmp_path, case.name, "model"))
         torch.save(trial.probe, reload.file(tmp_path, case.name, "inputs"))
         names.append(case.name)
@@ -78,13 +82,13 @@ def _outputs_on_one_thread(trial: checks.Trial) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", TRAIN_ONLY)
-def test_outputs_of_train_mode(pruner, mode, name, request):
+def test_outputs_of_train_mode(pruner, name, request):
     """Auxiliary heads are pruned with the rest: the network left in train mode (its norms and
     dropout not, so that it can be compared) computes the same on all its outputs."""
     if name == "inception_v3" and request.config.getoption("--models") == "fast":
         pytest.skip("299 pixels take long: --models all")
     case = replace(ALL[name], heads=True, pixels=TRAIN_ONLY[name])
-    trial = checks.run(pruner, case, mode, "none", True)
+    trial = checks.run(pruner, case, hardest(pruner, case), "none", True)
     checks.check_removed(trial)
     assert trial.pruned.model.training
     assert len(oracles.outputs(trial.original, trial.inputs)) > 1

@@ -7,12 +7,14 @@ backbone and their heads.
 import importlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from .pruners import MODES
 
 CLASSES = 10
 #: Cheap ones of each family: what is run where nothing else is asked for.
@@ -35,6 +37,7 @@ class Case:
         pixels: height and width of its inputs.
         heads: leave the network itself in train mode, though none of its layers, for outputs that
             exist in that mode only.
+        modes: in which there is anything to prune: where all channels meet in additions, "couple".
     """
 
     name: str
@@ -42,6 +45,7 @@ class Case:
     exact: bool
     pixels: int = 64
     heads: bool = False
+    modes: tuple[str, ...] = MODES
 
     def inputs(self, batch: int = 2, seed: int = 3) -> Tensor:
         """Random images, float64 [batch, 3, pixels, pixels]."""
@@ -111,11 +115,14 @@ MEASURED = (
     "efficientnet_b6 efficientnet_b7 efficientnet_v2_s regnet_y_400mf shufflenet_v2_x0_5 "
     "shufflenet_v2_x1_0"
 )
-TIMM_EXACT = "resnet26 resnetv2_50 vovnet39a darknet53 dla34 hrnet_w18_small ese_vovnet19b_dw"
+TIMM_EXACT = "resnet26 resnetv2_50 vovnet39a darknet53 dla34 hrnet_w18_small cspresnet50"
 TIMM_MEASURED = (
     "mobilenetv4_conv_small efficientnet_lite0 regnety_002 ghostnet_100 seresnet50 rexnet_100 "
-    "repvgg_a0 cspresnet50 skresnet18 mobileone_s0 fbnetc_100 tinynet_e lcnet_050 hardcorenas_a"
+    "ese_vovnet19b_dw repvgg_a0 skresnet18 mobileone_s0 fbnetc_100 tinynet_e lcnet_050 "
+    "hardcorenas_a"
 )
+#: Every channel meets others in an addition.
+COUPLED = ("timm/repvgg_a0", "timm/mobileone_s0")
 
 
 def _all() -> dict[str, Case]:
@@ -143,7 +150,10 @@ def _all() -> dict[str, Case]:
     ]
     cases += [Case(f"timm/{name}", _timm(name), True) for name in TIMM_EXACT.split()]
     cases += [Case(f"timm/{name}", _timm(name), False) for name in TIMM_MEASURED.split()]
-    return {case.name: case for case in cases}
+    return {
+        case.name: replace(case, modes=("couple",)) if case.name in COUPLED else case
+        for case in cases
+    }
 
 
 ALL = _all()

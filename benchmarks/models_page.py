@@ -1,5 +1,6 @@
 """docs/models.md from the figures of bench_models.py."""
 
+from statistics import median
 from typing import Any
 
 TOLERANCE = 1e-10
@@ -26,10 +27,10 @@ Half of the channels of every layer that takes part are removed, one of every tw
   {tolerance:g} it is rounding.
 - **β ≠ 0**: γ = 0 alone, β from a normal distribution with standard deviation 1, `fold="exact"`:
   the same error against the original with these γ = 0.
-- **exact**: "yes" if both are rounding; else how many layers read something that cannot be
-  folded, and why (`plan.inexact` names each). These β are as large
-  as what the norms put out, and at 64 pixels most places are near a border: both make the errors
-  large. Gates ([pf.add_gates](../README.md)) silence β and leave nothing to fold.
+- **exact**: "yes" if both are rounding; else how many layers read something that cannot be folded,
+  and why (`plan.inexact` names each). These β are as large as what the norms put out, and at 64
+  pixels most places are near a border: both make the errors large. Gates
+  ([pf.add_gates](../README.md)) silence β and leave nothing to fold.
 - **time**: trace, plan and slim (`verify=False`) in float32, CPU seconds on one thread.
 - **torch-pruning** {tp} (`BNScalePruner`, half of every layer in which we remove channels) and
   **torch-kirigami** {tk} (`plan_remove` of the same channels): error of the same zero test, and
@@ -59,30 +60,38 @@ def page(rows: dict[tuple[str, str], Any], versions: dict[str, str], patience: i
         tk=versions["torch-kirigami"],
         patience=patience,
     )
-    lines = [head + _line(COLUMNS), _line("---" for _ in COLUMNS)]
+    lines = [head + summary(list(rows.values())), ""]
+    lines += [_line(COLUMNS), _line("---" for _ in COLUMNS)]
     lines += [_line(_cells(row)) for row in rows.values()]
-    lines += ["", summary(list(rows.values()))]
     return "\n".join(lines) + "\n"
 
 
 def summary(rows: list[Any]) -> str:
+    """What the table comes to, as a list."""
     done = [row for row in rows if not row.failure]
     zero = sum(row.zero < TOLERANCE for row in done)
     exact = sum(row.zero < TOLERANCE and row.beta < TOLERANCE for row in done)
     text = [
-        f"{len({row.model for row in rows})} networks, {len(rows)} rows: polarfast equals the "
-        f"original in the zero test in {zero}, keeps every β in {exact}."
+        f"- {len({row.model for row in rows})} networks, {len(rows)} rows: polarfast equals the "
+        f"original in the zero test in {zero} and keeps every β in {exact}; {len(rows) - len(done)}"
+        " refused or failed, with the reason."
     ]
-    for peer in ("torch-pruning", "torch-kirigami"):
-        tried = [row.peers[peer] for row in rows if peer in row.peers]
+    for peer in COLUMNS[-2:]:
+        tried = [row.peers[peer] for row in done if peer in row.peers]
         right = sum(one.error is not None and one.error < TOLERANCE for one in tried)
         failed = sum(one.error is None for one in tried)
-        wrong = len(tried) - right - failed
+        pairs = [(row.seconds, row.peers[peer].seconds) for row in done if peer in row.peers]
+        ratios = sorted(theirs / ours for ours, theirs in pairs if theirs is not None)
         text.append(
-            f"{peer}, of {len(tried)} rows: {right} equal, {wrong} different, {failed} failed or "
-            "not done in time."
+            f"- {peer}, of {len(tried)} rows: {right} equal, {len(tried) - right - failed} "
+            f"different, {failed} failed or not done in time. Its time is {ratios[0]:.2g} to "
+            f"{ratios[-1]:.2g} times ours (median {median(ratios):.2g})."
         )
     return "\n".join(text)
+
+
+def _error(share: float) -> str:
+    return f"{share:.0e}" if share else "0"
 
 
 def _cells(row: Any) -> list[str]:
@@ -94,8 +103,8 @@ def _cells(row: Any) -> list[str]:
         row.model,
         row.mode,
         f"{row.cut:.0%}",
-        f"{row.zero:.0e}",
-        f"{row.beta:.0e}",
+        _error(row.zero),
+        _error(row.beta),
         exact,
         f"{row.seconds:.2f} s",
         *(_peer(row, name) for name in COLUMNS[-2:]),
@@ -109,7 +118,7 @@ def _peer(row: Any, name: str) -> str:
     if peer.failure:
         return peer.failure
     other = "" if abs(peer.cut - row.cut) < 0.005 else f", cuts {peer.cut:.0%}"
-    return f"{peer.error:.0e}{other}, {peer.seconds:.2f} s"
+    return f"{_error(peer.error)}{other}, {peer.seconds:.2f} s"
 
 
 def _line(cells: Any) -> str:

@@ -13,7 +13,7 @@ from .channels import Channels
 from .copies import double_copy, masked_copy
 from .decisions import Decisions
 from .errors import VerificationError
-from .fields import TOLERANCE, Fold
+from .fields import Fold
 from .inputs import convert, device_of, dtype_of, generate, unwrap
 from .plans import PruningPlan
 from .runs import AsFolded, run_double
@@ -22,9 +22,9 @@ from .tracing import tensors_of
 
 #: What counts as rounding, by the dtype in which the slim model keeps its numbers: the largest
 #: error as a share of the output's variation, and as a share of the output itself (a network whose
-#: output hardly varies cannot be measured more finely, nor are its constants).
+#: output hardly varies cannot be measured more finely).
 ROUNDING = {
-    torch.float64: (1e-9, TOLERANCE),
+    torch.float64: (1e-9, 1e-13),
     torch.float32: (1e-3, 1e-5),
     torch.float16: (1e-1, 1e-2),
     torch.bfloat16: (3e-1, 3e-2),

@@ -16,7 +16,7 @@ X = torch.randn(2, 3, 10, 10, dtype=torch.float64)
 def ranked(n: nn.Module, x: Tensor) -> Tensor:
     """Features at the places of the highest scores, which hang on the last digits."""
     x = n.b(n.a(x))
-    scores = n.score(x).flatten(1).mul(1e16).sin().mul(1e-13).add(1)
+    scores = n.score(x).flatten(1).mul(1e16).sin().mul(2e-14).add(1)
     top = scores.topk(20).indices
     places = x.flatten(2).gather(2, top.unsqueeze(1).expand(-1, x.shape[1], -1))
     first, at = places.max(2)

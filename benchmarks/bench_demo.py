@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 
-from polarfast.engine.campaigns.rivals import DENSE, method_recipe
-from polarfast.engine.recipe import Recipe
-from polarfast.engine.recipe_files import load_recipe
+from polarfast.engine.campaigns.trials import DENSE, method_recipe
+from polarfast.engine.distributed import Workers
+from polarfast.engine.recipe import Recipe, load_recipe
 from polarfast.engine.run import Run
-from polarfast.engine.workers import Workers
 
 
 def dense_accuracy(recipe: Recipe) -> float:

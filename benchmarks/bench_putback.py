@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import polarfast as pf
 from polarfast.engine.models import build
 from polarfast.kernels.put_back_ref import put_back_by_reading, put_back_ref
-from polarfast.modules import PutBackMixin
+from polarfast.layers import PutBackMixin
 
 NOW = PutBackMixin.forward
 

@@ -3,75 +3,108 @@
 Zhuang et al., "Neuron-level Structured Pruning using Polarization Regularizer", NeurIPS 2020.
 """
 
-from .aiming import Reach
-from .errors import (
-    ArgumentError,
-    BuildError,
-    FileFormatError,
-    PlanError,
-    PolarfastError,
-    ScalingFactorError,
-    SearchError,
-    StepError,
-    ThresholdError,
-    TracingError,
-    VerificationError,
-)
-from .files import load, load_plan, save
-from .gating import add_gates
-from .planning import plan, reachable
-from .plans import PruningPlan
-from .prediction import CutPredictor
-from .recalibration import recalibrate
-from .regularizers import L1, DeepHoyer, Polarization, Regularizer
-from .scaling import ScalingFactors, init_scales, scaling_factors
-from .searching import SearchResult, Stability, Trial, search
-from .slimming import slim
-from .stepping import attach, step
-from .targeting import FlopsTarget
-from .thresholding import thresholds
-from .verification import Report, verify
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import ArgumentError as ArgumentError
+    from .errors import BuildError as BuildError
+    from .errors import FileFormatError as FileFormatError
+    from .errors import PlanError as PlanError
+    from .errors import PolarfastError as PolarfastError
+    from .errors import ScalingFactorError as ScalingFactorError
+    from .errors import SearchError as SearchError
+    from .errors import StepError as StepError
+    from .errors import ThresholdError as ThresholdError
+    from .errors import TracingError as TracingError
+    from .errors import VerificationError as VerificationError
+    from .layers import convert_sync_batchnorm as convert_sync_batchnorm
+    from .planning.plan import plan as plan
+    from .planning.plan import reachable as reachable
+    from .planning.prediction import CutPredictor as CutPredictor
+    from .planning.pruning_plan import PruningPlan as PruningPlan
+    from .planning.share import Reach as Reach
+    from .planning.thresholds import thresholds as thresholds
+    from .recalibration import recalibrate as recalibrate
+    from .saving import load as load
+    from .saving import load_plan as load_plan
+    from .saving import save as save
+    from .scaling.factors import ScalingFactors as ScalingFactors
+    from .scaling.factors import init_scales as init_scales
+    from .scaling.factors import scaling_factors as scaling_factors
+    from .scaling.gating import add_gates as add_gates
+    from .slimming.slim import slim as slim
+    from .slimming.verify import Report as Report
+    from .slimming.verify import verify as verify
+    from .steering.flops_target import FlopsTarget as FlopsTarget
+    from .steering.search import SearchResult as SearchResult
+    from .steering.search import Stability as Stability
+    from .steering.search import Trial as Trial
+    from .steering.search import search as search
+    from .stepping.regularizers import L1 as L1
+    from .stepping.regularizers import DeepHoyer as DeepHoyer
+    from .stepping.regularizers import Polarization as Polarization
+    from .stepping.regularizers import Regularizer as Regularizer
+    from .stepping.step import attach as attach
+    from .stepping.step import step as step
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "L1",
-    "ArgumentError",
-    "BuildError",
-    "CutPredictor",
-    "DeepHoyer",
-    "FileFormatError",
-    "FlopsTarget",
-    "PlanError",
-    "PolarfastError",
-    "Polarization",
-    "PruningPlan",
-    "Reach",
-    "Regularizer",
-    "Report",
-    "ScalingFactorError",
-    "ScalingFactors",
-    "SearchError",
-    "SearchResult",
-    "Stability",
-    "StepError",
-    "ThresholdError",
-    "TracingError",
-    "Trial",
-    "VerificationError",
-    "add_gates",
-    "attach",
-    "init_scales",
-    "load",
-    "load_plan",
-    "plan",
-    "reachable",
-    "recalibrate",
-    "save",
-    "scaling_factors",
-    "search",
-    "slim",
-    "step",
-    "thresholds",
-    "verify",
-]
+#: Public name -> the module that it is defined in. Loaded when it is asked for: the command line's
+#: help, or a network that only needs its layers, need not wait for the rest.
+_DEFINED_IN = {
+    "ArgumentError": "errors",
+    "BuildError": "errors",
+    "CutPredictor": "planning.prediction",
+    "DeepHoyer": "stepping.regularizers",
+    "FileFormatError": "errors",
+    "FlopsTarget": "steering.flops_target",
+    "L1": "stepping.regularizers",
+    "PlanError": "errors",
+    "PolarfastError": "errors",
+    "Polarization": "stepping.regularizers",
+    "PruningPlan": "planning.pruning_plan",
+    "Reach": "planning.share",
+    "Regularizer": "stepping.regularizers",
+    "Report": "slimming.verify",
+    "ScalingFactorError": "errors",
+    "ScalingFactors": "scaling.factors",
+    "SearchError": "errors",
+    "SearchResult": "steering.search",
+    "Stability": "steering.search",
+    "StepError": "errors",
+    "ThresholdError": "errors",
+    "TracingError": "errors",
+    "Trial": "steering.search",
+    "VerificationError": "errors",
+    "add_gates": "scaling.gating",
+    "attach": "stepping.step",
+    "convert_sync_batchnorm": "layers",
+    "init_scales": "scaling.factors",
+    "load": "saving",
+    "load_plan": "saving",
+    "plan": "planning.plan",
+    "reachable": "planning.plan",
+    "recalibrate": "recalibration",
+    "save": "saving",
+    "scaling_factors": "scaling.factors",
+    "search": "steering.search",
+    "slim": "slimming.slim",
+    "step": "stepping.step",
+    "thresholds": "planning.thresholds",
+    "verify": "slimming.verify",
+}
+
+__all__ = sorted(_DEFINED_IN)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DEFINED_IN:
+        raise AttributeError(f"module 'polarfast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_DEFINED_IN[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_DEFINED_IN})

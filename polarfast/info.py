@@ -50,7 +50,7 @@ def _processor() -> str:
 def _extension() -> dict[str, str]:
     if importlib.util.find_spec("polarfast._C") is None:
         return {"extension": "not built: pip install --no-build-isolation . compiles it"}
-    from polarfast import _C
+    from . import _C
 
     build = _C.build_info()
     return {

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engine_cases import TINY, assert_same, outcome
+from support.engine import TINY, assert_same, outcome
 
 from polarfast import cli
 from polarfast.engine import launch as launching
-from polarfast.engine.recipe_files import load_recipe, recipe_names, to_yaml
+from polarfast.engine.recipe import load_recipe, recipe_names, to_yaml
 
 COMMAND = [sys.executable, "-m", "polarfast"]
 # Refuses to import what the extra [train] brings, as if it were not installed.

@@ -10,11 +10,11 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support import ROOT
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 PAGES = [page for page in sorted(DOCS.glob("*.md")) if "```python\n" in page.read_text()]
 #: What a page may import beyond torch; where one is missing, the page is skipped.
 OPTIONAL = {"onnx", "onnxruntime", "onnxscript", "sklearn", "timm", "torch_pruning", "torchvision"}

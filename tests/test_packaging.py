@@ -10,8 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
-ROOT = Path(__file__).parents[1]
 SHIPPED = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "csrc", "polarfast"]
 
 # Stands in for the C++ compiler: makes the files it is asked for, empty.

@@ -5,11 +5,11 @@ import time
 
 import pytest
 import torch
-from nets import Residual, conv_bn, settle
+from support.nets import Residual, conv_bn, settle
 from torch import Tensor, nn
 
 import polarfast as pf
-from polarfast.modules import PutBackBatchNorm2d
+from polarfast.layers import PutBackBatchNorm2d
 
 X = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
 

@@ -1,15 +1,15 @@
 """The README's code runs as it stands there."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 
 import polarfast as pf
 from polarfast.engine.models import resnet
 
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "README.md"
 
 
 def test_code_blocks(tmp_path, monkeypatch, capsys):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from nets import Residual, chain, conv_bn, settle, zero
+from support.nets import Residual, chain, conv_bn, settle, zero
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset

@@ -11,12 +11,11 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from polarfast.engine.campaigns import commands as many
-from polarfast.engine.interrupts import Interrupted
-from polarfast.engine.launch import launch, progress
-from polarfast.engine.recipe import Recipe
-from polarfast.engine.recipe_files import load_recipe, recipe_names
-from polarfast.engine.workers import speaks
+from .campaigns import commands as many
+from .distributed import speaks
+from .interrupts import Interrupted
+from .launch import launch, progress
+from .recipe import Recipe, load_recipe, recipe_names
 
 Stages = tuple[str, ...]
 ALL: Stages = ("train", "prune", "finetune")
@@ -114,7 +113,7 @@ class RunOptions:
 def run(options: RunOptions, phases: Stages = ALL) -> int:
     """All stages of a recipe, or some."""
     if options.dry_run:
-        from polarfast.engine.estimates import dry_run
+        from .estimates import dry_run
 
         dry_run(options.recipe, Console())
         return 0

@@ -11,13 +11,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import polarfast as pf
-from polarfast.engine import pruning
-from polarfast.engine.data import DataSource
-from polarfast.engine.evaluation import autocast
-from polarfast.engine.recipe import Recipe
-from polarfast.engine.recipe_files import to_yaml
-from polarfast.engine.run import Run
-from polarfast.engine.workers import Workers
+
+from . import pruning
+from .data import DataSource
+from .distributed import Workers
+from .recipe import Recipe, to_yaml
+from .run import Run
+from .trainer import autocast
 
 TIMED_STEPS = 3
 

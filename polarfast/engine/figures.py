@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from polarfast.storage import write_atomically
+from ..storage import write_atomically
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#D0D0D0"
 DPI = 200

@@ -10,18 +10,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from polarfast.engine import figures
-from polarfast.engine.checkpoint import Checkpoints, write_text
-from polarfast.engine.display import make_display
-from polarfast.engine.events import Observer
-from polarfast.engine.recipe import Recipe
-from polarfast.engine.recipe_files import differing_settings, recipe_from_dict, to_yaml
-from polarfast.engine.recording import JsonLog, TensorBoardLog
-from polarfast.engine.results import BATCHES, Pair, Results, results_table
-from polarfast.engine.run import DONE, Run
-from polarfast.engine.workers import Workers
-from polarfast.errors import ArgumentError
-from polarfast.timing import device_name, median_latencies
+from ..errors import ArgumentError
+from ..profiling import device_name, median_latencies
+from . import figures
+from .distributed import Workers
+from .folder import Checkpoints, write_text
+from .recipe import Recipe, differing_settings, recipe_from_dict, to_yaml
+from .results import BATCHES, Pair, Results, results_table
+from .run import DONE, Run
+from .watching import JsonLog, Observer, TensorBoardLog, make_display
 
 LATENCY_SECONDS = 0.5  # for each batch size
 

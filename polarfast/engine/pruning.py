@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 import polarfast as pf
-from polarfast.engine.recipe import Pruning, Sparsity
-from polarfast.engine.seeds import mix
+
+from .recipe import Pruning, Sparsity
+from .seeds import mix
 
 KEEP_EVERYTHING = Pruning(method="none")
 

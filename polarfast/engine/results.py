@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from polarfast.errors import ArgumentError
+from ..errors import ArgumentError
 
 BATCHES = (1, 64)  # of the measured latencies
 

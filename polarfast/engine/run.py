@@ -10,20 +10,18 @@ import torch
 from torch import nn
 
 import polarfast as pf
-from polarfast.engine import parallel, pruning
-from polarfast.engine.artifacts import Artifacts
-from polarfast.engine.checkpoint import FORMAT, Checkpoints
-from polarfast.engine.data import DataSource, load
-from polarfast.engine.determinism import deterministic
-from polarfast.engine.evaluation import evaluate
-from polarfast.engine.events import Observer
-from polarfast.engine.interrupts import Interrupted, StopSignals
-from polarfast.engine.loop import StageLoop
-from polarfast.engine.networks import Networks
-from polarfast.engine.recipe import Recipe, Stage
-from polarfast.engine.seeds import mix
-from polarfast.engine.training import Trainer, steps_per_epoch
-from polarfast.engine.workers import Workers
+
+from . import distributed as parallel
+from . import pruning
+from .data import DataSource, load
+from .distributed import Workers, deterministic
+from .folder import FORMAT, Artifacts, Checkpoints
+from .interrupts import Interrupted, StopSignals
+from .models import Networks
+from .recipe import Recipe, Stage
+from .seeds import mix
+from .trainer import StageLoop, Trainer, evaluate, steps_per_epoch
+from .watching import Observer
 
 PHASES = ("train", "prune", "finetune")
 DONE = "done"

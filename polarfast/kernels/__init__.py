@@ -6,14 +6,14 @@ but for the gather and the put-back, one Triton kernel (*_triton.py).
 
 import torch  # noqa: F401  the extension's symbols are torch's: torch comes first
 
-from polarfast.errors import BuildError
+from ..errors import BuildError
 
 try:
-    from polarfast import _C  # noqa: F401
+    from .. import _C  # noqa: F401
 except ImportError as error:
     raise BuildError(
         f"polarfast's compiled extension does not load ({error}); build it again with "
         "`pip install --no-build-isolation .`, which needs a C++ compiler and torch >= 2.10"
     ) from error
 
-from polarfast.kernels import gather, polarize, put_back, valley  # noqa: E402, F401  they register the ops
+from . import gather, polarize, put_back, valley  # noqa: E402, F401  they register the ops

@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from polarfast.errors import BuildError
+from ..errors import BuildError
 
 
 class DeviceTable:
@@ -72,7 +72,7 @@ def triton_launchers() -> tuple[ModuleType, ModuleType]:
         BuildError: Triton is not installed.
     """
     try:
-        from polarfast.kernels import polarize_triton, valley_triton
+        from . import polarize_triton, valley_triton
     except ImportError as error:
         raise BuildError(
             "Scaling factors on a GPU need Triton, which cannot be imported "

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from polarfast.kernels.gather_ref import gather_channels_ref
-from polarfast.kernels.registration import register
+from .gather_ref import gather_channels_ref
+from .registration import register
 
 
 def gather_channels(

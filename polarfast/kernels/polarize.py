@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polarfast.kernels.polarize_ref import (
+from .polarize_ref import (
     KIND_DEEPHOYER,
     KIND_L1,
     KIND_POLARIZATION,
@@ -17,7 +17,7 @@ from polarfast.kernels.polarize_ref import (
     clamp_ref,
     sgd_step_ref,
 )
-from polarfast.kernels.registration import register
+from .registration import register
 
 __all__ = [
     "KIND_DEEPHOYER",

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from polarfast.kernels import polarize_triton_kernels as kernels
-from polarfast.kernels.device_table import DeviceTable
-from polarfast.kernels.triton_common import (
+from . import polarize_triton_kernels as kernels
+from .device_table import DeviceTable
+from .triton_common import (
     FIRST_STEP,
     MOMENTUM,
     NESTEROV,

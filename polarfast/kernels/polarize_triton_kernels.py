@@ -14,16 +14,13 @@ through a table of addresses, so that no list of tensors is handed over; every n
 change in training is a run-time argument, so that nothing is compiled anew.
 """
 
-# Triton kernels take blocks, pointers and scalars, for which Python has no types.
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from polarfast.kernels.polarize_ref import KIND_DEEPHOYER, KIND_POLARIZATION
-from polarfast.kernels.triton_common import (
+from .polarize_ref import KIND_DEEPHOYER, KIND_POLARIZATION
+from .triton_common import (
     clamped,
     like,
     load_scales,
@@ -35,6 +32,10 @@ from polarfast.kernels.triton_common import (
     sum_over_rows,
     unless_found_inf,
 )
+
+# Triton kernels take blocks, pointers and scalars, for which Python has no types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 
 POLARIZATION = tl.constexpr(KIND_POLARIZATION)
 DEEPHOYER = tl.constexpr(KIND_DEEPHOYER)

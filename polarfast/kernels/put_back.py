@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from polarfast.kernels.gather import gather_channels
-from polarfast.kernels.put_back_ref import put_back_by_reading, put_back_ref
-from polarfast.kernels.registration import register
+from .gather import gather_channels
+from .put_back_ref import put_back_by_reading, put_back_ref
+from .registration import register
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 

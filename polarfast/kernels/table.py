@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from polarfast import _C
-from polarfast.errors import ArgumentError, ScalingFactorError
-from polarfast.kernels.device_table import DeviceTable, triton_launchers
-from polarfast.kernels.valley_ref import BINS
+from .. import _C
+from ..errors import ArgumentError, ScalingFactorError
+from .device_table import DeviceTable, triton_launchers
+from .valley_ref import BINS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

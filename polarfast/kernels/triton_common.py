@@ -1,8 +1,5 @@
 """What the Triton kernels share: sizes, reading through the table of addresses, arithmetic."""
 
-# Triton kernels take blocks, pointers and scalars, for which Python has no types.
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from polarfast.kernels.device_table import DeviceTable
+from .device_table import DeviceTable
+
+# Triton kernels take blocks, pointers and scalars, for which Python has no types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 
 # One program per row; a row longer than this is walked in blocks. Four factors to a thread: with
 # eight, some target spills (tests/test_triton_compile.py).

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polarfast.kernels.registration import register
-from polarfast.kernels.valley_ref import BINS, valley_ref
+from .registration import register
+from .valley_ref import BINS, valley_ref
 
 
 def valley(gammas: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

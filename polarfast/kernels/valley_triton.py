@@ -1,8 +1,5 @@
 """Valley thresholds of all layers on a GPU in one launch (paper, Sec. 3.3)."""
 
-# Triton kernels take blocks, pointers and scalars, for which Python has no types.
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
 from __future__ import annotations
 
 import torch
@@ -10,15 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from polarfast.kernels import valley_ref
-from polarfast.kernels.device_table import DeviceTable
-from polarfast.kernels.triton_common import (
-    ROW_BLOCK_SIZE,
-    ROW_NUM_WARPS,
-    TRITON_DTYPES,
-    load_scales,
-    on_device_of,
-)
+from . import valley_ref
+from .device_table import DeviceTable
+from .triton_common import ROW_BLOCK_SIZE, ROW_NUM_WARPS, TRITON_DTYPES, load_scales, on_device_of
+
+# Triton kernels take blocks, pointers and scalars, for which Python has no types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 
 BINS = tl.constexpr(valley_ref.BINS)
 # tl.histogram and tl.arange want a power of two; values that are in no bin are counted in the last.

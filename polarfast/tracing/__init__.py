@@ -1,10 +1,9 @@
 """Which channels of a model are the same channel, found by one dry run."""
 
-from .calling import call_model, plain_eager, tensors_of
-from .calls import convolution_shape
+from ..inputs import call_model, plain_eager, tensors_of
 from .dryrun import trace
-from .graph import Addition, Graph, Match, NormCall, Pin, ProjectionCall
-from .ids import PIN, components
+from .graph import PIN, Addition, Graph, Match, NormCall, Pin, ProjectionCall, components
+from .projections import convolution_shape
 
 __all__ = [
     "PIN",

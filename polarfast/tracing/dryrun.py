@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..copies import tensors_of_model
 from ..errors import TracingError
+from ..inputs import copied_inputs, enlarged, plain_eager, tensors_of
 from . import rules
-from .calling import copied_inputs, enlarged, plain_eager, tensors_of
-from .calls import convolution_shape
 from .graph import Graph
 from .operators import record
+from .projections import convolution_shape
 from .recorder import Recorder, pinned_ids
 from .sizes import SizeTracking
 

@@ -1,14 +1,112 @@
-"""What a dry run finds out about a model. Names and ids only: a `Graph` holds none of the model's
-tensors.
+"""What a dry run finds out about a model: channel ids, and the `Graph` of the calls that read and
+write them. Names and ids only: it holds none of the model's tensors.
+
+An activation's ids are an int64 CPU tensor of the activation's shape: which channel each element
+belongs to. They almost always vary along one dimension only, so they are kept as expanded
+(stride 0) views and cost a few hundred bytes; `compact` drops the repeated dimensions again.
 """
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .ids import PIN, components
+#: The id of an element whose position cannot be removed: network inputs, padding, results of
+#: unknown operators.
+PIN = 0
+
+
+def compact(ids: Tensor) -> Tensor:
+    """`ids` with every repeated (stride 0) dimension narrowed to length 1."""
+    for dim, stride in enumerate(ids.stride()):
+        if stride == 0 and ids.shape[dim] > 1:
+            ids = ids.narrow(dim, 0, 1)
+    return ids
+
+
+def varying_dims(ids: Tensor) -> set[int]:
+    """The dimensions along which `ids` really differ."""
+    small = compact(ids)
+    return {
+        dim
+        for dim, size in enumerate(small.shape)
+        if size > 1 and bool((small != small.narrow(dim, 0, 1)).any())
+    }
+
+
+def along(ids: Tensor, dim: int) -> Tensor | None:
+    """Ids per index of `dim`, shape [ids.shape[dim]]; None where they also vary along another
+    dimension.
+    """
+    size = ids.shape[dim]
+    if varying_dims(ids) - {dim}:
+        return None
+    line = compact(ids)
+    for other in range(line.dim()):
+        if other != dim:
+            line = line.narrow(other, 0, 1)
+    return line.reshape(-1).expand(size) if line.numel() == 1 else line.reshape(size)
+
+
+def components(count: int, edges: Tensor) -> Tensor:
+    """Labels of the connected components of a graph on `count` ids.
+
+    Args:
+        count: number of ids.
+        edges: int64 [2, E].
+
+    Returns:
+        int64 [count]: the smallest id of each id's component (so everything joined to PIN gets
+        label PIN).
+    """
+    label = torch.arange(count, device="cpu")
+    while True:
+        left, right = label[edges[0]], label[edges[1]]
+        if torch.equal(left, right):
+            return label
+        # Hang the larger root under the smaller one, then point every id straight at its root.
+        label = label.scatter_reduce(
+            0, torch.maximum(left, right), torch.minimum(left, right), "amin"
+        )
+        while not torch.equal(shorter := label[label], label):
+            label = shorter
+
+
+class Ragged:
+    """Index lists into a table of classes, kept end to end.
+
+    Attributes:
+        flat: int64, all lists one after the other.
+        sizes: length of each.
+    """
+
+    def __init__(self, lists: Sequence[Tensor]) -> None:
+        self.sizes = [part.numel() for part in lists]
+        none = torch.zeros(0, dtype=torch.long, device="cpu")
+        self.flat = torch.cat([none, *(part.flatten() for part in lists)])
+
+    @cached_property
+    def _ends(self) -> Tensor:
+        return torch.tensor([0, *self.sizes], device="cpu").cumsum(0)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """int64, the list that each entry of `flat` belongs to."""
+        rows = torch.arange(len(self.sizes), device="cpu")
+        return rows.repeat_interleave(torch.tensor(self.sizes, dtype=torch.long, device="cpu"))
+
+    def counts(self, mask: Tensor) -> Tensor:
+        """int64 [number of lists]: entries of each whose class is in `mask` (bool by class)."""
+        sums = torch.zeros(self.flat.numel() + 1, dtype=torch.long, device="cpu")
+        torch.cumsum(mask.index_select(0, self.flat), 0, out=sums[1:])
+        return sums[self._ends].diff()
+
+    def of(self, lists: Tensor) -> Tensor:
+        """All entries of the lists chosen (bool [number of lists])."""
+        return self.flat[lists[self.rows]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import calls, partitions, rules
-from .pointwise import pointwise
+from . import projections as calls
+from . import reshapes as partitions
+from . import rules
 from .recorder import Recorder
+from .rules import pointwise
 
 
 def record(

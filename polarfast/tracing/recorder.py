@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..copies import tensors_of_model
-from ..gates import gate_name, gated_modules
-from .graph import Addition, Graph, Match, Pin
-from .ids import PIN, along, compact
+from ..layers import gate_name, gated_modules
+from .graph import PIN, Addition, Graph, Match, Pin, along, compact
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .ids import along, varying_dims
+from .graph import along, varying_dims
 from .recorder import Recorder
 
 #: Ids of an activation, one of its dimensions, and the trace that these ids are of.

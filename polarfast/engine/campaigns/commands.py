@@ -9,11 +9,11 @@ import tyro
 from rich.console import Console
 
 import polarfast as pf
-from polarfast.engine.artifacts import NAMES
-from polarfast.engine.campaigns.rivals import METHODS
-from polarfast.engine.checkpoint import write_text
-from polarfast.engine.recipe import Recipe
-from polarfast.errors import ArgumentError
+
+from ...errors import ArgumentError
+from ..folder import NAMES, write_text
+from ..recipe import Recipe
+from .trials import METHODS
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class CompareOptions:
 
 def compare(options: CompareOptions, console: Console) -> None:
     """Run what is missing; print and write the table and the plot."""
-    from polarfast.engine.campaigns import comparison, comparison_output
+    from . import comparison
+    from . import comparison as comparison_output
 
     lams = dict(_strength(pair) for pair in options.lams)
     rows = comparison.compare(
@@ -94,7 +95,7 @@ class SweepOptions:
 
 def sweep(options: SweepOptions, console: Console) -> None:
     """Run what is missing; print and write the table and the plot."""
-    from polarfast.engine.campaigns import sweeping
+    from . import sweeping
 
     points = sweeping.sweep(
         options.recipe,
@@ -140,7 +141,7 @@ class SearchOptions:
 
 def search(options: SearchOptions, console: Console) -> None:
     """Search, print the trials, and say how to go on."""
-    from polarfast.engine.campaigns import seeking
+    from . import seeking
 
     result = seeking.seek(
         options.recipe,
@@ -180,7 +181,7 @@ class ReportOptions:
 
 def report(options: ReportOptions, console: Console) -> None:
     """Write the page and say where it is."""
-    from polarfast.engine.report import write_report
+    from ..report import write_report
 
     if not options.runs:
         raise ArgumentError("report: give at least one folder of a run, e.g. runs/demo")

@@ -1,25 +1,153 @@
 """Runs of polarization and its rivals under the same budget: same schedule, as many epochs."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.table import Table
 from torch import nn
 
-from polarfast.engine.artifacts import NAMES
-from polarfast.engine.campaigns.rivals import DENSE, METHODS, chains
-from polarfast.engine.campaigns.trials import Trial, run_all
-from polarfast.engine.checkpoint import write_text
-from polarfast.engine.data import load as load_data
-from polarfast.engine.launch import find_state
-from polarfast.engine.recipe import Recipe
-from polarfast.engine.run import Run
-from polarfast.engine.workers import Workers
-from polarfast.errors import ArgumentError
-from polarfast.timing import median_latencies
+from ...errors import ArgumentError
+from ...profiling import device_name, median_latencies
+from ..data import load as load_data
+from ..distributed import Workers
+from ..figures import save, subplots
+from ..folder import NAMES, write_text
+from ..launch import find_state
+from ..recipe import Recipe
+from ..run import Run
+from .trials import DENSE, METHODS, Trial, chains, run_all
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation of the sample."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+#: Colour (Okabe-Ito) and marker of each method, so that neither is needed alone.
+STYLES = {
+    DENSE: ("#000000", "*"),
+    "polarization": ("#0072B2", "o"),
+    "network-slimming": ("#D55E00", "s"),
+    "deephoyer": ("#009E73", "^"),
+    "uniform": ("#CC79A7", "D"),
+    "random": ("#E69F00", "v"),
+}
+HEADINGS = (
+    "method",
+    "MACs cut asked",
+    "MACs cut %",
+    "right after pruning %",
+    "accuracy %",
+    "against dense",
+    "latency ms",
+)
+
+
+def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The paper's Table 3, one row a method and cut."""
+    base = {o.seed: o.accuracy for row in rows if row.method == DENSE for o in row.outcomes}
+    lines: list[tuple[str, ...]] = []
+    for row in rows:
+        drops = [o.accuracy - base[o.seed] for o in row.outcomes]
+        pruned = row.method not in (DENSE, "uniform")
+        lines.append(
+            (
+                METHODS.get(row.method, "dense, as many epochs"),
+                "" if row.asked is None else f"{100 * row.asked:g} %",
+                spread([100 * cut for cut in row.values("cut")], 1),
+                spread(row.values("pruned")) if pruned else "",
+                spread(row.values("accuracy")),
+                spread(drops) if row.method != DENSE else "",
+                spread(row.values("latency")),
+            )
+        )
+    return lines
+
+
+def table(rows: Sequence[Row], title: str, caption: str) -> Table:
+    """For the terminal."""
+    shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for heading in HEADINGS:
+        shown.add_column(heading, justify="left" if heading == "method" else "right")
+    last: float | None = None
+    for row, line in zip(rows, cells(rows), strict=True):
+        if row.asked != last:
+            shown.add_section()
+            last = row.asked
+        shown.add_row(*line)
+    return shown
+
+
+def markdown(rows: Sequence[Row], title: str, caption: str) -> str:
+    """For a file that is committed."""
+    lines = [f"# {title}", "", "| " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * 6 + "|"]
+    lines += ["| " + " | ".join(line) + " |" for line in cells(rows)]
+    return "\n".join([*lines, "", caption, ""])
+
+
+def caption(recipe: Recipe, seeds: int, lams: Mapping[str, float]) -> str:
+    """How the table came about."""
+    data = recipe.data
+    device = device_name(Workers(recipe.hardware).device)
+    own = "".join(f", {lam:g} for {name}" for name, lam in lams.items())
+    return (
+        f"{recipe.model} on {data.title}; {recipe.train.epochs} + {recipe.finetune.epochs} epochs "
+        f"for every method; mean ± standard deviation over {seeds} seed(s). λ = "
+        f"{recipe.sparsity.lam:g}{own}; polarization's is where it starts. Accuracy: on "
+        f"{'held-out training' if data.validation else 'test'} images, fine-tuned. Latency: "
+        f"median, batch {LATENCY_BATCH}, all networks in turns on {device}, "
+        f"{recipe.hardware.threads} thread(s)."
+    )
+
+
+def plot(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Accuracy against MACs and against latency: means, with whiskers of one deviation."""
+    figure, panels = subplots(2, 9.5, 4.0)
+    for axes, name, scale, label in (
+        (panels[0], "macs", 1e-6, "MACs an image (millions)"),
+        (panels[1], "latency", 1.0, f"latency of a batch of {LATENCY_BATCH} (ms, median)"),
+    ):
+        for method, (colour, marker) in STYLES.items():
+            chosen = [row for row in rows if row.method == method]
+            if not chosen:
+                continue
+            across = [[scale * value for value in row.values(name)] for row in chosen]
+            up = [row.values("accuracy") for row in chosen]
+            axes.errorbar(
+                [statistics.fmean(values) for values in across],
+                [statistics.fmean(values) for values in up],
+                xerr=[_deviation(values) for values in across],
+                yerr=[_deviation(values) for values in up],
+                color=colour,
+                marker=marker,
+                markersize=10 if method == DENSE else 6.5,
+                linestyle="none" if method == DENSE else "-",
+                linewidth=1.2,
+                elinewidth=0.8,
+                capsize=2,
+                label=METHODS.get(method, "dense"),
+            )
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("accuracy, fine-tuned (%)")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
 
 LATENCY_BATCH, LATENCY_SECONDS = 64, 60.0
 

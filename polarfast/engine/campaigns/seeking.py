@@ -9,14 +9,14 @@ import torch
 from rich.table import Table
 
 import polarfast as pf
-from polarfast.engine.checkpoint import write_text
-from polarfast.engine.data import DataSource, load
-from polarfast.engine.launch import find_state
-from polarfast.engine.recipe import Pruning, Recipe
-from polarfast.engine.recipe_files import differing_settings, load_recipe, to_yaml
-from polarfast.engine.run import Run
-from polarfast.engine.workers import Workers
-from polarfast.errors import ArgumentError
+
+from ...errors import ArgumentError
+from ..data import DataSource, load
+from ..distributed import Workers
+from ..folder import write_text
+from ..launch import find_state
+from ..recipe import Pruning, Recipe, differing_settings, load_recipe, to_yaml
+from ..run import Run
 
 JOURNAL, RECIPE = "search.jsonl", "search.yaml"
 WARM = "warm-start"

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from polarfast.engine.artifacts import NAMES
-from polarfast.engine.campaigns.trials import Trial, run_all
-from polarfast.engine.checkpoint import write_text
-from polarfast.engine.figures import BLUE, ORANGE, save, subplots
-from polarfast.engine.recipe import Recipe
-from polarfast.errors import ArgumentError
+from ...errors import ArgumentError
+from ..figures import BLUE, ORANGE, save, subplots
+from ..folder import NAMES, write_text
+from ..recipe import Recipe
+from .trials import Trial, run_all
 
 
 @dataclass(frozen=True)

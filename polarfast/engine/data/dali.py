@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from polarfast.errors import ArgumentError
-
-from .images import FileImages
+from ...errors import ArgumentError
+from .batches import TEST_RESIZE
+from .decode import FileImages
 from .settings import Data
 from .stream import Batch, Problem, Queue, seeded
-from .transforms import TEST_RESIZE
 
 
 def require() -> None:

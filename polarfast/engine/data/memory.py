@@ -1,16 +1,28 @@
-"""Images decoded once and kept on the training device; augmented there, a batch at a time."""
+"""Small data sets: decoded once and kept, each process its share of the work."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .augment import draw_moves, move
-from .images import ArrayImages
-from .normalization import Normalization
+from ...errors import ArgumentError
+from .batches import Normalization, draw_moves, move
+from .decode import ArrayImages
 from .plan import EpochPlan, mix
 from .settings import Data
-from .sharing import rank_share
+
+
+def rank_share(images: int, batch_size: int, rank: int, world: int) -> list[slice]:
+    """Batches of rows for one of ``world`` processes; over all of them, each image once.
+
+    The shares are runs of neighbouring images and differ in size by one at most.
+    """
+    if batch_size < 1:
+        raise ArgumentError(f"batch_size={batch_size}: must be positive")
+    if not 0 <= rank < world:
+        raise ArgumentError(f"rank={rank}: must lie within the {world} processes of world")
+    first, last = images * rank // world, images * (rank + 1) // world
+    return [slice(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
 
 
 class MemorySource:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from polarfast.errors import ArgumentError
-
-from . import cifar, digits, folder, mnist, normalization
-from .images import Images
-from .normalization import Normalization
+from ...errors import ArgumentError
+from . import batches as normalization
+from .batches import Normalization
+from .decode import Images
+from .formats import cifar, digits, folder, mnist
+from .plan import balanced_subset, hold_out
 from .settings import Data
-from .splits import balanced_subset, hold_out
 
 
 @dataclass(frozen=True)

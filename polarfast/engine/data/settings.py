@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from polarfast.errors import ArgumentError
+from ...errors import ArgumentError
 
 CROP_FLIP_PAD = 4  # pixels, the usual choice for CIFAR
 RESIZED_CROP_SIZE = 224  # pixels, the usual choice for ImageNet

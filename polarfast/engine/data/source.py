@@ -8,14 +8,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import normalization
+from . import batches as normalization
+from .batches import Transform, as_stored, fit
 from .decode import decode, probe
 from .memory import MemorySource
 from .plan import EpochPlan
 from .reading import Parts, check_classes, read_parts
 from .settings import Data
 from .stream import StreamSource
-from .transforms import Transform, as_stored, fit
 
 log = logging.getLogger(__name__)
 

@@ -9,16 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from polarfast.errors import ArgumentError, PolarfastError
-
-from .decode import wrong_size
-from .images import FileImages, Images, UnreadableImage
-from .normalization import Normalization
+from ...errors import ArgumentError, PolarfastError
+from .batches import Normalization, Transform, fit, vary
+from .decode import FileImages, Images, UnreadableImage, wrong_size
+from .memory import rank_share
 from .plan import EpochPlan, mix
 from .reading import Parts
 from .settings import Data
-from .sharing import rank_share
-from .transforms import Transform, fit, vary
 
 log = logging.getLogger(__name__)
 

@@ -2,20 +2,23 @@
 
 from collections.abc import Sequence
 
-from polarfast.engine.report.axes import (
+from .axes import (
     WIDTH,
     Look,
+    Markup,
     Scale,
     drawing,
     frame,
+    join,
     label,
     nice_ticks,
+    number,
     panel,
+    tag,
 )
-from polarfast.engine.report.gammas import short
-from polarfast.engine.report.markup import Markup, join, number, tag
-from polarfast.engine.report.reading import RunRecord
-from polarfast.engine.report.tables import change_of_latency, significant, table
+from .gammas import short
+from .reading import RunRecord
+from .tables import change_of_latency, significant, table
 
 HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 200, 44, 8, 10, 34
 LATENCY_ROW = 54

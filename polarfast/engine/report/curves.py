@@ -5,18 +5,21 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from polarfast.engine.report.axes import (
+from .axes import (
     WIDTH,
     Look,
+    Markup,
     Scale,
     drawing,
     frame,
+    join,
     label,
     nice_ticks,
+    number,
     panel,
+    tag,
 )
-from polarfast.engine.report.markup import Markup, join, number, tag
-from polarfast.engine.report.reading import RunRecord
+from .reading import RunRecord
 
 HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 246, 50, 10, 22, 36
 MARKERS = 6  # on each line

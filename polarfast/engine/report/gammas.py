@@ -6,10 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polarfast.engine.report.axes import WIDTH, Look, Scale, drawing, label, panel
-from polarfast.engine.report.markup import Markup, join, number, tag
-from polarfast.engine.report.reading import GammaHistory, RunRecord
-from polarfast.errors import FileFormatError
+from ...errors import FileFormatError
+from .axes import WIDTH, Look, Markup, Scale, drawing, join, label, number, panel, tag
+from .reading import GammaHistory, RunRecord
 
 SHOWN_BINS = 50
 RIDGES = 16

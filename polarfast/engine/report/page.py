@@ -5,12 +5,12 @@ from importlib import resources
 from pathlib import Path
 
 import polarfast as pf
-from polarfast.engine.checkpoint import write_text
-from polarfast.engine.report import bars, curves, gammas, tables
-from polarfast.engine.report.axes import Look
-from polarfast.engine.report.markup import Markup, join, tag
-from polarfast.engine.report.reading import RunRecord, read_runs
-from polarfast.errors import ArgumentError
+
+from ...errors import ArgumentError
+from ..folder import write_text
+from . import bars, curves, gammas, tables
+from .axes import Look, Markup, join, tag
+from .reading import RunRecord, read_runs
 
 # Nothing is fetched from anywhere, whatever the page holds.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"

@@ -10,9 +10,10 @@ import yaml
 from torch import Tensor
 
 import polarfast as pf
-from polarfast.engine.results import Results
-from polarfast.errors import ArgumentError, FileFormatError
-from polarfast.storage import read_tensors
+
+from ...errors import ArgumentError, FileFormatError
+from ...storage import read_tensors
+from ..results import Results
 
 RECIPE, METRICS, GAMMAS = "recipe.yaml", "metrics.jsonl", "gammas.pt"
 PLAN, RESULTS = "plan.json", "results.json"

@@ -5,10 +5,9 @@ from typing import Any
 
 import yaml
 
-from polarfast.engine.report.axes import Look
-from polarfast.engine.report.markup import Markup, join, tag
-from polarfast.engine.report.reading import RunRecord
-from polarfast.engine.results import Pair
+from ..results import Pair
+from .axes import Look, Markup, join, tag
+from .reading import RunRecord
 
 NONE = "—"
 ARROW = " → "

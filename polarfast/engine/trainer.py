@@ -1,0 +1,526 @@
+"""One stage of a run: its steps and epochs, averaged weights, accuracy, what is told and logged,
+checkpoints, and stopping when asked.
+"""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import polarfast as pf
+
+from ..errors import ArgumentError
+from ..sharding import whole
+from . import distributed as parallel
+from .data import DataSource, EpochPlan
+from .distributed import Workers
+from .interrupts import Interrupted, StopSignals
+from .recipe import Recipe, Stage
+from .seeds import mix
+from .watching import Epoch, Gammas, Observer, Step
+
+
+def learning_rate(stage: Stage, step: int, steps_per_epoch: int) -> float:
+    """The rate of step number ``step`` (from 0) of a stage."""
+    steps = steps_per_epoch * stage.epochs
+    warmup = round(stage.warmup * steps_per_epoch)
+    if step < warmup:
+        return stage.lr * (step + 1) / warmup
+    if stage.schedule == "constant":
+        return stage.lr
+    if stage.schedule == "step":
+        begun = [epoch for epoch in stage.rates if epoch * steps_per_epoch <= step]
+        return stage.rates[max(begun)] if begun else stage.lr
+    return stage.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+BATCH_PIXELS = 2**23  # over all channels: 56 images of ImageNet's size
+LARGEST_BATCH = 500
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The forward pass's context for a recipe's ``precision``."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: DataSource, workers: Workers, precision: str = "fp32"
+) -> float:
+    """Share of the test images that the model, in eval mode, classifies rightly, in percent.
+
+    Every process takes its share of the images, and as many forward passes as the others, since
+    a sharded model's forward pass is a joint one.
+    """
+    was_training = model.training
+    model.eval()
+    # Bad images that are skipped while streaming are missing from both.
+    right, seen = torch.zeros(2, dtype=torch.int64, device=workers.device)
+    share = -(-data.test_size // workers.world)
+    batch = min(LARGEST_BATCH, max(1, BATCH_PIXELS // math.prod(data.image_shape)))
+    passes = -(-share // batch)
+    with autocast(workers.device, precision):
+        for images, labels in data.test(batch, workers.rank, workers.world):
+            right += (model(images).argmax(1) == labels).sum()
+            seen += len(labels)
+            passes -= 1
+        for _ in range(passes):
+            model(data.example())
+    model.train(was_training)
+    right, seen = workers.total(torch.stack((right, seen)))
+    return 100 * float(right / seen)
+
+
+class Average:
+    """The moving average of all floating-point parameters and buffers of a model.
+
+    Unlike ``torch.optim.swa_utils.AveragedModel`` it copies no module, which FSDP2 does not allow.
+
+    Args:
+        model: whose tensors are followed; they may be DTensors.
+        decay: weight of the past in each update.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._model = model
+        self._update = get_ema_multi_avg_fn(decay)
+        self.tensors = [tensor.detach().clone() for tensor in self._current()]
+
+    def buffers(self) -> list[Tensor]:
+        """The averages of the buffers."""
+        count = sum(buffer.is_floating_point() for buffer in self._model.buffers())
+        return self.tensors[len(self.tensors) - count :]
+
+    def take(self) -> None:
+        """Make the model's present values the averages."""
+        _copy(self.tensors, self._current())
+
+    def _current(self) -> list[Tensor]:
+        every = [*self._model.parameters(), *self._model.buffers()]
+        return [_local(tensor) for tensor in every if tensor.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the model as it is now."""
+        self._update(self.tensors, self._current(), 0)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model holds the averages inside the block, and its own values again after it."""
+        current = self._current()
+        own = [tensor.detach().clone() for tensor in current]
+        _copy(current, self.tensors)
+        try:
+            yield
+        finally:
+            _copy(current, own)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@torch.no_grad()
+def _copy(into: list[Tensor], values: list[Tensor]) -> None:
+    for target, value in zip(into, values, strict=True):
+        target.copy_(value)
+
+
+_log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains a model for one stage with SGD; with scaling factors, through ``pf.step``.
+
+    A step's batch is cut into ``world x accumulate`` shards. What a shard holds, and the random
+    numbers drawn for it, depend on its number alone: N processes, and one that accumulates N
+    shards, do the same work.
+
+    Args:
+        model: prepared by ``parallel.prepare``.
+        stage: epochs and learning rates. seed: of this stage.
+        scales, regularizer: both for sparsity training, neither for plain training.
+
+    Attributes:
+        step: optimizer steps done. loss: sum of the losses since the epoch began, of this process.
+
+    Raises:
+        ArgumentError: the batch does not fit the training set, or cannot be shared out evenly.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: DataSource,
+        recipe: Recipe,
+        stage: Stage,
+        seed: int,
+        workers: Workers,
+        scales: pf.ScalingFactors | None = None,
+        regularizer: pf.Regularizer | None = None,
+    ) -> None:
+        self.model, self.data, self.recipe, self.stage = model, data, recipe, stage
+        self.seed, self.workers = seed, workers
+        self.scales, self.regularizer = scales, regularizer
+        self.steps_per_epoch = steps_per_epoch(data, recipe, workers)
+        self.optimizer = torch.optim.SGD(
+            _groups(model, recipe),
+            lr=stage.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            weight_decay=recipe.weight_decay,
+        )
+        fp16 = recipe.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(workers.device.type, enabled=fp16)
+        self.average = Average(model, recipe.ema) if recipe.ema else None
+        self._wrapped = parallel.wrap(model, recipe, workers)
+        self.step = 0
+        self.loss = torch.zeros((), dtype=torch.float64, device=workers.device)
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs of the stage are done."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole stage."""
+        return self.steps_per_epoch * self.stage.epochs
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        return learning_rate(self.stage, max(self.step - 1, 0), self.steps_per_epoch)
+
+    def rest_of_epoch(self) -> Iterator[None]:
+        """Train to the end of the epoch that was begun or comes next; yields after each step."""
+        count = self.recipe.accumulate
+        done = self.step % self.steps_per_epoch
+        if done == 0:
+            self.loss.zero_()
+        plan = EpochPlan(
+            seed=mix(self.seed, self.epoch),
+            batch_size=self.recipe.batch_size,
+            shards=self.workers.world * count,
+            first_shard=self.workers.rank * count,
+            shard_count=count,
+            start_step=done,
+        )
+        self.model.train()
+        shards = self.data.train(plan)
+        for _ in range(done, self.steps_per_epoch):
+            self._step(islice(shards, count))
+            self.step += 1
+            yield
+        self._share_statistics()
+
+    def mean_loss(self) -> float:
+        """Mean loss of the epoch's steps so far, regularizer not included."""
+        done = (self.step - 1) % self.steps_per_epoch + 1
+        return float(self.workers.total(self.loss)) / (done * self.workers.world)
+
+    def accuracy(self) -> float:
+        """Of the test images, percent, of the averaged weights if there are any."""
+        with self.averaged():
+            right = evaluate(self.model, self.data, self.workers, self.recipe.precision)
+            parallel.settle(self.model)  # else the parameters stay what they are in this block
+        return right
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside this block the model holds the weights that the stage would result in."""
+        return self.average.in_place() if self.average else nullcontext()
+
+    def _step(self, shards: Iterator[tuple[Tensor, Tensor]]) -> None:
+        count = self.recipe.accumulate
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.stage, self.step, self.steps_per_epoch)
+        self.optimizer.zero_grad(set_to_none=True)
+        for index, (images, labels) in enumerate(shards):
+            torch.manual_seed(mix(self.seed, self.step, self.workers.rank * count + index))
+            with self._joint(last=index == count - 1):
+                with autocast(self.workers.device, self.recipe.precision):
+                    logits = self._wrapped(images)
+                    smoothing = self.recipe.label_smoothing
+                    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing) / count
+                self.scaler.scale(loss).backward()
+            self.loss += loss.detach()
+        if self.recipe.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        if self.scales is not None and self.regularizer is not None:
+            pf.step(self.optimizer, self.scales, self.regularizer, scaler=self.scaler)
+        else:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average:
+            self.average.update()
+
+    def _joint(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are exchanged once a step, in its last backward pass."""
+        if last or self.workers.world == 1:
+            return nullcontext()
+        if self.recipe.hardware.parallel == "fsdp":
+            return _unsynchronized(self.model)
+        return self._wrapped.no_sync()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def _share_statistics(self) -> None:
+        """Every process goes on with the mean of all processes' BatchNorm statistics."""
+        if self.workers.world == 1:
+            return
+        for buffer in filter(Tensor.is_floating_point, self._buffers()):
+            buffer.copy_(self.workers.total(buffer) / self.workers.world)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the stage depends on. Every process must ask, at the same step."""
+        averages = None
+        if self.average:
+            with self.averaged():
+                averages = parallel.model_state(self.model, self.recipe)
+                averages = {name: tensor.clone() for name, tensor in averages.items()}
+        return {
+            "model": parallel.model_state(self.model, self.recipe),
+            "optimizer": parallel.optimizer_state(self.model, self.optimizer, self.recipe),
+            "scaler": self.scaler.state_dict(),
+            "average": averages,
+            "regularizer": self.regularizer.state_dict() if self.regularizer else {},
+            "step": self.step,
+            "shards": self.workers.world * self.recipe.accumulate,
+            "loss": self.workers.gather(self.loss.cpu()),
+            "buffers": self.workers.gather([buffer.cpu() for buffer in self._buffers()]),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, on as many processes or on another number."""
+        if self.average:
+            parallel.load_model_state(self.model, state["average"], self.recipe)
+            self.average.take()
+        parallel.load_model_state(self.model, state["model"], self.recipe)
+        parallel.load_optimizer_state(self.model, self.optimizer, state["optimizer"], self.recipe)
+        self.scaler.load_state_dict(state["scaler"])
+        if self.regularizer:
+            self.regularizer.load_state_dict(state["regularizer"])
+        self.step = state["step"]
+        shards = self.workers.world * self.recipe.accumulate
+        if shards != state["shards"] and self.workers.first:
+            _log.warning(
+                "batches are cut into %d parts from here on, %d before: BatchNorm sees other parts,"
+                " and results are no longer those of an uninterrupted run",
+                *(shards, state["shards"]),
+            )
+        if len(state["loss"]) != self.workers.world:
+            # Statistics are then the first process's, up to the end of this epoch.
+            self.loss.copy_(torch.stack(state["loss"]).mean())
+            return
+        self.loss.copy_(state["loss"][self.workers.rank])
+        own = state["buffers"][self.workers.rank]
+        for buffer, value in zip(self._buffers(), own, strict=True):
+            buffer.copy_(value)
+
+    def _buffers(self) -> list[Tensor]:
+        """What differs between the processes within an epoch: BatchNorm's statistics."""
+        return [*self.model.buffers(), *(self.average.buffers() if self.average else ())]
+
+
+def steps_per_epoch(data: DataSource, recipe: Recipe, workers: Workers) -> int:
+    """Optimizer steps of an epoch; the images that fill no batch are left out.
+
+    Raises:
+        ArgumentError: the batch does not fit the training set, or cannot be shared out evenly.
+    """
+    shards = workers.world * recipe.accumulate
+    if recipe.batch_size % shards:
+        raise ArgumentError(
+            f"batch_size={recipe.batch_size}: cannot be shared out evenly over {workers.world} "
+            f"processes x {recipe.accumulate} passes (accumulate)"
+        )
+    steps = data.train_size // recipe.batch_size
+    if steps == 0:
+        raise ArgumentError(
+            f"batch_size={recipe.batch_size}: larger than the {data.train_size} training images"
+        )
+    return steps
+
+
+def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    params = [param for param in model.parameters() if param.requires_grad]
+    if recipe.decay_norms:
+        return [{"params": params}]
+    return [
+        {"params": [param for param in params if param.dim() > 1]},
+        {"params": [param for param in params if param.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+class _unsynchronized(AbstractContextManager[None]):
+    """FSDP2's counterpart of ``no_sync``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+
+    def __enter__(self) -> None:
+        self._model.set_requires_gradient_sync(False)
+
+    def __exit__(self, *_: object) -> None:
+        self._model.set_requires_gradient_sync(True)
+
+
+_SAVE, _STOP = 1, 2
+AGREE_EVERY = 8  # steps between agreements of several processes on whether to save or stop
+SHOW_SECONDS = 0.3  # between two reports of steps
+
+
+class StageLoop:
+    """Carries a trainer to the end of its stage.
+
+    Args:
+        name: of the stage, for people.
+        observers: told of steps and epochs; on the first process only.
+        history: receives a dict for each epoch; gammas: receives counts of γ [L, 100].
+        save: writes a checkpoint; told whether this is the stage's best epoch so far.
+        signals: that may ask to stop.
+        scales, predict: all γ that may be pruned, and what pruning them now would cut.
+
+    Attributes:
+        last: γ after the last epoch so far, at the end of the stage in any case.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        name: str,
+        observers: Sequence[Observer],
+        history: list[dict[str, Any]],
+        gammas: list[Tensor],
+        save: Callable[[bool], None],
+        signals: StopSignals,
+        scales: pf.ScalingFactors | None = None,
+        predict: pf.CutPredictor | None = None,
+    ) -> None:
+        self.trainer, self.name, self.observers = trainer, name, observers
+        self.history, self.gammas, self._save, self._signals = history, gammas, save, signals
+        self.scales, self.predict = scales, predict
+        if scales is not None and predict is not None:
+            predict.rebind(scales)
+        self.last: Gammas | None = None
+        self._minutes = trainer.recipe.hardware.checkpoint_minutes
+        self._saved = self._shown = time.perf_counter()
+        self._steps_shown = trainer.step
+
+    def epochs(self) -> Iterator[None]:
+        """Train to the end of the stage; yields after each epoch, its checkpoint written.
+
+        Raises:
+            Interrupted: a signal asked to stop; the checkpoint is written.
+        """
+        trainer, epochs = self.trainer, self.trainer.stage.epochs
+        for observer in self.observers:
+            observer.stage_started(self.name, trainer.step, trainer.steps, epochs)
+        while trainer.epoch < epochs:
+            start, first = time.perf_counter(), trainer.step
+            for _ in trainer.rest_of_epoch():
+                if self.observers:
+                    self._show()
+                self._pause()
+            self._epoch_done(time.perf_counter() - start, trainer.step - first)
+            # Now the checkpoint is there, so stopping costs nothing.
+            if trainer.workers.agree(bool(self._signals.received)):
+                raise Interrupted(self._signals.received or signal.SIGTERM)
+            yield
+        if self.last is None:  # interrupted after the last epoch
+            self.last = self._gammas()
+
+    def _pause(self) -> None:
+        """Between two steps of an epoch: save or stop, where it is time or was asked for."""
+        trainer, workers = self.trainer, self.trainer.workers
+        if trainer.step % trainer.steps_per_epoch == 0:
+            return  # the epoch's own checkpoint comes next
+        if workers.world > 1 and trainer.step % AGREE_EVERY:
+            return
+        due = time.perf_counter() - self._saved >= 60 * self._minutes
+        wanted = _STOP if self._signals.received else _SAVE * (due and workers.first)
+        wanted = workers.agree(wanted)
+        if wanted:
+            self._checkpoint(False)
+        if wanted == _STOP:
+            raise Interrupted(self._signals.received or signal.SIGTERM)
+
+    def _checkpoint(self, best: bool) -> None:
+        self._save(best)
+        self._saved = time.perf_counter()
+
+    def _epoch_done(self, seconds: float, steps: int) -> None:
+        trainer = self.trainer
+        accuracy = trainer.accuracy()
+        with trainer.averaged():  # what would be pruned
+            self.last = self._gammas()
+        earlier = [past["accuracy"] for past in self.history if past["stage"] == self.name]
+        epoch = Epoch(
+            stage=self.name,
+            epoch=trainer.epoch,
+            epochs=trainer.stage.epochs,
+            index=len(self.history) + 1,
+            loss=trainer.mean_loss(),
+            accuracy=accuracy,
+            lr=trainer.lr,
+            seconds=seconds,
+            images_per_second=steps * trainer.recipe.batch_size / seconds,
+            gammas=self.last,
+        )
+        self.history.append(epoch.to_dict())
+        if self.last is not None:
+            self.gammas.append(self.last.histograms)
+        self._checkpoint(accuracy > max(earlier, default=-1.0))
+        for observer in self.observers:
+            observer.epoch_finished(epoch)
+
+    def _show(self) -> None:
+        now, trainer = time.perf_counter(), self.trainer
+        if now - self._shown < SHOW_SECONDS:
+            return
+        # Sharded γ could be looked at by all processes together only: at the end of the epoch.
+        gammas = None if trainer.recipe.hardware.parallel == "fsdp" else self._gammas()
+        rate = (trainer.step - self._steps_shown) * trainer.recipe.batch_size / (now - self._shown)
+        self._shown, self._steps_shown = now, trainer.step
+        done = (trainer.step - 1) % trainer.steps_per_epoch + 1
+        step = Step(
+            stage=self.name,
+            step=trainer.step,
+            steps=trainer.steps,
+            epoch=(trainer.step - 1) // trainer.steps_per_epoch + 1,
+            epochs=trainer.stage.epochs,
+            loss=float(trainer.loss) / done,
+            lr=trainer.lr,
+            images_per_second=rate,
+            cut=None if gammas is None else gammas.cut,
+            at_zero=None if gammas is None else gammas.at_zero,
+        )
+        for observer in self.observers:
+            observer.step_finished(step)
+
+    def _gammas(self) -> Gammas | None:
+        if self.scales is None or self.predict is None:
+            return None
+        with torch.no_grad():
+            values = {  # copies: the parameters go on changing
+                name: gamma.to("cpu", torch.float32, copy=True).flatten()
+                for name, gamma in whole(self.scales).items()
+            }
+        regularizer = self.trainer.regularizer
+        return Gammas(
+            values=values,
+            cut=self.predict.cut({name: gamma.abs() for name, gamma in values.items()}),
+            lam=regularizer.lam if regularizer else 0.0,
+            t=regularizer.t if regularizer else 0.0,
+        )

@@ -1,0 +1,286 @@
+"""What removed channels leave behind: constants, handed on to whatever reads them.
+
+A channel with γ = 0 is not nothing. It is the constant act(β), whatever the input, and its readers
+see it. The constants are read off the real network: a float64 copy with γ = 0 on the removed
+channels runs in eval mode, and what a reader sees in a removed channel *is* the constant. Where it
+is the same everywhere, it becomes a bias; where zero padding (or another linear map that all
+removed channels share) shapes it, one constant channel with γ = 0, β = 1 carries that shape for
+all of them.
+"""
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from ..copies import doubled, mask, tensors_of_model
+from ..inputs import Spec, device_of, generate
+from ..layers import plain_type
+from ..tracing.classes import Channels
+from ..tracing.graph import ProjectionCall
+from .carriers import Carriers
+from .replay import DEPENDS, Field, Fold, ReaderFold, Runs, shift_of
+
+#: Seeds of two runs: what differs between them depends on the input.
+FIRST, SECOND = 1, 2
+
+
+def fold_constants(
+    model: nn.Module,
+    channels: Channels,
+    kept: dict[str, Tensor],
+    alive: Tensor,
+    spec: Spec,
+    mode: str,
+    forced: Iterable[int] = (),
+) -> Fold:
+    """Work out what the readers of removed channels must take over.
+
+    Args:
+        model: the original network.
+        channels: its channel classes.
+        kept: γ name -> kept channels.
+        alive: bool [graph.count], without constant channels.
+        spec: description of the inputs.
+        mode: "none" (β is dropped first), "bias" or "exact".
+        forced: classes that stay as constant channels whether or not they are needed, as a plan
+            says.
+    """
+    wanted = _wanted(channels, alive)
+    result = Fold(constant=set(forced))
+    if not wanted:
+        return result
+    masked = Masked(model, channels, kept, spec, mode == "none")
+    sinks = Sinks(model, channels)
+    look = _Look(masked, wanted)
+    result.lasting = not look.real
+    pending: dict[int, str] = {}
+    for i, seen in look.fields.items():
+        if seen.largest == 0 and i not in look.depends:
+            continue
+        call = channels.graph.projections[i]
+        reader = result.readers[i] = ReaderFold(call.weight, sinks.name(i))
+        problem = DEPENDS if i in look.depends else seen.problem()
+        if problem is None and (call.padded or call.transposed):
+            problem = "zero padding: not exact at the border"
+        if problem is None and sinks.lost(i):
+            problem = "its layer has no bias that could take up a constant"
+        if problem is None or mode == "bias":
+            reader.take(wanted[i], seen.level, problem and _note(problem, seen, channels))
+        else:
+            pending[i] = problem
+    if pending:
+        _carry(result, look, pending, Carriers(channels, alive), sinks)
+    sinks.settle(result)
+    return result
+
+
+def new_biases(model: nn.Module, channels: Channels, fold: Fold, alive: Tensor) -> dict[str, int]:
+    """Bias name -> length, of the biases that the fold creates."""
+    existing = tensors_of_model(model).keys()
+    return {
+        reader.sink: int(alive[channels.graph.projections[index].outputs].sum())
+        for index, reader in fold.readers.items()
+        if reader.adds and reader.sink is not None and reader.sink not in existing
+    }
+
+
+def _wanted(channels: Channels, alive: Tensor) -> dict[int, Tensor]:
+    """Index of every reader that stays -> the removed channels that it reads."""
+    wanted = {}
+    for i, call in enumerate(channels.graph.projections):
+        if call.counted and not call.depthwise and bool(alive[call.outputs].any()):
+            gone = (~alive[call.inputs]).nonzero().flatten()
+            if gone.numel():
+                wanted[i] = gone
+    return wanted
+
+
+class Masked:
+    """The network with γ = 0 on the removed channels, in float64, and what readers see in it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        channels: Channels,
+        kept: dict[str, Tensor],
+        spec: Spec,
+        zero_beta: bool,
+    ) -> None:
+        self._model, self._kept, self._zero_beta = model, kept, zero_beta
+        self._graph, self._spec, self._device = channels.graph, spec, device_of(model)
+
+    @cached_property
+    def whole(self) -> Runs:
+        """The network itself."""
+        runs = self._copy(set())
+        runs.model.double()  # layers that keep tensors of other kinds convert them there
+        return runs
+
+    @cached_property
+    def hollow(self) -> Runs:
+        """The network without the weights of its products, and so whatever these are."""
+        return self._copy(self._graph.product_weights())
+
+    def _copy(self, hollow: set[str]) -> Runs:
+        copied, tensors = doubled(self._model, hollow)
+        mask(tensors, self._kept, self._zero_beta)
+        return Runs(copied.eval(), tensors, self._graph.projections, hollow)
+
+    def see(self, runs: Runs, wanted: dict[int, Tensor], seed: int) -> dict[int, Field]:
+        """What readers see on random inputs; none if the network does not run without weights."""
+        inputs = generate(self._spec, device=self._device, dtype=torch.float64, seed=seed)
+        return runs.fields(inputs, wanted, seed) or {}
+
+
+class _Look:
+    """What the readers see in the removed channels.
+
+    Attributes:
+        masked, wanted: where, and at what.
+        fields: by index into `graph.projections`.
+        depends: readers that see something that depends on the input.
+        real: readers that were looked at in the whole network.
+    """
+
+    def __init__(self, masked: Masked, wanted: dict[int, Tensor]) -> None:
+        self.masked, self.wanted = masked, wanted
+        self.fields = masked.see(masked.hollow, wanted, FIRST)
+        again = masked.see(masked.hollow, wanted, SECOND) if self.fields else {}
+        self.real = {
+            i
+            for i in wanted
+            if i not in self.fields or i not in again or self.fields[i].differs_from(again[i])
+        }
+        self.depends: set[int] = set()
+        if self.real:
+            unsure = {i: wanted[i] for i in self.real}
+            first, second = (masked.see(masked.whole, unsure, seed) for seed in (FIRST, SECOND))
+            # A gate may hardly move on two inputs, and still follow whatever is before it.
+            moved = {i for i in self.real & self.fields.keys() & again.keys() if first[i].largest}
+            self.fields = {i: f for i, f in self.fields.items() if i not in unsure} | first
+            self.depends = moved | {
+                i for i in first if i not in second or first[i].differs_from(second[i])
+            }
+
+    def unit(self, carriers: Carriers, indices: Iterable[int]) -> dict[int, Field]:
+        """What these readers see in constant channels."""
+        left = {i: self.wanted[i] for i in indices}
+        found: dict[int, Field] = {}
+        for runs in ("hollow", "whole"):
+            mine = {i: gone for i, gone in left.items() if runs == "whole" or i not in self.real}
+            if mine:
+                chosen: Runs = getattr(self.masked, runs)
+                with carriers.shown(chosen.tensors):
+                    found |= self.masked.see(chosen, mine, FIRST)
+                left = {i: gone for i, gone in left.items() if i not in found}
+        return found
+
+
+def _carry(
+    result: Fold, look: _Look, pending: dict[int, str], carriers: Carriers, sinks: "Sinks"
+) -> None:
+    """Let constant channels carry what these readers see; where they cannot, fold one value for
+    each channel and say so.
+    """
+    channels = carriers.channels
+    several = {i for i in pending if len(sinks.calls_of_weight(i)) > 1}  # one weight, several uses
+    unit = look.unit(carriers, pending.keys() - look.depends - several)
+    for i, problem in pending.items():
+        call, positions, seen = channels.graph.projections[i], look.wanted[i], look.fields[i]
+        left = torch.ones(positions.numel(), dtype=torch.bool, device="cpu")
+        if i in unit:
+            needed, left = carriers.carry(result.readers[i], call, positions, seen, unit[i])
+            result.constant |= needed
+        if bool(left.any()):
+            note = _note(problem, seen, channels, left)
+            result.readers[i].take(positions[left], seen.level[left], note)
+
+
+def _note(problem: str, seen: Field, channels: Channels, left: Tensor | None = None) -> str:
+    """Why a fold is not exact, what is folded instead, and how far that is from what is there."""
+    off = float((seen.off if left is None else seen.off[left]).max())
+    if off == 0:
+        return problem
+    folded = "the value in the middle" if seen.middle else "the mean"
+    cure = "" if channels.graph.gate_names() else "; gates leave no constants (pf.add_gates)"
+    share = f"by up to {off / seen.largest:.0%} of the largest constant"
+    return f"{problem}, {share}: {folded} is folded{cure}"
+
+
+class Sinks:
+    """Where the constants added to each call's output go.
+
+    A norm that alone reads the output, untouched, takes them into its running mean: a bias there
+    would be cancelled in training. Else the bias takes them, created if torch's layer has none.
+    """
+
+    def __init__(self, model: nn.Module, channels: Channels) -> None:
+        self._model, self._channels = model, channels
+        self._tensors = tensors_of_model(model)
+        self._calls = channels.graph.projections
+        self._names = [self._find(i, call) for i, call in enumerate(self._calls)]
+
+    def _find(self, index: int, call: ProjectionCall) -> tuple[str | None, bool]:
+        """The tensor's name (None: the norm behind cancels it), and whether it is lost."""
+        norm = self._channels.sole_norm(index)
+        if norm is not None:
+            return norm.mean, False
+        if call.bias is not None:
+            return call.bias, False
+        owner, _, attribute = call.weight.rpartition(".")
+        if plain_type(self._model.get_submodule(owner)) in WITH_BIAS and attribute == "weight":
+            return f"{owner}.bias".lstrip("."), False
+        return None, True
+
+    def name(self, index: int) -> str | None:
+        """The tensor that takes up what is added to this call's output."""
+        return self._names[index][0]
+
+    def lost(self, index: int) -> bool:
+        """Whether nothing can take it up."""
+        return self._names[index][1]
+
+    def calls_of_weight(self, index: int) -> list[int]:
+        """The eval-mode calls of the same weight."""
+        weight = self._calls[index].weight
+        return [i for i, c in enumerate(self._calls) if c.weight == weight and c.counted]
+
+    def settle(self, result: Fold) -> None:
+        """Where calls that share a sink would add different constants, fold their mean."""
+        users: dict[str, list[int]] = {}
+        for i, call in enumerate(self._calls):
+            name = self.name(i)
+            if name is not None and call.counted:
+                users.setdefault(name, []).append(i)
+        for name in {r.sink for r in result.readers.values() if r.adds and r.sink}:
+            if len(users[name]) == 1:
+                continue
+            result.lasting = False
+            shifts = [self._shift(result, i) for i in users[name]]
+            mean = torch.stack(shifts).mean(0)
+            if all(torch.allclose(shift, mean, rtol=1e-12, atol=0) for shift in shifts):
+                continue
+            for i in users[name]:
+                reader = result.readers.setdefault(i, ReaderFold(self._calls[i].weight, name))
+                reader.shift = mean
+                reader.note = f"shares {name} with a call that reads other constants: their mean"
+
+    def _shift(self, result: Fold, index: int) -> Tensor:
+        call, reader = self._calls[index], result.readers.get(index)
+        if reader is None or not reader.adds:
+            return torch.zeros(call.outputs.numel(), dtype=torch.float64, device="cpu")
+        return shift_of(call, self._tensors[call.weight], reader)
+
+
+#: Torch's layers whose forward adds `self.bias` unless it is None.
+WITH_BIAS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)

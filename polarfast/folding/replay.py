@@ -1,0 +1,471 @@
+"""Runs of the masked network: what the readers of removed channels see in it, and how each of them
+takes it over.
+
+Each convolution and linear layer is met as the call that it is in the traced graph.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..copies import tensors_of_model
+from ..errors import PlanError
+from ..inputs import call_model, plain_eager
+from ..kernels.gather import gather_channels
+from ..tracing.graph import ProjectionCall
+from ..tracing.projections import convolution_shape
+
+#: A field counts as one constant (or as proportional to another field) up to this share of its
+#: largest value: float64 rounding.
+TOLERANCE = 1e-11
+DEPENDS, DIFFERS = "depends on the input", "differs from place to place"
+
+
+@dataclass
+class Field:
+    """What one reader sees in R removed channels.
+
+    Attributes:
+        values: float64 [R, places], of the first sample; [R, 1] where none differs from place to
+            place.
+        level: float64 [R], the one value that stands for each best.
+        off: float64 [R], how far any is from it at most.
+        largest: the largest absolute value.
+        varies: whether the samples differ.
+        middle: `level` is the value in the middle, not the mean.
+    """
+
+    values: Tensor
+    level: Tensor
+    off: Tensor
+    largest: float
+    varies: bool
+    middle: bool
+
+    def differs_from(self, other: "Field") -> bool:
+        """Whether another run showed something else."""
+        places, others = self.values.shape[1], other.values.shape[1]
+        if self.varies or other.varies or (places != others and 1 not in (places, others)):
+            return True
+        apart = (self.values - other.values).abs().max()
+        return not float(apart) <= self.largest * TOLERANCE
+
+    def problem(self) -> str | None:
+        """Why a channel is not one value, if so."""
+        return DIFFERS if self.values.shape[1] > 1 else None
+
+
+def observe(seen: Tensor, in_the_middle: bool) -> Field:
+    """Sum up what a call reads.
+
+    Args:
+        seen: float64 [N, R, ...].
+        in_the_middle: the value in the middle stands for the others, not their mean: a zero-padded
+            reader sees something else at the border anyway.
+    """
+    flat = seen.flatten(2) if seen.dim() > 2 else seen.unsqueeze(2)
+    low, high = flat.amin((0, 2)).cpu(), flat.amax((0, 2)).cpu()
+    largest = float(torch.maximum(low.abs(), high.abs()).max())
+    limit = largest * TOLERANCE
+    if bool((high - low <= limit).all()):
+        values = flat[0, :, :1].cpu()
+        return Field(values, values[:, 0], torch.zeros_like(low), largest, False, in_the_middle)
+    level = flat.mean((0, 2))
+    if in_the_middle:
+        middle = seen
+        for size in seen.shape[2:]:
+            middle = middle.select(2, size // 2)
+        level = middle.mean(0)
+    level = level.cpu()
+    varies = len(flat) > 1 and not bool(((flat - flat[:1]).abs() <= limit).all())
+    off = torch.maximum((high - level).abs(), (low - level).abs())
+    return Field(flat[0].cpu(), level, off, largest, varies, in_the_middle)
+
+
+@dataclass
+class ReaderFold:
+    """How one reader takes over the constants of the removed channels that it read.
+
+    Attributes:
+        weight: the reader's parameter name.
+        sink: the tensor that takes up what the constants add to the reader's output; None: nothing
+            does (it is cancelled, or it is lost).
+        shifted: input positions whose constants `sink` takes up.
+        level: float64, the one value that each of `shifted` counts as.
+        shift: float64 [C_out], what goes into `sink` where that is not the reader's own weights
+            times `level`.
+        columns: constant channel's position -> removed channels' positions that it stands for, and
+            each one's multiple of the constant channel.
+        note: why the fold is not exact; None if it is.
+    """
+
+    weight: str
+    sink: str | None = None
+    shifted: Tensor | None = None
+    level: Tensor | None = None
+    shift: Tensor | None = None
+    columns: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    note: str | None = None
+
+    @property
+    def adds(self) -> bool:
+        """Whether anything goes into `sink`."""
+        return self.sink is not None and (self.level is not None or self.shift is not None)
+
+    def take(self, positions: Tensor, level: Tensor, note: str | None) -> None:
+        """Let `sink` take up one value for each of these removed channels."""
+        self.shifted, self.level, self.note = positions, level, note
+
+
+@dataclass
+class Fold:
+    """All constants of a network.
+
+    Attributes:
+        readers: by index into `graph.projections`.
+        constant: classes that stay as constant channels (in a grouped convolution, one channel per
+            group).
+        lasting: whether it would be the same with other weights of convolutions and linear layers.
+    """
+
+    readers: dict[int, ReaderFold] = field(default_factory=dict)
+    constant: set[int] = field(default_factory=set)
+    lasting: bool = True
+
+    def notes(self) -> dict[str, str]:
+        """Reader's weight name -> why its fold is not exact."""
+        return {reader.weight: reader.note for reader in self.readers.values() if reader.note}
+
+
+def shift_of(
+    call: ProjectionCall, weight: Tensor, reader: ReaderFold, rows: Tensor | None = None
+) -> Tensor:
+    """What a reader's folded constants add to its output channels.
+
+    Args:
+        call: the reader.
+        weight: its full-size weight, of any floating point dtype.
+        reader: its fold; `adds` is True.
+        rows: output channels asked for; by default, all.
+
+    Returns:
+        Float64 [C_out] or [rows], on the CPU, new.
+    """
+    if reader.shift is not None:
+        return reader.shift.clone() if rows is None else reader.shift[rows]
+    assert reader.level is not None and reader.shifted is not None
+    level, positions = reader.level.to(weight.device), reader.shifted.to(weight.device)
+    if call.groups == 1 and not call.transposed:
+        used = gather_channels(weight.detach(), rows, positions).double()
+        return ((used.flatten(2).sum(2) if used.dim() > 2 else used) @ level).cpu()
+    taps = weight.detach().double()
+    value = torch.zeros(call.inputs.numel(), dtype=torch.float64, device=weight.device)
+    value[positions] = level
+    if call.transposed:
+        taps = taps.flatten(2).mean(2) if taps.dim() > 2 else taps
+        per_group = taps.view(call.groups, -1, taps.shape[1]) * value.view(call.groups, -1, 1)
+        shift = per_group.sum(1).flatten().cpu()
+        return shift if rows is None else shift[rows]
+    taps = taps.flatten(2).sum(2) if taps.dim() > 2 else taps
+    per_group = taps.view(call.groups, -1, taps.shape[1]) * value.view(call.groups, 1, -1)
+    shift = per_group.sum(2).flatten().cpu()
+    return shift if rows is None else shift[rows]
+
+
+#: Products, and where their input and their weight stand among the arguments.
+PRODUCTS = {"convolution": (0, 1), "addmm": (1, 2), "mm": (0, 1)}
+#: Other views of a weight, or copies of one.
+VIEWS = frozenset("t transpose permute view _unsafe_view unsqueeze expand detach alias".split())
+COPIES = frozenset(("clone", "_to_copy"))
+
+
+class StaysDouble(TorchDispatchMode):
+    """Keeps in float64 what is in float64, where the network's code asks for a shorter dtype."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # here composite operators arrive whole
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        asked = kwargs.get("dtype")
+        if asked is not None and asked.is_floating_point and _is_double(args):
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return self.operator(func.overloadpacket.__name__, func, args, kwargs)
+
+    def operator(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run one operator."""
+        return func(*args, **kwargs)
+
+
+def _is_double(args: Any) -> bool:
+    return bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
+
+
+class _Projections(StaysDouble):
+    """Meets each convolution and linear layer of a model as the call it is in the traced graph.
+
+    Args:
+        tensors: the model's parameters and buffers by name.
+        calls: `graph.projections`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], calls: list[ProjectionCall]) -> None:
+        super().__init__()
+        self.calls = calls
+        self.names = {tensor.data_ptr(): name for name, tensor in tensors.items()}
+        self.copies: list[Tensor] = []  # kept, so that no other tensor gets their addresses
+        order: dict[str, list[int]] = {}
+        for i, call in enumerate(calls):
+            order.setdefault(call.weight, []).append(i)
+        self.waiting: dict[str, Iterator[int]] = {n: iter(indices) for n, indices in order.items()}
+
+    def operator(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        place = PRODUCTS.get(name)
+        if place is None:
+            return self.other(name, func, args, kwargs)
+        weight = args[place[1]]
+        index = next(self.waiting.get(self.names.get(weight.data_ptr(), ""), iter(())), None)
+        if index is None:
+            return self.other(name, func, args, kwargs)
+        x = self.read(index, args[place[0]], args)
+        args = (*args[: place[0]], x, *args[place[0] + 1 :])
+        return self.write(index, self.product(index, func, args))
+
+    def other(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run what is no call of the graph."""
+        out = func(*args, **kwargs)
+        if name in COPIES and args[0].data_ptr() in self.names:
+            self.names[out.data_ptr()] = self.names[args[0].data_ptr()]
+            self.copies.append(out)
+        return out
+
+    def read(self, index: int, x: Tensor, args: Any) -> Tensor:
+        """What the call is to read instead of `x`; `args`: of its operator."""
+        return x
+
+    def product(self, index: int, func: Any, args: Any) -> Tensor:
+        """The call's output."""
+        return func(*args)
+
+    def write(self, index: int, out: Tensor) -> Tensor:
+        """What the call is to return instead of `out`."""
+        return out
+
+
+class _Reads(_Projections):
+    """Notes what each call reads in the channels asked for."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        calls: list[ProjectionCall],
+        wanted: dict[int, Tensor],
+    ) -> None:
+        super().__init__(tensors, calls)
+        self.wanted, self.fields = wanted, dict[int, Field]()
+
+    def read(self, index: int, x: Tensor, args: Any) -> Tensor:
+        positions = self.wanted.get(index)
+        if positions is not None and x.numel():
+            seen = x.index_select(1, positions.to(x.device))
+            if x.dim() > 2 and _taps(args[1]) == 1 and not any(args[4]):
+                for dim, stride in enumerate(args[3], 2):  # in between it reads nothing
+                    seen = seen[(slice(None),) * dim + (slice(None, None, stride),)]
+            call = self.calls[index]
+            self.fields[index] = observe(seen, in_the_middle=call.padded or call.transposed)
+        return x
+
+
+class Unfit(Exception):
+    """A network that does not run without its weights."""
+
+
+class _Hollow(_Reads):
+    """Instead of computing products with weights that are not there, draws them.
+
+    What a removed channel leaves behind does not depend on any of these products; so a field that
+    is the same whatever they are is what the real network shows. For a fraction of the time.
+
+    Args:
+        tensors, calls, wanted: as in `_Reads`; of a model with zeros for the weights of products.
+        hollow: names of the weights that are not there.
+        seed: of the numbers drawn.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        calls: list[ProjectionCall],
+        wanted: dict[int, Tensor],
+        hollow: set[str],
+        seed: int,
+    ) -> None:
+        super().__init__(tensors, calls, wanted)
+        self.hollow = {address for address, name in self.names.items() if name in hollow}
+        self.draws = _Draws(seed)
+
+    def other(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.hollow.isdisjoint(_addresses(args, kwargs)):
+            return super().other(name, func, args, kwargs)
+        if name in VIEWS:
+            return func(*args, **kwargs)
+        if name in COPIES:
+            return args[0].detach()
+        raise Unfit(f"{func} reads a weight")
+
+    def product(self, index: int, func: Any, args: Any) -> Tensor:
+        x, weight = (args[i] for i in PRODUCTS[func.overloadpacket.__name__])
+        if weight.data_ptr() not in self.hollow:
+            return super().product(index, func, args)
+        shape = convolution_shape(args) if func.overloadpacket.__name__ == "convolution" else None
+        return self.draws.take(shape or [x.shape[0], weight.shape[1]], x.device)
+
+
+class _Draws:
+    """Random float64 tensors, all cut out of one: drawing takes longer than using them."""
+
+    SLACK = 8192
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+        self.count = 0
+        self.pool = torch.empty(0)
+
+    def take(self, shape: list[int], device: torch.device) -> Tensor:
+        """A tensor like no other that was taken."""
+        wanted = math.prod(shape)
+        if self.pool.numel() < wanted + self.SLACK:
+            drawn = torch.empty(wanted + self.SLACK, dtype=torch.float32, device="cpu")
+            self.pool = drawn.normal_(generator=self.generator).to(device, torch.float64)
+        self.count = (self.count + 1) % self.SLACK
+        # A copy, since networks work in place.
+        return self.pool[self.count : self.count + wanted].clone().view(shape)
+
+
+def _taps(weight: Tensor) -> int:
+    return math.prod(weight.shape[2:])
+
+
+def _addresses(args: Any, kwargs: dict[str, Any]) -> set[int]:
+    found: set[int] = set()
+    for arg in (*args, *kwargs.values()):
+        if isinstance(arg, Tensor):
+            found.add(arg.data_ptr())
+        elif isinstance(arg, (list, tuple)):
+            found.update(part.data_ptr() for part in arg if isinstance(part, Tensor))
+    return found
+
+
+#: What may go wrong in a network's code on numbers that are unlike any real ones.
+_ANY = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    Unfit,
+    ValueError,
+)
+
+
+class AsFolded(_Projections):
+    """Lets each reader whose fold is not exact see what the plan says it sees: instead of the
+    removed channels' constants, the one value that is folded for each.
+    """
+
+    def __init__(self, model: nn.Module, fold: Fold, calls: list[ProjectionCall]) -> None:
+        tensors = tensors_of_model(model)
+        super().__init__(tensors, calls)
+        self.readers = {i: reader for i, reader in fold.readers.items() if reader.note}
+        self.shifts = {
+            i: shift_of(calls[i], tensors[calls[i].weight], reader)
+            for i, reader in self.readers.items()
+            if reader.adds
+        }
+
+    def read(self, index: int, x: Tensor, args: Any) -> Tensor:
+        reader = self.readers.get(index)
+        if reader is None or reader.shifted is None:
+            return x
+        return x.index_fill(1, reader.shifted.to(x.device), 0.0)
+
+    def write(self, index: int, out: Tensor) -> Tensor:
+        shift = self.shifts.get(index)
+        if shift is None:
+            return out
+        return out + shift.to(out.device).view(1, -1, *[1] * (out.dim() - 2))
+
+
+def run_double(model: nn.Module, inputs: Any) -> Any:
+    """A float64 model on float64 inputs.
+
+    Raises:
+        PlanError: the network's code asks for another dtype.
+    """
+    try:
+        with plain_eager(), StaysDouble():
+            return call_model(model, inputs)
+    except RuntimeError as error:
+        if "dtype" not in str(error) and "same type" not in str(error):
+            raise
+        raise PlanError(
+            f"the network cannot run in float64, in which removed channels are worked out: {error}."
+            " Let its code take the dtype from its input (torch.zeros(…, dtype=x.dtype))"
+        ) from error
+
+
+@dataclass
+class Runs:
+    """Runs of one float64 copy of a model.
+
+    Attributes:
+        model, tensors: the copy, and its parameters and buffers by name.
+        calls: `graph.projections`.
+        hollow: names of weights that are not there, but zeros of their shapes.
+    """
+
+    model: nn.Module
+    tensors: dict[str, Tensor]
+    calls: list[ProjectionCall]
+    hollow: set[str] = field(default_factory=set)
+
+    def fields(self, inputs: Any, wanted: dict[int, Tensor], seed: int) -> dict[int, Field] | None:
+        """For each call index in `wanted`, what the call reads in those input channels; None where
+        a model does not run without its weights.
+
+        Raises:
+            PlanError: what a whole model reads is not finite.
+        """
+        if self.hollow:
+            return self._drawn(inputs, wanted, seed)
+        with _Reads(self.tensors, self.calls, wanted) as reads:
+            run_double(self.model, inputs)
+        for index, seen in reads.fields.items():
+            if not math.isfinite(seen.largest):
+                raise PlanError(
+                    f"{self.calls[index].weight} reads NaN or inf in a removed channel, on random "
+                    "inputs between the example inputs' smallest and largest value: use example "
+                    "inputs like the real ones, and check that training has not diverged"
+                )
+        return reads.fields
+
+    def _drawn(self, inputs: Any, wanted: dict[int, Tensor], seed: int) -> dict[int, Field] | None:
+        reads = _Hollow(self.tensors, self.calls, wanted, self.hollow, seed)
+        try:
+            with reads, plain_eager():
+                call_model(self.model, inputs)
+        except _ANY:
+            # Its code may well want other numbers than random ones (an index, a box): then the
+            # whole network runs, and any error that is one shows.
+            return None
+        return reads.fields

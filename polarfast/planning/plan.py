@@ -1,0 +1,282 @@
+"""`plan`: from thresholds to the channels that stay, and what that saves."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PlanError
+from ..folding.fold import new_biases
+from ..folding.recalling import Made
+from ..folding.replay import Fold
+from ..inputs import describe, unwrap
+from ..layers import lost_gates
+from ..scaling.factors import ScalingFactors
+from ..tracing.cache import Traced, traced
+from ..tracing.classes import Channels
+from .layout import Layout
+from .limits import Counts, Limits, Shares, check_fold
+from .pruning_plan import LayerPlan, PruningPlan
+from .selection import LAST, Chooser, Selection
+from .share import Aim, Reach, reach
+from .thresholds import Ranking, as_factors, check_finite, magnitudes, thresholds
+
+#: A layer that keeps a smaller share of its channels is pointed out.
+ALMOST_NOTHING = 0.05
+#: Where γ have parted, few lie so closely above a valley's threshold.
+GAP = 0.05
+
+Notes = dict[str, list[str]]  # γ name -> what to know
+
+
+def limit_notes(choice: Selection) -> Notes:
+    """What came back for the limits, and what nothing reads."""
+    found: Notes = {}
+    for name, first, now in zip(choice.layers, choice.first, choice.counts(), strict=True):
+        mine = found[name] = []
+        if name in choice.unread:
+            mine.append("nothing reads it any more")
+            if not now:
+                continue
+        reasons = dict(choice.added[name])
+        if reasons.pop(LAST, 0):
+            mine.append(LAST)
+        coupled = now - first - sum(choice.added[name].values())
+        if coupled > 0:
+            reasons["coupled layers"] = coupled
+        if reasons:
+            several = len(reasons) > 1
+            each = [f"{number} {why}" if several else why for why, number in reasons.items()]
+            mine.append(f"{sum(reasons.values())} added back ({', '.join(each)})")
+    return found
+
+
+def note_crowds(
+    notes: Notes,
+    compared: Mapping[str, Tensor],
+    bounds: Mapping[str, float | None],
+    gaps: bool,
+) -> None:
+    """Point out layers without a valley, and (`gaps`) those whose threshold runs through γ that
+    have not parted: of these, most of what stays is hardly larger than what goes, and what goes may
+    be missed. Single γ on their way to one side are harmless.
+    """
+    for name, bound in bounds.items():
+        if bound is None:
+            notes[name].insert(0, "no valley: nothing removed")
+            continue
+        above = compared[name][compared[name] > bound]
+        near = int((above <= bound + GAP).sum())
+        crowded = near and 2 * near >= above.numel() and above.numel() < compared[name].numel()
+        if gaps and crowded:
+            notes[name].append(
+                f"no gap: {near} of {above.numel()} above the threshold lie within {GAP:g} of it"
+            )
+
+
+def note_ranking(notes: Notes, ranking: Ranking, count: int) -> None:
+    """Say where the share asked for goes on above a valley, or between equal γ."""
+    above, ties = ranking.above_valleys(count), ranking.ties(count)
+    for name, mine in notes.items():
+        if above[name]:
+            mine.insert(0, f"{above[name]} above its valley go, to reach the share to cut")
+        if ties[name]:
+            mine.insert(0, f"{ties[name]} equal to the threshold stay, the first ones")
+
+
+def note_widths(notes: Notes, choice: Selection, folded: Fold, limits: Limits) -> None:
+    """Say where a width cannot be a multiple of `round_to`, which layers keep almost nothing, and
+    which keep nothing.
+    """
+    constant = choice.positions(folded.constant)
+    for (name, labels), kept in zip(choice.layers.items(), choice.counts(), strict=True):
+        full, multiple = labels.numel(), limits.round_to[name]
+        width = kept + len(constant[name])
+        if width % multiple:
+            why = f"fewer than {multiple}" if full < multiple else f"no multiple of {multiple}"
+            notes[name].append(f"whole, since {full} channels are {why}")
+        if 0 < kept < ALMOST_NOTHING * full:
+            notes[name].append("almost everything goes: is λ too strong here?")
+        if not kept:
+            notes[name].append("branch is constant" if constant[name] else "branch disappears")
+
+
+def write_plan(
+    chooser: Chooser,
+    choice: Selection,
+    folded: Fold,
+    bounds: Mapping[str, float | None],
+    notes: Notes,
+    *,
+    method: str,
+    asked: dict[str, Any],
+) -> PruningPlan:
+    """The plan of a selection and its constants.
+
+    Args:
+        bounds: γ name -> threshold.
+        method, asked: how the plan was made, as in `PruningPlan`.
+    """
+    model, channels = chooser.model, chooser.channels
+    alive = choice.alive()
+    alive |= channels.in_classes(folded.constant)
+    layout, whole = Layout(channels, alive), Layout(channels, torch.ones_like(alive))
+    constant = choice.positions(folded.constant)
+    layers = {
+        name: LayerPlan(labels.numel(), bounds[name], "; ".join(notes[name]), constant[name])
+        for name, labels in choice.layers.items()
+    }
+    return PruningPlan(
+        kept=choice.kept(),
+        layers=layers,
+        pinned=dict(channels.pinned),
+        residual=channels.residual,
+        method=method,
+        fold=chooser.fold,
+        inputs=chooser.spec,
+        macs_before=whole.macs(),
+        macs=layout.macs(),
+        params_before=whole.params(model, {}),
+        params=layout.params(model, new_biases(model, channels, folded, alive)),
+        inexact=folded.notes(),
+        asked=asked,
+    )
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    scales: ScalingFactors,
+    method: str | None = None,
+    round_to: Counts = 1,
+    min_channels: Counts = 1,
+    *,
+    value: float | None = None,
+    max_share: Shares | None = None,
+    cut: float | None = None,
+    of: str = "macs",
+    fold: str = "exact",
+    scores: Mapping[str, Tensor] | None = None,
+) -> PruningPlan:
+    """Choose the channels that stay (Sec. 3.3). The model is left as found.
+
+    Limits only ever add channels back, the strongest first; the plan's notes say how many. Each is
+    one number for all layers, or a mapping of regular expressions on γ's names to numbers, of which
+    the first that matches a name decides: ``max_share={r"^layer1": 0.5, "": 0.9}``.
+
+    Args:
+        model: the trained network that `scales` was traced from.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; MACs are
+            counted on these.
+        scales: the scaling factors that may lose channels; their residual mode is used.
+        method: "valley" (the paper's, and the default), "fixed" or "percentile", as in
+            `thresholds`. Layers whose γ have no gap at the valley, as before they settle, are
+            noted.
+        round_to: widths, constant channels included, become multiples of this. A layer that is
+            narrower or no multiple itself can end up whole, and a note says so.
+        min_channels: no layer that stays is narrower; above 1, no layer disappears.
+        value: the threshold for "fixed", the share of all channels to remove for "percentile".
+        max_share: no layer loses a larger share of its channels than this, in [0, 1]; under 1, no
+            layer disappears.
+        cut: the share to cut, in [0, 1), in place of a threshold: as many of the weakest channels
+            go as it takes, after all limits, so that at least this share is cut and one channel
+            less would not be enough. With method="percentile", the default here, all channels of
+            the network are in one order of |γ|; with "valley", those under their layer's valley
+            come first. Equal γ are told apart: layers give the same share of them.
+        of: what `cut` is a share of: "macs" or "params".
+        fold: what becomes of the removed channels' constants ("exact", "bias", "none"); sizes are
+            predicted for this one.
+        scores: name -> float [C] >= 0 for every layer of `scales`: what is compared with the
+            threshold instead of |γ|, for other criteria than γ. What is removed is still what
+            γ = 0 would remove.
+
+    Raises:
+        ArgumentError: an argument is out of range, or `scores` do not fit `scales`.
+        PlanError: `scales` does not belong to `model`, or `cut` is out of reach; see `reachable`.
+        ThresholdError: no threshold can be chosen for some layer's γ.
+        TracingError: the model does not run on the example inputs.
+    """
+    limits = Limits.of(_sizes(scales), round_to, min_channels, max_share)
+    aim = None if cut is None else Aim.given(cut, of, method, value)
+    method = method or ("valley" if aim is None else "percentile")
+    check_fold(fold)
+    chooser, found = _chooser(model, example_inputs, scales, fold, limits)
+    compared = magnitudes(scales, scores)
+    factors = scales if scores is None else as_factors(compared)
+    if aim is None:
+        bounds = thresholds(factors, method, value)
+        choice, folded = chooser.choose(compared, bounds)
+        notes = limit_notes(choice)
+        if method == "valley":
+            note_crowds(notes, compared, bounds, gaps=scores is None)
+    else:
+        check_finite(factors)
+        ranking = Ranking(compared, thresholds(factors) if method == "valley" else None)
+        trial = aim.hit(chooser, ranking)
+        choice, folded = trial.choice, trial.folded
+        bounds, notes = ranking.thresholds(trial.count), limit_notes(choice)
+        note_ranking(notes, ranking, trial.count)
+    note_widths(notes, choice, folded, limits)
+    asked = dict(limits.given) | ({} if aim is None else {"cut": aim.cut, "of": aim.of})
+    written = write_plan(chooser, choice, folded, bounds, notes, method=method, asked=asked)
+    written._made = Made.of(chooser.model, found, choice.alive(), folded, fold)
+    return written
+
+
+def reachable(
+    model: nn.Module,
+    example_inputs: Any,
+    scales: ScalingFactors,
+    round_to: Counts = 1,
+    min_channels: Counts = 1,
+    *,
+    max_share: Shares | None = None,
+    fold: str = "exact",
+    scores: Mapping[str, Tensor] | None = None,
+) -> Reach:
+    """The smallest and the largest share that `plan(cut=...)` can cut under these limits, and which
+    of them bind. The model is left as found.
+
+    Args:
+        model, example_inputs, scales, round_to, min_channels, max_share, fold, scores: as in
+            `plan`.
+
+    Raises:
+        ArgumentError, PlanError, TracingError: as in `plan`.
+    """
+    limits = Limits.of(_sizes(scales), round_to, min_channels, max_share)
+    check_fold(fold)
+    chooser, _ = _chooser(model, example_inputs, scales, fold, limits)
+    if scores is None:
+        check_finite(scales)
+    return reach(chooser, Ranking(magnitudes(scales, scores)))
+
+
+def _sizes(scales: ScalingFactors) -> dict[str, int]:
+    return {name: gamma.numel() for name, gamma in scales.items()}
+
+
+def _chooser(
+    model: nn.Module, example_inputs: Any, scales: ScalingFactors, fold: str, limits: Limits
+) -> tuple[Chooser, Traced]:
+    model, spec = unwrap(model), describe(example_inputs)
+    found = traced(model, example_inputs, scales.residual, scales._traced)
+    check_belongs(model, found.channels, scales)
+    return Chooser(model, found.channels, spec, scales, fold, limits), found
+
+
+def check_belongs(model: nn.Module, channels: Channels, scales: ScalingFactors) -> None:
+    """Raise PlanError unless every factor takes part in this model."""
+    params = dict(model.named_parameters())
+    for name, gamma in scales.items():
+        if params.get(name) is not gamma:
+            raise PlanError(
+                f"scales[{name!r}] is not a parameter of this model: call scaling_factors(model, "
+                f"…) on the model to plan, or take scales.rebind(model){lost_gates([name])}"
+            )
+        if name not in channels.layers:
+            raise PlanError(
+                f"{name} takes no part in this model as it runs now: "
+                f"{channels.pinned.get(name, 'it did not run')}"
+            )

@@ -1,0 +1,252 @@
+"""The pruning plan: what is kept and saved, as a table for people and as stable text."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PlanError
+from ..tracing.classes import RESIDUAL_MODES
+
+if TYPE_CHECKING:
+    from ..folding.recalling import Made
+    from ..profiling import Profile
+
+FORMAT = "polarfast-plan"
+VERSION = 1
+
+
+@dataclass
+class LayerPlan:
+    """One layer of a plan.
+
+    Attributes:
+        channels: number of channels before.
+        threshold: γ at or under it is removed; None: the layer has no threshold.
+        note: what a reader of the plan should know; empty if nothing.
+        constant: removed channels that stay as constant channels, to carry what the removed ones
+            leave behind.
+    """
+
+    channels: int
+    threshold: float | None
+    note: str = ""
+    constant: list[int] = field(default_factory=list)
+
+
+@dataclass
+class PruningPlan:
+    """Which channels stay.
+
+    Attributes:
+        kept: γ name -> sorted int64 [K] of kept channels.
+        layers: γ name -> `LayerPlan`.
+        pinned: BatchNorm weight -> why it takes no part.
+        residual, method, fold: how the plan was made.
+        inputs: description of the example inputs (JSON data).
+        macs_before, macs: multiply-accumulates of convolutions and linear layers on the example
+            inputs.
+        params_before, params: number of parameters, gates left out.
+        inexact: reader's weight name -> why removed channels are not folded into it exactly.
+        asked: the limits and the share to cut that the plan was made for, those that were given, by
+            the name of `plan`'s argument (JSON data).
+        profiled: what `profile` measured last; not part of the plan's text.
+    """
+
+    kept: dict[str, Tensor]
+    layers: dict[str, LayerPlan]
+    pinned: dict[str, str]
+    residual: str
+    method: str
+    fold: str
+    inputs: dict[str, Any]
+    macs_before: int
+    macs: int
+    params_before: int
+    params: int
+    inexact: dict[str, str] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
+    profiled: "Profile | None" = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # For `slim` on the same model; no part of the plan, so neither compared, copied nor kept.
+        self._made: Made | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}
+
+    @property
+    def flops_reduction(self) -> float:
+        """The share of multiply-accumulates cut: 1 − macs / macs_before (the paper's F)."""
+        return 1.0 - self.macs / self.macs_before
+
+    def to_json(self) -> str:
+        """The plan as text. Kept channels are written as ranges; the format carries a version."""
+        data = {
+            "format": FORMAT,
+            "version": VERSION,
+            "residual": self.residual,
+            "method": self.method,
+            "fold": self.fold,
+            "inputs": self.inputs,
+            "macs_before": self.macs_before,
+            "macs": self.macs,
+            "params_before": self.params_before,
+            "params": self.params,
+            "layers": {
+                name: {
+                    "channels": layer.channels,
+                    "kept": _ranges(self.kept[name].tolist()),
+                    "threshold": layer.threshold,
+                    "constant": layer.constant,
+                    "note": layer.note,
+                }
+                for name, layer in self.layers.items()
+            },
+            "pinned": self.pinned,
+            "inexact": self.inexact,
+            "asked": self.asked,
+        }
+        return json.dumps(data, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "PruningPlan":
+        """The inverse of `to_json`.
+
+        Raises:
+            PlanError: not a plan, damaged, or written by a newer polarfast.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"this is not a pruning plan: {error}") from error
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise PlanError(f'this is not a pruning plan (no "format": "{FORMAT}")')
+        if data.get("version") != VERSION:
+            raise PlanError(
+                f"the plan has format version {data.get('version')!r}, this polarfast reads "
+                f"version {VERSION}: upgrade polarfast"
+            )
+        try:
+            return _from_data(data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+
+    def profile(
+        self,
+        model: nn.Module,
+        slim: nn.Module | None = None,
+        example_inputs: Any = None,
+        *,
+        seconds: float = 4.0,
+    ) -> "Profile":
+        """Measure the slim model's latency beside the original's, layer by layer, in eval mode.
+
+        What multiply-accumulates promise stands beside what the machine makes of it, with hints
+        where the two part. From then on it is also part of the plan's table. The models take turns;
+        the whole is timed with no hooks on; both are left as found.
+
+        Args:
+            model: the original.
+            slim: the slim model; by default made here.
+            example_inputs: of the batch size and resolution of use; by default random ones of the
+                shapes that the plan was made with. They are converted to the model's device and
+                dtype.
+            seconds: measured for about this long in all.
+
+        Raises:
+            ArgumentError: `slim` has other layers than `model`, or is on another device.
+            PlanError: the plan does not fit `model`.
+        """
+        from ..profiling import profile  # builds slim models, which are built from plans
+
+        self.profiled = profile(self, model, slim, example_inputs, seconds=seconds)
+        return self.profiled
+
+    def __str__(self) -> str:
+        return table(self)
+
+
+def _from_data(data: Mapping[str, Any]) -> PruningPlan:
+    if data["residual"] not in RESIDUAL_MODES:
+        raise ValueError(f"residual is {data['residual']!r}")
+    kept, layers = {}, {}
+    for name, layer in data["layers"].items():
+        indices = [i for first, last in layer["kept"] for i in range(first, last + 1)]
+        if indices != sorted(set(indices)) or any(not 0 <= i < layer["channels"] for i in indices):
+            raise ValueError(
+                f"kept channels of {name} are not ascending numbers below {layer['channels']}"
+            )
+        if any(not 0 <= i < layer["channels"] or i in indices for i in layer["constant"]):
+            raise ValueError(f"constant channels of {name} are not among the removed ones")
+        kept[name] = torch.tensor(indices, dtype=torch.long, device="cpu")
+        layers[name] = LayerPlan(
+            layer["channels"], layer["threshold"], layer["note"], layer["constant"]
+        )
+    names = (
+        "residual",
+        "method",
+        "fold",
+        "inputs",
+        "macs_before",
+        "macs",
+        "params_before",
+        "params",
+        "pinned",
+        "inexact",
+    )
+    asked = dict(data.get("asked", {}))  # plans of polarfast 0.1 do not say
+    return PruningPlan(
+        kept=kept, layers=layers, asked=asked, **{name: data[name] for name in names}
+    )
+
+
+def _ranges(indices: list[int]) -> list[list[int]]:
+    """Ascending numbers as [first, last] pairs."""
+    pairs: list[list[int]] = []
+    for i in indices:
+        if pairs and pairs[-1][1] == i - 1:
+            pairs[-1][1] = i
+        else:
+            pairs.append([i, i])
+    return pairs
+
+
+def table(plan: PruningPlan) -> str:
+    """A plan as people read it: one line a layer, then the totals."""
+    width = max((len(name) for name in plan.layers), default=5)
+    lines = [f"{'layer':<{width}}  channels   kept            threshold  note"]
+    for name, layer in plan.layers.items():
+        kept = plan.kept[name].numel()
+        bar = "█" * round(8 * kept / layer.channels) + "░" * (8 - round(8 * kept / layer.channels))
+        threshold = "—" if layer.threshold is None else f"{layer.threshold:.3g}"
+        shown = f"{kept}+{len(layer.constant)}" if layer.constant else f"{kept}"
+        numbers = f"{layer.channels:>8}  {shown:>6} {bar} {threshold:>9}"
+        lines.append(f"{name:<{width}}  {numbers}  {layer.note}".rstrip())
+    channels = sum(layer.channels for layer in plan.layers.values())
+    kept_all = sum(kept.numel() for kept in plan.kept.values())
+    lines += [
+        "",
+        f"channels  {channels:,} → {kept_all:,}  (−{1 - kept_all / max(channels, 1):.1%})",
+        f"MACs      {plan.macs_before:,} → {plan.macs:,}  (−{plan.flops_reduction:.1%})",
+        f"params    {plan.params_before:,} → {plan.params:,}  "
+        f"(−{1 - plan.params / max(plan.params_before, 1):.1%})",
+        f"method={plan.method}, residual={plan.residual}, fold={plan.fold}; '+1' is a constant "
+        "channel",
+    ]
+    if plan.asked:
+        lines.append(f"asked for: {', '.join(f'{k}={v}' for k, v in plan.asked.items())}")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in plan.pinned.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append(f"takes no part: {some}: {reason}")
+    for name, why in plan.inexact.items():
+        lines.append(f"not exact: {name}: {why}")
+    if plan.profiled is not None:
+        lines += ["", str(plan.profiled)]
+    return "\n".join(lines)

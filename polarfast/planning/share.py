@@ -1,0 +1,255 @@
+"""How many of the weakest channels must go for a share to be cut, under all limits: `Aim`."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import ArgumentError, PlanError
+from ..folding.replay import Fold
+from .constants import Foresight
+from .layout import COSTS, Costs
+from .selection import Chooser, Selection
+from .thresholds import Ranking
+
+#: Shares are compared up to this.
+ROUNDING = 1e-12
+#: Looks at the constants that removed channels really leave, before they are no longer foretold.
+LOOKS = 6
+#: Brackets wider than twice this are narrowed by interpolation.
+STEPS = 16
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Shares that can be cut: the smallest and the largest.
+
+    Attributes:
+        macs: of the multiply-accumulates.
+        params: of the parameters.
+        binding: limit that binds, as given -> the largest shares without it, of MACs and of
+            parameters.
+    """
+
+    macs: tuple[float, float]
+    params: tuple[float, float]
+    binding: dict[str, tuple[float, float]]
+
+    def __str__(self) -> str:
+        (low, high), (low_params, high_params) = self.macs, self.params
+        lines = [
+            f"from {low:.1%} to {high:.1%} of the MACs and "
+            f"from {low_params:.1%} to {high_params:.1%} of the parameters can be cut"
+        ]
+        for name, (macs, params) in self.binding.items():
+            lines.append(
+                f"without {name}: {macs:.1%} of the MACs, {params:.1%} of the parameters at most"
+            )
+        if not self.binding:
+            lines.append("no limit binds: every layer is then at its last channel")
+        return "; ".join(lines)
+
+
+@dataclass(eq=False)
+class Hit:
+    """What happens when some of the weakest channels go.
+
+    Attributes:
+        count: how many.
+        choice, folded: the channels that stay, and the constants of those that go.
+        shares: the shares cut, by what they are shares of.
+    """
+
+    count: int
+    choice: Selection
+    folded: Fold
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A share to cut.
+
+    Attributes:
+        cut: the share.
+        of: what of ("macs" or "params").
+    """
+
+    cut: float
+    of: str
+
+    @classmethod
+    def given(cls, cut: float, of: str, method: str | None, value: float | None) -> "Aim":
+        """From arguments as in `plan`.
+
+        Raises:
+            ArgumentError: they do not go together, or are out of their range.
+        """
+        if not isinstance(cut, int | float) or isinstance(cut, bool) or not 0 <= cut < 1:
+            raise ArgumentError(f"cut={cut!r}: give the share to cut, in [0, 1)")
+        if of not in COSTS:
+            raise ArgumentError(f"of={of!r}: choose one of {', '.join(map(repr, COSTS))}")
+        if value is not None:
+            raise ArgumentError(
+                f"value={value!r} and cut={cut!r}: a threshold is either given or follows from the "
+                "share to cut; leave one of them out"
+            )
+        if method not in (None, "percentile", "valley"):
+            raise ArgumentError(
+                f"method={method!r} with cut={cut!r}: choose 'percentile' (one order of |γ| for "
+                "all layers) or 'valley' (those under their layer's valley first)"
+            )
+        return cls(float(cut), of)
+
+    def hit(self, chooser: Chooser, ranking: Ranking) -> Hit:
+        """Remove as few of the weakest channels as cut this share.
+
+        Raises:
+            PlanError: the share is out of reach.
+        """
+        return _Search(chooser, ranking, self).run()
+
+
+def reach(chooser: Chooser, ranking: Ranking) -> Reach:
+    """What can be cut at all, and which limits bind."""
+    most = _Trials(chooser, ranking).last().shares
+    binding = {}
+    for name, value in chooser.limits.given.items():
+        freer = chooser.under(chooser.limits.without(name))
+        shares = _Trials(freer, ranking).last().shares
+        if any(shares[of] > most[of] + ROUNDING for of in COSTS):
+            binding[f"{name}={value}"] = (shares["macs"], shares["params"])
+    return Reach((0.0, most["macs"]), (0.0, most["params"]), binding)
+
+
+class _Trials:
+    """What is cut when so many of the weakest channels go."""
+
+    def __init__(self, chooser: Chooser, ranking: Ranking) -> None:
+        self._chooser, self.ranking = chooser, ranking
+        self._costs = Costs(chooser.model, chooser.channels)
+        self._foresight = Foresight(chooser)
+        self._before = self._weigh(~chooser.channels.graph.mask())
+        self._foreseen: dict[int, dict[str, float]] = {}
+
+    def foreseen(self, count: int) -> dict[str, float]:
+        """The shares cut, from constants as they are foretold."""
+        if count not in self._foreseen:
+            choice, folded = self._choose(count)
+            self._foreseen[count] = self._shares(choice, folded)
+        return self._foreseen[count]
+
+    def really(self, count: int) -> Hit:
+        """The same from a run of the network, from which the next ones are foretold better."""
+        choice, _ = self._choose(count)
+        folded = self._chooser.settle(choice, self._chooser.constants)
+        if self._foresight.learn(choice, folded):
+            self._foreseen.clear()
+        return Hit(count, choice, folded, self._shares(choice, folded))
+
+    def last(self) -> Hit:
+        """When all channels go that can."""
+        for _ in range(LOOKS):
+            hit = self.really(self.ranking.count)
+            if hit.shares == self.foreseen(self.ranking.count):
+                break
+        return hit
+
+    def _choose(self, count: int) -> tuple[Selection, Fold]:
+        bounds = self.ranking.bounds(count)
+        return self._chooser.choose(self.ranking.places, bounds, self._foresight.constants)
+
+    def _shares(self, choice: Selection, folded: Fold) -> dict[str, float]:
+        stays = choice.stays.clone()
+        stays[list(folded.constant)] = True
+        after = self._weigh(stays)
+        return {of: 1.0 - after[of] / max(self._before[of], 1) for of in COSTS}
+
+    def _weigh(self, stays: Tensor) -> dict[str, int]:
+        biases = self._foresight.new_biases()
+        return {"macs": self._costs.macs(stays), "params": self._costs.params(stays, biases)}
+
+
+class _Search:
+    """The search for the number of channels."""
+
+    def __init__(self, chooser: Chooser, ranking: Ranking, aim: Aim) -> None:
+        self._trials, self._aim = _Trials(chooser, ranking), aim
+        self._chooser, self._most = chooser, ranking.count
+
+    def run(self) -> Hit:
+        self._check_reach()
+        seen: dict[int, Hit] = {}
+        count: int | None = None
+        for _ in range(LOOKS):
+            count = self._crossing(count)
+            if count in seen:
+                break
+            expected = self._trials.foreseen(count)
+            seen[count] = self._trials.really(count)
+            if seen[count].shares == expected:
+                return seen[count]
+        return self._best(seen)
+
+    def _best(self, seen: dict[int, Hit]) -> Hit:
+        """Where constants come and go with single channels, so that they cannot be foretold: the
+        best of what was seen, or of what is seen when more go.
+        """
+        step, count = 1, max(seen)
+        while not any(self._reached(hit.shares) for hit in seen.values()) and count < self._most:
+            count, step = min(count + step, self._most), 2 * step
+            seen[count] = self._trials.really(count)
+        enough = [hit for hit in seen.values() if self._reached(hit.shares)]
+        if not enough:
+            raise self._out_of_reach()
+        return min(enough, key=lambda hit: hit.shares[self._aim.of])
+
+    def _reached(self, shares: dict[str, float]) -> bool:
+        return shares[self._aim.of] >= self._aim.cut - ROUNDING
+
+    def _enough(self, count: int) -> bool:
+        return self._reached(self._trials.foreseen(count))
+
+    def _check_reach(self) -> None:
+        if not self._enough(self._most) and not self._reached(self._trials.last().shares):
+            raise self._out_of_reach()
+
+    def _out_of_reach(self) -> PlanError:
+        what = {"macs": "MACs", "params": "parameters"}[self._aim.of]
+        return PlanError(
+            f"cut={self._aim.cut:g} of the {what} is out of reach: "
+            f"{reach(self._chooser, self._trials.ranking)}. Ask for less, ease a limit, or let "
+            "more layers take part (residual='expand' or 'couple' in scaling_factors)"
+        )
+
+    def _crossing(self, start: int | None) -> int:
+        """A count at which enough goes and with one channel less does not, near `start`."""
+        if self._enough(0):
+            return 0
+        low, high, step = 0, self._most, 1
+        if start is not None:
+            up = not self._enough(start)
+            low, high = (start, start + 1) if up else (start - 1, start)
+            while high < self._most and not self._enough(high):
+                low, high, step = high, min(high + 2 * step, self._most), 2 * step
+            while low > 0 and self._enough(low):
+                low, high, step = max(low - 2 * step, 0), low, 2 * step
+        while high - low > 1:
+            low, high = self._narrow(low, high)
+        return high
+
+    def _narrow(self, low: int, high: int) -> tuple[int, int]:
+        """A bracket at most half as wide: by interpolation where it is wide, for shares change
+        evenly with the count but for single steps.
+        """
+        half = (high - low) // 2
+        if half > STEPS:
+            shares = [self._trials.foreseen(count)[self._aim.of] for count in (low, high)]
+            part = (self._aim.cut - shares[0]) / max(shares[1] - shares[0], ROUNDING)
+            middle, margin = low + int(2 * half * part), half // STEPS
+            for guess in (middle - margin, middle + margin):
+                if low < guess < high:
+                    low, high = (low, guess) if self._enough(guess) else (guess, high)
+        if high - low > half:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._enough(middle) else (middle, high)
+        return low, high

@@ -1,0 +1,137 @@
+"""`save` and `load`: one file with the tensors, the plan and the slim model's structure; no pickled
+code.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import FileFormatError, PlanError
+from .inputs import unwrap
+from .planning.pruning_plan import PruningPlan
+from .sharding import refuse_sharded
+from .slimming.slim import SlimInfo
+from .slimming.structure import Structure, blank
+from .storage import read_tensors, write_atomically
+
+FORMAT = "polarfast-model"
+VERSION = 1
+
+
+def save(slim: nn.Module, plan: PruningPlan, path: str | os.PathLike[str]) -> None:
+    """Write a slim model: its tensors, its plan and its structure, atomically (a crash leaves the
+    old file or none).
+
+    Args:
+        slim: a model made by `slim` or `load`, fine-tuned or not; data-parallel and compiled
+            wrappers are looked through.
+        plan: its plan.
+        path: the file. It is read back with `load`, which runs no code from it
+            (`torch.load(weights_only=True)`).
+
+    Raises:
+        FileFormatError: `slim` was not made by polarfast.
+        ArgumentError: `slim` is sharded.
+    """
+    slim = unwrap(slim)
+    refuse_sharded(slim)
+    info = getattr(slim, "polarfast_info", None)
+    if not isinstance(info, SlimInfo):
+        raise FileFormatError(
+            "this model was not made by polarfast.slim or polarfast.load: save it with "
+            "torch.save(model.state_dict(), …)"
+        )
+    data = {
+        "format": FORMAT,
+        "version": VERSION,
+        "plan": plan.to_json(),
+        "info": json.dumps(
+            {"structure": info.structure.to_data(), "fold": info.fold, "inexact": info.inexact}
+        ),
+        "tensors": _tensors(slim, info.structure),
+    }
+    write_atomically(Path(path), lambda file: torch.save(data, file))
+
+
+def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Module:
+    """Rebuild a saved slim model.
+
+    Args:
+        path: a file written by `save`.
+        build: makes the *original* network, e.g. ``lambda: torchvision.models.resnet50()``; its
+            weights do not matter.
+
+    Returns:
+        The slim model on the device and in the mode in which `build` made the network.
+
+    Raises:
+        FileFormatError: not a polarfast file, damaged, or of a newer version.
+        PlanError: `build` makes another network than the one that was pruned.
+    """
+    data = _read(path)
+    try:
+        info = json.loads(data["info"])
+        structure = Structure.from_data(info["structure"])
+        loaded = SlimInfo(structure, info["fold"], info["inexact"])
+        tensors = data["tensors"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(
+            f"{path} is damaged ({error}): save it again or take a copy"
+        ) from error
+    model = unwrap(build())
+    structure.apply(model, blank(structure.shapes))
+    state = model.state_dict(keep_vars=True)
+    rest = {name: tensors.pop(name) for name in [*tensors] if _not_in_state(name, state, structure)}
+    # Where the model was built, in the dtype that was saved.
+    placed = {
+        name: tensor.to(state[name].device)
+        if name in state and state[name].device.type != "meta"
+        else tensor
+        for name, tensor in tensors.items()
+    }
+    try:
+        model.load_state_dict(placed, assign=True)
+    except RuntimeError as error:
+        raise PlanError(
+            f"build() makes another network than the one saved in {path}: {error}"
+        ) from error
+    for name, tensor in rest.items():
+        old = model.get_buffer(name)
+        old.data = tensor.to(old.device)
+    model.polarfast_info = loaded  # type: ignore[assignment]
+    return model
+
+
+def _tensors(slim: nn.Module, structure: Structure) -> dict[str, torch.Tensor]:
+    """The state dict, and buffers outside it (not persistent) whose shape has changed."""
+    tensors = dict(slim.state_dict())
+    for name, buffer in slim.named_buffers():
+        if name in structure.shapes:
+            tensors.setdefault(name, buffer.detach())
+    return tensors
+
+
+def _not_in_state(name: str, state: dict[str, Any], structure: Structure) -> bool:
+    return name not in state and name in structure.shapes
+
+
+def load_plan(path: str | os.PathLike[str]) -> PruningPlan:
+    """The plan in a file written by `save`."""
+    return PruningPlan.from_json(_read(path)["plan"])
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    data = read_tensors(path, "save it again or take a copy")
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise FileFormatError(f"{path} is not a polarfast model file")
+    if data.get("version") != VERSION:
+        raise FileFormatError(
+            f"{path} has format version {data.get('version')!r}, this polarfast reads version "
+            f"{VERSION}: upgrade"
+        )
+    return data

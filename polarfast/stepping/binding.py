@@ -1,0 +1,198 @@
+"""What is kept about a set of scaling factors between steps, and checked anew when it changes."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..errors import ScalingFactorError, StepError
+from ..kernels.sharded_table import ShardedTable
+from ..kernels.table import ScaleTable
+from ..layers import is_gate, lost_gates
+from ..sharding import is_sharded, whole
+
+if TYPE_CHECKING:
+    from ..scaling.factors import ScalingFactors
+    from .regularizers import Regularizer
+
+
+class Binding:
+    """One set of scaling factors: its address table, and where an optimizer keeps each γ.
+
+    Attributes:
+        params: all γ, in order.
+        sharded: whether they are DTensors.
+        trainable: those with `requires_grad`, as of the last `check_members`.
+        groups: indices of the optimizer's parameter groups that hold a trainable γ, as of then.
+    """
+
+    def __init__(self, scales: ScalingFactors) -> None:
+        self.names = tuple(scales)
+        self.params: tuple[Tensor, ...] = tuple(scales.values())
+        self.sharded = any(map(is_sharded, self.params))
+        _check_sizes(scales)
+        self.trainable: list[Tensor] = []
+        self.groups: list[int] = []
+        self._others: Mapping[str, Tensor] = scales.others
+        self._model = scales._model
+        self._members: list[Tensor] = []  # the optimizer's parameters, as of the last check
+        self._ends: list[int] = []
+        self._flags: list[bool] = []  # requires_grad of each γ, as of the last check
+        self._table: ScaleTable | ShardedTable | None = None
+        self._table_weights: Mapping[str, float] | None = None  # where the table's came from
+        self._warned_for: tuple[float | None, str] | None = None  # upper and clamp
+
+    @staticmethod
+    def of(scales: ScalingFactors) -> Binding:
+        """The binding of `scales`, made once and kept with them."""
+        binding = scales._tables.get("step")
+        if binding is None:
+            binding = scales._tables["step"] = Binding(scales)
+        return binding
+
+    def require_gradient(self) -> None:
+        """Raise StepError unless some γ has a gradient."""
+        frozen = True
+        for param in self.params:
+            if param.requires_grad:
+                if param.grad is not None:
+                    return
+                frozen = False
+        if frozen:
+            raise StepError(
+                f"all {len(self.params)} scaling factors are frozen (requires_grad=False): "
+                "nothing can be regularized; unfreeze them or call optimizer.step()"
+            )
+        raise StepError(
+            f"no scaling factor has a gradient (first: {self.names[0]!r}): call backward() before "
+            "the step; if you did, the model's parameters were replaced after "
+            "pf.scaling_factors(model, ...), as fully_shard does: take scales.rebind(model) "
+            f"after that{lost_gates(self.names)}"
+        )
+
+    def check_members(self, optimizer: Optimizer) -> None:
+        """Find each trainable γ in the optimizer, unless nothing changed since the last time.
+
+        Raises:
+            ScalingFactorError: a trainable γ is in no parameter group.
+        """
+        flags = [param.requires_grad for param in self.params]
+        ends: list[int] = []  # of each group, in `members`
+        members: list[Tensor] = []
+        for group in optimizer.param_groups:
+            members += group["params"]
+            ends.append(len(members))
+        if flags == self._flags and ends == self._ends:
+            if all(map(operator.is_, members, self._members)):
+                return
+        group_of = {
+            id(param): i
+            for i, group in enumerate(optimizer.param_groups)
+            for param in group["params"]
+        }
+        trainable = [param for param in self.params if param.requires_grad]
+        for name, param in zip(self.names, self.params, strict=True):
+            if param.requires_grad and id(param) not in group_of:
+                raise ScalingFactorError(
+                    f"{name!r} requires a gradient but is in no parameter group of this "
+                    f"{type(optimizer).__name__}: build the optimizer from model.parameters() "
+                    "after the model is complete, add_param_group it, or freeze it; if the model's "
+                    "parameters were replaced (fully_shard), take scales.rebind(model)"
+                    f"{lost_gates(self.names)}"
+                )
+        self._check_present()
+        self.trainable = trainable
+        self.groups = sorted({group_of[id(param)] for param in trainable})
+        self._members, self._ends, self._flags = members, ends, flags
+
+    def _check_present(self) -> None:
+        """Raise StepError for γ that the network they were found in has lost."""
+        model = None if self._model is None else self._model()
+        if model is None:
+            return
+        present = {id(param) for param in model.parameters()}
+        gone = [n for n, p in zip(self.names, self.params, strict=True) if id(p) not in present]
+        if gone:
+            raise StepError(
+                f"{len(gone)} of {len(self.names)} scaling factors are no parameters of the network"
+                f" any more, so that no step reaches it: {', '.join(map(repr, gone[:4]))}. Their "
+                "parameters were replaced: take scales.rebind(model), then make the optimizer"
+                f"{lost_gates(self.names)}"
+            )
+
+    def table(self, reg: Regularizer | None) -> ScaleTable | ShardedTable:
+        """The address table of all γ, with the layer weights of `reg` if they matter."""
+        table, first = self._table, self.params[0]
+        if table is not None and (table.device, table.dtype) == (first.device, first.dtype):
+            if reg is None or reg.weights is self._table_weights:
+                return table
+        # New, or moved by model.to(...), or of other weights. What else changes, a table notices.
+        weights = None if reg is None else reg.weights_of(self.names)
+        kind = ShardedTable if self.sharded else ScaleTable
+        table = self._table = kind(self.names, self.params, weights)
+        self._table_weights = None if reg is None else reg.weights
+        return table
+
+    def warn_before_clamp(self, reg: Regularizer) -> None:
+        """Say once what the first clamp will cut off: γ learned without a clamp can be anywhere."""
+        wanted = (reg.upper, reg.clamp)
+        if reg.upper is None or wanted == self._warned_for:
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return  # counting needs a synchronization
+        self._warned_for = wanted
+        clamped = dict(zip(self.names, self.params, strict=True))
+        if reg.clamp == "all":
+            clamped |= self._others
+        outside = {name: _outside(p, reg.upper) for name, p in clamped.items() if p.requires_grad}
+        outside = {name: count for name, count in outside.items() if count}
+        if outside and _is_first_process():  # all have counted: that may be collective
+            warnings.warn(_first_clamp(outside, tuple(clamped), reg.upper), stacklevel=2)
+
+
+def _first_clamp(outside: Mapping[str, int], clamped: Sequence[str], upper: float) -> str:
+    """What the first clamp cuts off, for people: how many values by name."""
+    shown = ", ".join(f"{name} ({count})" for name, count in list(outside.items())[:4])
+    more = f" and {len(outside) - 4} more" if len(outside) > 4 else ""
+    gates = [is_gate(name) for name in clamped]
+    if all(gates):
+        what, advice = "gates", "raise upper=, or start from gates of 1 (pf.init_scales)"
+    else:
+        what = "scaling factors" if any(gates) else "BatchNorm weights"
+        advice = (
+            "put gates behind these layers (pf.add_gates), raise upper=, or train from scratch "
+            "after pf.init_scales"
+        )
+    return (
+        f"{sum(outside.values())} values in {len(outside)} of {len(clamped)} {what} lie outside "
+        f"[0, {upper:g}] and are clamped from now on: {shown}{more}. What a trained network has "
+        f"learned there is lost: {advice}"
+    )
+
+
+def _is_first_process() -> bool:
+    distributed = torch.distributed
+    ready = distributed.is_available() and distributed.is_initialized()
+    return not ready or distributed.get_rank() == 0
+
+
+def _check_sizes(scales: ScalingFactors) -> None:
+    """Raise ScalingFactorError for a γ that is a piece of what was traced: its mean is another."""
+    for name, param in scales.items():
+        if param.numel() != scales._sizes[name]:
+            raise ScalingFactorError(
+                f"{name!r} has {param.numel()} elements and had {scales._sizes[name]} when it was "
+                "found: something keeps only a piece of it here (FullyShardedDataParallel does); "
+                "use torch.distributed.fsdp.fully_shard and scales.rebind(model)"
+            )
+
+
+def _outside(param: Tensor, upper: float) -> int:
+    values = whole({"": param.detach()})[""]
+    return int(((values < 0) | (values > upper)).sum())

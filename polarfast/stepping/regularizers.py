@@ -1,0 +1,291 @@
+"""Sparsity regularizers: what is added to the loss, and the numbers that the kernels need for it.
+
+Polarization: "Neuron-level Structured Pruning using Polarization Regularizer" (NeurIPS 2020).
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError, ScalingFactorError
+from ..kernels.polarize_ref import KIND_DEEPHOYER, KIND_L1, KIND_POLARIZATION
+from ..sharding import whole
+
+if TYPE_CHECKING:
+    from ..scaling.factors import ScalingFactors
+
+
+def _finite(name: str, value: float) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ArgumentError(f"{name}={value!r}: give a finite number")
+    return float(value)
+
+
+def _layer_weights(weights: Mapping[str, float] | None) -> Mapping[str, float] | None:
+    """A checked, read-only copy: a changed weight has to arrive as a new mapping to be noticed."""
+    if weights is None:
+        return None
+    checked = {name: _finite(f"weights[{name!r}]", value) for name, value in weights.items()}
+    for name, value in checked.items():
+        if value < 0:
+            raise ArgumentError(f"weights[{name!r}]={value!r}: a layer weight cannot be negative")
+    return MappingProxyType(checked)
+
+
+class Regularizer:
+    """Base class: λ·R_s(γ), its subgradient as a kernel kind, and the range γ is clamped to.
+
+    `lam`, `t`, `upper` and `weights` may be assigned between steps; `pf.step` and an attached
+    optimizer use the values of the moment.
+
+    Attributes:
+        kind: which formula the kernels apply.
+        lam: λ ≥ 0, strength.
+        t: balance of the two terms of polarization (0 where the formula has no t).
+        upper: after each optimizer step γ is clamped to [0, upper]; None: no clamp.
+        per_layer: the mean γ̄ is taken over each layer instead of over all n factors.
+        clamp: "scales" clamps the factors that take part; "all" clamps `scales.others` too.
+        weights: name of γ -> w_l ≥ 0, the weight of that layer in the sum; absent names weigh 1.
+    """
+
+    kind: ClassVar[int]
+
+    def __init__(
+        self,
+        lam: float,
+        t: float = 0.0,
+        upper: float | None = None,
+        per_layer: bool = False,
+        clamp: str = "scales",
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        if clamp not in ("scales", "all"):
+            raise ArgumentError(f"clamp={clamp!r}: choose 'scales' or 'all'")
+        self.lam = lam
+        self.t = t
+        self.upper = upper
+        self.weights = weights
+        self.per_layer = per_layer
+        self.clamp = clamp
+
+    @property
+    def lam(self) -> float:
+        return self._lam
+
+    @lam.setter
+    def lam(self, value: float) -> None:
+        if _finite("lam", value) < 0:
+            raise ArgumentError(f"lam={value!r}: the strength λ cannot be negative")
+        self._lam = float(value)
+
+    @property
+    def t(self) -> float:
+        return self._t
+
+    @t.setter
+    def t(self, value: float) -> None:
+        self._t = _finite("t", value)
+
+    @property
+    def upper(self) -> float | None:
+        return self._upper
+
+    @upper.setter
+    def upper(self, value: float | None) -> None:
+        if value is not None and _finite("upper", value) <= 0:
+            raise ArgumentError(f"upper={value!r}: γ live in [0, upper], so upper must be above 0")
+        self._upper = None if value is None else float(value)
+
+    @property
+    def weights(self) -> Mapping[str, float] | None:
+        return self._weights
+
+    @weights.setter
+    def weights(self, value: Mapping[str, float] | None) -> None:
+        self._weights = _layer_weights(value)
+
+    def weights_of(self, names: Collection[str]) -> tuple[float, ...] | None:
+        """w_l of each layer, in the order of `names`; None where every layer weighs 1.
+
+        Raises:
+            ArgumentError: a weight is given for a name that is not among `names`.
+        """
+        if self._weights is None:
+            return None
+        unknown = [name for name in self._weights if name not in names]
+        if unknown:
+            raise ArgumentError(
+                f"weights[{unknown[0]!r}]: no such scaling factor here; "
+                f"names look like {', '.join(map(repr, list(names)[:2]))}"
+            )
+        return tuple(self._weights.get(name, 1.0) for name in names)
+
+    def value(self, scales: Mapping[str, Tensor]) -> Tensor:
+        """λ·R_s(γ), for logging: the penalty itself, in the unit of the loss.
+
+        It is the loss that is penalized, not the gradient: `pf.step` adds exactly the gradient of
+        this value to γ.grad. It knows channels, not MACs (weigh layers by their MACs through
+        `weights`). Polarization's value is often negative, and falls as the γ part into two
+        groups: that is normal.
+
+        Args:
+            scales: name -> γ of any shape, on one device. Sharded ones (`fully_shard`) are gathered
+                in one collective, so every process must ask.
+
+        Returns:
+            0-d tensor, differentiable, accumulated in float64; float64 for float64 γ, else float32.
+
+        Raises:
+            ScalingFactorError: `scales` is empty.
+        """
+        if not scales:
+            raise ScalingFactorError("there are no scaling factors: R_s of nothing is not defined")
+        layers = [gamma.reshape(-1).double() for gamma in whole(scales).values()]
+        weights = self.weights_of(scales) or (1.0,) * len(layers)
+        dtype = next(iter(scales.values())).dtype
+        value = self.lam * self._sum(layers, weights)
+        return value.to(torch.promote_types(dtype, torch.float32))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes by itself in training, as plain numbers; {} where nothing does."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+
+    def steer(
+        self, scales: "ScalingFactors", scale: Tensor | None = None, maximize: bool = False
+    ) -> bool:
+        """Called at each training step, gradients in place, before λ·∂R_s is added to them: for
+        regularizers that change as γ do. This one does not.
+
+        Args:
+            scales: the factors that the step is for.
+            scale: what the gradients are still multiplied with under AMP; None: nothing.
+            maximize: whether the optimizer maximizes.
+
+        Returns:
+            Whether thresholds were looked at, so that addresses must be read again.
+        """
+        return False
+
+    def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+        """R_s of 1-D float64 layers."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        t = f", t={self.t:g}" if self.kind == KIND_POLARIZATION else ""
+        return f"{type(self).__name__}(lam={self.lam:g}{t}, upper={self.upper})"
+
+
+class Polarization(Regularizer):
+    """λ·Σ_i w·( t·|γ_i| − |γ_i − γ̄| ), Eq. 2 of the paper: pushes each γ to 0 or to `upper`.
+
+    γ̄ is the mean of all γ of the network and is differentiated through. By Theorem 3.2, a share
+    ρ = 1/2 − t/4 of the factors ends at `upper` where the task has no say.
+
+    Args:
+        lam: λ ≥ 0, strength; 3e-5 to 1e-4 in the paper's recipes.
+        t: balance; the larger, the more γ go to 0. 1.0 to 1.5 in the paper's recipes.
+        upper: a; γ are clamped to [0, a] after each optimizer step. None: no clamp.
+        mean: "global" (the paper): γ̄ over all n factors; "layer": over each layer.
+        clamp: "scales", or "all" to clamp every BatchNorm weight as the paper's recipes do.
+        weights: name of γ -> weight of that layer; the global mean stays unweighted.
+
+    Raises:
+        ArgumentError: an argument is out of its range; the message names it.
+    """
+
+    kind = KIND_POLARIZATION
+
+    def __init__(
+        self,
+        lam: float,
+        t: float,
+        upper: float | None = 1.0,
+        mean: str = "global",
+        clamp: str = "scales",
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        if mean not in ("global", "layer"):
+            raise ArgumentError(f"mean={mean!r}: choose 'global' or 'layer'")
+        super().__init__(lam, t, upper, mean == "layer", clamp, weights)
+
+    def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+        if self.per_layer:
+            terms = [self._terms(gamma, gamma.mean()).sum() for gamma in layers]
+            return torch.stack([w * term for w, term in zip(weights, terms, strict=True)]).sum()
+        gamma = torch.cat(layers)
+        each = gamma.new_tensor(weights).repeat_interleave(
+            torch.tensor([layer.numel() for layer in layers], device=gamma.device)
+        )
+        return (each * self._terms(gamma, gamma.mean())).sum()
+
+    def _terms(self, gamma: Tensor, mean: Tensor) -> Tensor:
+        return self.t * gamma.abs() - (gamma - mean).abs()
+
+
+class L1(Regularizer):
+    """λ·Σ_i w·|γ_i|: network slimming (ICCV 2017, arXiv 1708.06519). Not clamped by default.
+
+    Args:
+        lam: λ ≥ 0, strength.
+        upper: clamp γ to [0, upper] after each optimizer step; None: no clamp.
+        clamp: as in `Polarization`.
+        weights: as in `Polarization`.
+
+    Raises:
+        ArgumentError: an argument is out of its range; the message names it.
+    """
+
+    kind = KIND_L1
+
+    def __init__(
+        self,
+        lam: float,
+        upper: float | None = None,
+        clamp: str = "scales",
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(lam, upper=upper, clamp=clamp, weights=weights)
+
+    def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+        norms = torch.stack([gamma.abs().sum() for gamma in layers])
+        return (norms * norms.new_tensor(weights)).sum()
+
+
+class DeepHoyer(Regularizer):
+    """λ·Σ_l w_l·‖γ_l‖₁²/‖γ_l‖₂² (ICLR 2020, arXiv 1908.09979). Not clamped by default.
+
+    A layer whose γ are all 0 contributes 0, and so does its subgradient.
+
+    Args:
+        lam: λ ≥ 0, strength.
+        upper: clamp γ to [0, upper] after each optimizer step; None: no clamp.
+        clamp: as in `Polarization`.
+        weights: as in `Polarization`.
+
+    Raises:
+        ArgumentError: an argument is out of its range; the message names it.
+    """
+
+    kind = KIND_DEEPHOYER
+
+    def __init__(
+        self,
+        lam: float,
+        upper: float | None = None,
+        clamp: str = "scales",
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(lam, upper=upper, clamp=clamp, weights=weights)
+
+    def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+        norms = torch.stack([gamma.abs().sum() for gamma in layers])
+        squares = torch.stack([gamma.square().sum() for gamma in layers])
+        ratio = norms.square() / torch.where(squares > 0, squares, 1.0)
+        return (ratio * norms.new_tensor(weights)).sum()

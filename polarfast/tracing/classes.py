@@ -1,0 +1,280 @@
+"""From a traced graph to channel classes: what stays or goes together, and whose γ decides."""
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .graph import PIN, Graph, Match, NormCall, ProjectionCall, Ragged
+
+#: What may happen to channels that meet in an addition.
+RESIDUAL_MODES = ("keep", "expand", "couple")
+
+STEM = "is the stem of a residual network"
+MEETS = {
+    "keep": "its channels meet in an addition (residual='expand' or 'couple' can prune them)",
+    "expand": "its channels are a shortcut that meets an addition",
+    "couple": "its channels meet in an addition with channels that must stay",
+}
+
+
+class Channels:
+    """The channel classes of a graph under one residual mode.
+
+    A class is a set of ids that must be kept or removed together. A normalization (or a gate)
+    *takes part* iff it alone reads every channel that it normalizes: then γ = 0 makes the channel a
+    constant, and its class can go. Where there is a gate, γ below means the gate.
+
+    Attributes:
+        graph, residual: what this was made from.
+        boundaries: γ of norms whose output is put back to full width ("expand").
+        label: int64 [graph.count], the class of each id; PIN: must stay.
+        layers: γ name -> class of each of its channels, int64 [C]; the norms that take part, in
+            order of execution.
+        pinned: γ name -> why it does not take part.
+    """
+
+    def __init__(self, graph: Graph, residual: str, can_put_back: Callable[[str], bool]) -> None:
+        self.graph, self.residual = graph, residual
+        self._raw = graph.labels()
+        self.calls: dict[str, NormCall] = {}
+        for call in graph.norms:
+            if call.scale is not None:
+                self.calls.setdefault(call.scale, call)
+        self._alone = {name for name, call in self.calls.items() if self._reads_alone(name, call)}
+        self.boundaries = (
+            self._find_boundaries(can_put_back) if residual == "expand" else frozenset()
+        )
+        self.label = self._classes()
+        #: class labels [P, m]: as many must stay in each row
+        self.balanced = self._find_balanced()
+        self.layers: dict[str, Tensor] = {}
+        self.pinned: dict[str, str] = {}
+        for name, call in self.calls.items():
+            reason = self._why_not(name, call)
+            if reason is None:
+                self.layers[name] = self.label[call.inputs]
+            else:
+                self.pinned[name] = reason
+
+    # --- who reads and writes what
+
+    @cached_property
+    def _readers(self) -> tuple[Tensor, Tensor, list[str]]:
+        """Smallest and largest reader of each raw label (as an index into the list of readers)."""
+        names: list[str] = []
+        number: dict[str, int] = {}
+        beyond = len(self.graph.projections) + len(self.graph.norms)
+        low = torch.full((self.graph.count,), beyond, device="cpu")
+        high = torch.full((self.graph.count,), -1, device="cpu")
+        calls: list[ProjectionCall | NormCall] = [*self.graph.projections, *self.graph.norms]
+        for call in calls:
+            name = (
+                call.scale if isinstance(call, NormCall) else call.weight
+            ) or f"a normalization without weights over {call.inputs.numel()} channels"
+            if name not in number:
+                number[name] = len(names)
+                names.append(name)
+            labels = self._raw[call.inputs]
+            low[labels] = low[labels].clamp(max=number[name])
+            high[labels] = high[labels].clamp(min=number[name])
+        return low, high, names
+
+    @cached_property
+    def _written(self) -> Tensor:
+        """Whether a raw label is written by a convolution or linear layer."""
+        written = self.graph.mask()
+        for call in self.graph.projections:
+            if not call.depthwise:
+                written[self._raw[call.outputs]] = True
+        written[PIN] = False
+        return written
+
+    def _reads_alone(self, name: str, call: NormCall) -> bool:
+        low, high, names = self._readers
+        labels = self._raw[call.inputs]
+        me = names.index(name)
+        return bool((self._written[labels] & (low[labels] == me) & (high[labels] == me)).all())
+
+    def _find_boundaries(self, can_put_back: Callable[[str], bool]) -> frozenset[str]:
+        """Norms that end a branch: what they write is the deeper operand of an addition."""
+        deeper = self.graph.mask()
+        for add in self.graph.additions:
+            if add.left_depth >= add.right_depth:
+                deeper[self._raw[add.left]] = True
+            if add.right_depth >= add.left_depth:
+                deeper[self._raw[add.right]] = True
+        deeper[PIN] = False
+        return frozenset(
+            name
+            for name in self._alone
+            if bool(deeper[self._raw[self.calls[name].outputs]].any()) and can_put_back(name)
+        )
+
+    @cached_property
+    def axes(self) -> Ragged:
+        """The ids along `graph.axes`, in their order."""
+        return Ragged(list(self.graph.axes.values()))
+
+    def in_classes(self, labels: Iterable[int]) -> Tensor:
+        """bool [graph.count]: the ids of the given classes."""
+        mask = self.graph.mask()
+        mask[list(labels)] = True
+        return mask[self.label]
+
+    def sole_norm(self, index: int) -> NormCall | None:
+        """The norm that alone reads what a call (by index) writes, and reads it untouched."""
+        for norm in self.graph.norms:
+            if norm.source == index and norm.scale in self._alone and norm.normalizes:
+                return norm
+        return None
+
+    # --- classes
+
+    def _classes(self) -> Tensor:
+        graph = self.graph
+        edges = [*graph.links(self.boundaries), *graph.pin_edges()]
+        if self.residual == "couple":
+            edges += graph.addition_edges()
+        else:
+            edges += [
+                torch.stack((torch.full_like(ids, PIN), ids))
+                for add in graph.additions
+                for ids in (add.left, add.right)
+            ]
+        self._meets = self._in_addition()
+        edges += [_to_pin(self.calls[name].inputs) for name in self._stems(graph.labels(edges))]
+        self.mismatched: list[Match] = []
+        while True:  # pinning one side of a match may break another
+            label = self._pin_uncovered(edges)
+            broken = [match for match in graph.matched if not _matches(label, match)]
+            if not broken:
+                return label
+            self.mismatched += broken
+            edges += [_to_pin(ids) for match in broken for ids in (match.left, match.right)]
+
+    def _find_balanced(self) -> list[Tensor]:
+        """Rows of classes of which as many must stay in each, where any can go."""
+        found = [self.label[rows] for rows in self.graph.balanced]
+        return [rows for rows in found if bool((rows != PIN).any())]
+
+    @cached_property
+    def _residual(self) -> bool:
+        """Whether any addition joins a branch and a shortcut, which is shorter."""
+        return any(add.left_depth != add.right_depth for add in self.graph.additions)
+
+    def _in_addition(self) -> Tensor:
+        meets = self.graph.mask()
+        label = self.graph.labels(self.graph.links(self.boundaries), self.graph.addition_edges())
+        for add in self.graph.additions:
+            meets[label[add.left]] = meets[label[add.right]] = True
+        return meets[label]
+
+    def _stems(self, label: Tensor) -> set[str]:
+        """In a residual network the first norms stay, unless coupled with others."""
+        if not self._residual:
+            return set()
+        return {
+            name
+            for name, call in self.calls.items()
+            if call.depth <= 1 and not self._meets[call.outputs].any()
+        }
+
+    def _pin_uncovered(self, edges: list[Tensor]) -> Tensor:
+        """Pin classes into which something without a γ adds.
+
+        A class joined by multiplications may go iff one of its factors is wholly decided by γ;
+        within one factor, everything that is added must be.
+        """
+        graph = self.graph
+        factor, joined = graph.labels(edges), graph.labels(edges, graph.gates)
+        covered = self._written.clone()[self._raw]
+        bare = graph.mask()
+        for call in graph.projections:
+            if not call.depthwise:
+                bare[call.outputs] = True
+        decided_by_norm = graph.mask()
+        for name in self._alone:
+            decided_by_norm[self._raw[self.calls[name].inputs]] = True
+        bare &= ~decided_by_norm[self._raw]
+        bare_factor = graph.mask()
+        bare_factor[factor[bare]] = True
+        decided = graph.mask()
+        ids = torch.arange(graph.count, device="cpu")
+        decided[joined[ids[covered & ~bare_factor[factor]]]] = True
+        self._decided_factor = ~bare_factor[factor]
+        return torch.where(decided[joined], joined, PIN)
+
+    # --- reasons
+
+    def _why_not(self, name: str, call: NormCall) -> str | None:
+        """Why a norm does not take part; None if it does."""
+        free = (self.label[call.inputs] != PIN) & self._decided_factor[call.inputs]
+        if name in self._alone and bool(free.any()):
+            return None
+        for found in (self._unwritten, self._shared, self._pin_reason, self._stem_or_addition):
+            reason = found(name, call)
+            if reason is not None:
+                return reason
+        return "something that has no scaling factor is added to its channels"
+
+    def _unwritten(self, name: str, call: NormCall) -> str | None:
+        if bool(self._written[self._raw[call.inputs]].all()):
+            return None
+        if any(
+            len(c.inputs) == len(call.inputs)
+            and c.depthwise
+            and torch.equal(c.outputs, call.inputs)
+            for c in self.graph.projections
+        ):
+            return "its channels are those of the layer before the depthwise convolution"
+        return "normalizes what no single convolution or linear layer writes (a sum, or the input)"
+
+    def _shared(self, name: str, call: NormCall) -> str | None:
+        if name in self._alone:
+            return None
+        low, high, names = self._readers
+        labels = self._raw[call.inputs]
+        others = {
+            names[i] for i in (*low[labels].tolist(), *high[labels].tolist()) if names[i] != name
+        }
+        return (
+            f"its channels are read by others too ({', '.join(sorted(others)[:2])})"
+            if others
+            else None
+        )
+
+    @cached_property
+    def _joined(self) -> Tensor:
+        """Labels of what goes together through norms and products; through products with what must
+        stay not, which say nothing about why.
+        """
+        gates = [pairs[:, (pairs != PIN).all(0)] for pairs in self.graph.gates]
+        return self.graph.labels(self.graph.links(self.boundaries), gates)
+
+    def _pin_reason(self, name: str, call: NormCall) -> str | None:
+        label = self._joined
+        mine = self.graph.mask()
+        mine[label[call.inputs]] = True
+        mine[PIN] = False
+        pins = [(pin.ids, pin.reason) for pin in self.graph.pins]
+        pins += [(torch.cat((m.left, m.right)), m.reason) for m in self.mismatched]
+        for ids, reason in pins:
+            if bool(mine[label[ids]].any()):
+                return reason
+        return None
+
+    def _stem_or_addition(self, name: str, call: NormCall) -> str | None:
+        if bool(self._meets[call.outputs].any()):
+            return MEETS[self.residual]
+        return STEM if call.depth <= 1 and self._residual else None
+
+
+def _matches(label: Tensor, match: Match) -> bool:
+    """Whether two rows hold the same classes, in any order."""
+    return bool(torch.equal(label[match.left].sort().values, label[match.right].sort().values))
+
+
+def _to_pin(ids: Tensor) -> Tensor:
+    return torch.stack((torch.full_like(ids, PIN), ids))

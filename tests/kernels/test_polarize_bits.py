@@ -1,0 +1,57 @@
+"""Results are the same to the last bit for any thread count and any instruction set."""
+
+import os
+import subprocess
+import sys
+
+import torch
+from support import TESTS
+from support.backends import bits, random_gammas
+from support.oracles import REGULARIZERS
+
+from polarfast.kernels.table import ScaleTable
+
+
+def three_steps() -> list[bytes]:
+    params = random_gammas([1, 17, 300, 5000])
+    state = {param: {"momentum_buffer": torch.zeros_like(param)} for param in params}
+    table = ScaleTable([str(i) for i in range(len(params))], params)
+    for kind, per_layer in REGULARIZERS:
+        table.refresh(state)
+        table.add_subgradient_(kind, 0.1, 1.2, per_layer)
+        table.sgd_step_(kind, 0.1, 1.2, per_layer, lr=0.1, momentum=0.9, upper=1.0)
+    return [bits(tensor) for param in params for tensor in (param, param.grad)]
+
+
+def test_same_bits_for_any_thread_count():
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(three_steps())
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+
+
+def test_same_bits_for_any_instruction_set():
+    code = (
+        "import hashlib, test_polarize_bits; from polarfast import _C; "
+        "found = b''.join(test_polarize_bits.three_steps()); "
+        "print(_C.build_info()['simd'], hashlib.sha256(found).hexdigest())"
+    )
+    found = {}
+    for level in ("baseline", "avx2", "best"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "POLARFAST_SIMD": level, "PYTHONPATH": str(TESTS)},
+            cwd=os.path.dirname(__file__),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        name, digest = done.stdout.split()
+        found[name] = digest
+    assert "baseline" in found
+    assert len(set(found.values())) == 1, found

@@ -36,17 +36,17 @@ from torch import Tensor, nn
 import polarfast as pf
 from polarfast.engine.models import build
 from polarfast.kernels.put_back_ref import put_back_by_reading, put_back_ref
-from polarfast.layers import PutBackMixin
+from polarfast.layers import PutBack
 
-NOW = PutBackMixin.forward
+NOW = PutBack.forward
 
 
-def plain(self: PutBackMixin, input: Tensor) -> Tensor:
-    kept = super(PutBackMixin, self).forward(input)
+def plain(self: PutBack, input: Tensor) -> Tensor:
+    kept = super(PutBack, self).forward(input)
     return put_back_ref(kept, self.put_back_index, self.put_back_constant)
 
 
-def bound(self: PutBackMixin, input: Tensor) -> Tensor:
+def bound(self: PutBack, input: Tensor) -> Tensor:
     width = self.put_back_constant.numel()
     shape = (input.shape[0], width, *input.shape[2:])
     last = not input.is_contiguous()
@@ -93,11 +93,11 @@ def forms_of(
 
     def form(name: str) -> Callable[[], object]:
         def call() -> object:
-            PutBackMixin.forward = forwards.get(name, NOW)  # type: ignore[method-assign]
+            PutBack.forward = forwards.get(name, NOW)  # type: ignore[method-assign]
             try:
                 return run(kept if name == "keep" else expanded)
             finally:
-                PutBackMixin.forward = NOW  # type: ignore[method-assign]
+                PutBack.forward = NOW  # type: ignore[method-assign]
 
         return call
 

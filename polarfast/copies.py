@@ -1,17 +1,11 @@
-"""Copies of a model: quick ones, and ones in float64."""
+"""Copies of a model in float64, whole or without its removed channels."""
 
 import copy
-from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-#: Values that a copy shares with its original.
-SHARED = frozenset((type(None), bool, int, float, str, type, torch.dtype, torch.device))
-#: How a module gives its state away unless its class says otherwise.
-GETSTATE = getattr(nn.Module, "__getstate__", None)
 
 
 def tensors_of_model(model: nn.Module) -> dict[str, Tensor]:
@@ -28,53 +22,6 @@ def tensors_of_model(model: nn.Module) -> dict[str, Tensor]:
                     seen.add(id(tensor))
                     found[f"{prefix}.{name}" if prefix else name] = tensor
     return params | buffers
-
-
-def copy_with(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """`copy.deepcopy(model, memo)`, in a fraction of the time: modules are copied here, and only
-    what is in them and is no plain value is left to `deepcopy`.
-    """
-    ordinary = [module for module in model.modules() if _is_ordinary(type(module))]
-    for module in ordinary:  # first, so that whatever refers to a module finds its copy
-        if id(module) not in memo:
-            memo[id(module)] = object.__new__(type(module))
-    for module in ordinary:
-        state = vars(module) if GETSTATE is None else module.__getstate__()
-        copied = {name: _copied(value, memo) for name, value in state.items()}
-        kind, new = type(module), memo[id(module)]
-        if kind.__setstate__ is nn.Module.__setstate__:  # which is for files of older versions
-            vars(new).update(copied)
-        else:
-            new.__setstate__(copied)
-    return copy.deepcopy(model, memo)
-
-
-def _is_ordinary(kind: type[nn.Module]) -> bool:
-    """Whether deepcopy would copy the attributes one by one, and do nothing else."""
-    return (
-        kind.__reduce_ex__ is object.__reduce_ex__
-        and kind.__reduce__ is object.__reduce__
-        and getattr(kind, "__getstate__", None) is GETSTATE
-        and not hasattr(kind, "__deepcopy__")
-        and kind.__new__ is object.__new__
-    )
-
-
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    kind = type(value)
-    if kind in SHARED or (kind is tuple and all(type(item) in SHARED for item in value)):
-        return value
-    found = memo.get(id(value))
-    if found is not None:
-        return found
-    if kind in (OrderedDict, dict, set) and not value:  # a table of hooks, most often
-        found = memo[id(value)] = kind()
-    elif kind is dict and all(type(key) is str for key in value):
-        found = memo[id(value)] = {}
-        found.update((key, _copied(item, memo)) for key, item in value.items())
-    else:
-        found = copy.deepcopy(value, memo)
-    return found
 
 
 def double_copy(model: nn.Module) -> nn.Module:
@@ -103,7 +50,7 @@ def doubled(model: nn.Module, hollow: Collection[str] = ()) -> tuple[nn.Module, 
         if isinstance(tensor, nn.Parameter):
             double = nn.Parameter(double, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = copies[name] = double
-    return copy_with(model, memo), copies
+    return copy.deepcopy(model, memo), copies
 
 
 def masked_copy(model: nn.Module, kept: dict[str, Tensor], zero_beta: bool) -> nn.Module:

@@ -5,9 +5,9 @@ Each is a mixin over the torch class it stands in for: an instance changes its c
 parameter names, hooks and modes stay with it and `isinstance` holds.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,29 +15,67 @@ from torch import Tensor, nn
 from .errors import ArgumentError
 from .kernels.put_back import put_back, put_back_norm, takes_kernel
 
-_TransposedConv = nn.modules.conv._ConvTransposeNd
+Kinds = tuple[type[nn.Module], ...]
+NORMS: Kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+CONVS: Kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED: Kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+#: Torch's layers that can have a gate.
+GATEABLE: Kinds = (*NORMS, *CONVS, *TRANSPOSED, nn.Linear)
 
 
-class Gated:
+class Variant:
+    """A layer of one of torch's classes, or of one derived from these, that does something more."""
+
+    #: What class names begin with.
+    prefix: ClassVar[str]
+    #: The class this one stands in for.
+    plain: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Classes made by `_variant` have no name that they could be found by.
+        extra = next(cls for cls in type(self).__mro__[1:] if issubclass(cls, Variant))
+        return _revive, (extra, self.plain), *super().__reduce_ex__(protocol)[2:]
+
+
+def _make_variant(extra: type[Variant], plain: type[nn.Module]) -> type[nn.Module]:
+    name = f"{extra.prefix}{plain.__name__}"
+    return type(name, (extra, plain), {"plain": plain, "__module__": __name__})
+
+
+#: The class that does what a mixin adds to a plain layer: one for all layers alike.
+_variant: Callable[[type[Variant], type[nn.Module]], type[nn.Module]] = cache(
+    _make_variant  # type: ignore[assignment]
+)
+
+
+def _revive(extra: type[Variant], plain: type[nn.Module]) -> nn.Module:
+    """An empty layer, for copies and pickles to fill."""
+    return object.__new__(_variant(extra, plain))
+
+
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """The module's class, without what a variant adds."""
+    return module.plain if isinstance(module, Variant) else type(module)
+
+
+# --- gates
+
+
+class Gated(Variant):
     """A layer whose output channels are multiplied by `gate`.
 
     Parameters:
         gate: [C_out].
     """
 
+    prefix = "Gated"
     gate: nn.Parameter
-    #: The class this one stands in for: torch's, or one derived from it.
-    plain: type[nn.Module]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gated"  # type: ignore[misc]
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # By the class it stands in for: classes made by `gated_type` have no name to be found by.
-        return _revive, (self.plain,), *super().__reduce_ex__(protocol)[2:]
 
-
-class _GatedNorm(Gated):
+class GatedNorm(Gated):
     """(γ·gate)·x̂ + β·gate: the gate costs no pass over the activations, and no memory for one."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -54,25 +92,7 @@ class _GatedNorm(Gated):
         return self.plain.forward(inner, input)
 
 
-class GatedBatchNorm1d(_GatedNorm, nn.BatchNorm1d):
-    """`nn.BatchNorm1d` with a gate."""
-
-    plain = nn.BatchNorm1d
-
-
-class GatedBatchNorm2d(_GatedNorm, nn.BatchNorm2d):
-    """`nn.BatchNorm2d` with a gate."""
-
-    plain = nn.BatchNorm2d
-
-
-class GatedBatchNorm3d(_GatedNorm, nn.BatchNorm3d):
-    """`nn.BatchNorm3d` with a gate."""
-
-    plain = nn.BatchNorm3d
-
-
-class _GatedOutput(Gated):
+class GatedOutput(Gated):
     """The layer's output times the gate."""
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -86,103 +106,25 @@ class _GatedOutput(Gated):
         return out * self.gate.to(out.dtype).view(-1, *[1] * spatial)
 
 
-class GatedSyncBatchNorm(_GatedOutput, nn.SyncBatchNorm):
-    """`nn.SyncBatchNorm` with a gate."""
-
-    plain = nn.SyncBatchNorm
-
-
-class GatedConv1d(_GatedOutput, nn.Conv1d):
-    """`nn.Conv1d` with a gate."""
-
-    plain = nn.Conv1d
-
-
-class GatedConv2d(_GatedOutput, nn.Conv2d):
-    """`nn.Conv2d` with a gate."""
-
-    plain = nn.Conv2d
-
-
-class GatedConv3d(_GatedOutput, nn.Conv3d):
-    """`nn.Conv3d` with a gate."""
-
-    plain = nn.Conv3d
-
-
-class GatedConvTranspose1d(_GatedOutput, nn.ConvTranspose1d):
-    """`nn.ConvTranspose1d` with a gate."""
-
-    plain = nn.ConvTranspose1d
-
-
-class GatedConvTranspose2d(_GatedOutput, nn.ConvTranspose2d):
-    """`nn.ConvTranspose2d` with a gate."""
-
-    plain = nn.ConvTranspose2d
-
-
-class GatedConvTranspose3d(_GatedOutput, nn.ConvTranspose3d):
-    """`nn.ConvTranspose3d` with a gate."""
-
-    plain = nn.ConvTranspose3d
-
-
-class GatedLinear(_GatedOutput, nn.Linear):
-    """`nn.Linear` with a gate."""
-
-    plain = nn.Linear
-
-
-#: Torch class -> the class with a gate.
-GATED: dict[type[nn.Module], type[nn.Module]] = {
-    cls.plain: cls
-    for cls in (
-        GatedBatchNorm1d,
-        GatedBatchNorm2d,
-        GatedBatchNorm3d,
-        GatedSyncBatchNorm,
-        GatedConv1d,
-        GatedConv2d,
-        GatedConv3d,
-        GatedConvTranspose1d,
-        GatedConvTranspose2d,
-        GatedConvTranspose3d,
-        GatedLinear,
-    )
-}
-
-
 def gated_type(plain: type[nn.Module]) -> type[nn.Module] | None:
     """The class with a gate for one of torch's layers, or for a class derived from one; None for
     other modules.
     """
-    base = next((cls for cls in plain.__mro__ if cls in GATED), None)
-    if base is None or base is plain:
-        return GATED.get(plain)
-    if base is nn.SyncBatchNorm:  # its output is multiplied, and what a derived class does to that
+    base = next((cls for cls in plain.__mro__ if cls in GATEABLE), None)
+    if base is nn.SyncBatchNorm and base is not plain:
+        return None  # its output is multiplied, and what a derived class does to that
+    if base is None:
         return None
-    norm = issubclass(base, nn.modules.batchnorm._BatchNorm)
-    return _derived(plain, norm)  # type: ignore[arg-type]  # classes do hash
-
-
-@cache  # one class for all layers alike
-def _derived(plain: Any, norm: bool) -> type[nn.Module]:
-    body = {"plain": plain, "__module__": __name__, "__doc__": f"`{plain.__name__}` with a gate."}
-    return type(f"Gated{plain.__name__}", (_GatedNorm if norm else _GatedOutput, plain), body)
+    folds = base in NORMS and base is not nn.SyncBatchNorm
+    return _variant(GatedNorm if folds else GatedOutput, plain)
 
 
 def own_forward(module: nn.Module) -> bool:
     """Whether a convolution or linear layer computes as torch's own class does."""
     plain = plain_type(module)
-    base = next(cls for cls in plain.__mro__ if cls in GATED)
+    base = next(cls for cls in plain.__mro__ if cls in GATEABLE)
     names = ("forward", "_conv_forward")
     return all(getattr(plain, name, None) is getattr(base, name, None) for name in names)
-
-
-def plain_type(module: nn.Module) -> type[nn.Module]:
-    """The module's class, without a gate."""
-    return module.plain if isinstance(module, Gated) else type(module)
 
 
 def gated_modules(model: nn.Module) -> Iterator[tuple[str, Gated]]:
@@ -218,7 +160,9 @@ def open_gate(module: nn.Module) -> None:
     """Give a plain layer a gate of ones, which changes nothing."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    width = module.out_channels if isinstance(module, _TransposedConv) else weight.shape[0]
+    width = weight.shape[0]
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        width = module.out_channels
     ones = torch.ones(width, dtype=weight.dtype, device=weight.device)
     gated = gated_type(type(module))
     assert gated is not None
@@ -245,7 +189,7 @@ def fold_gate(module: Gated, full: Tensor, gate: Tensor) -> None:
     gate = gate.to(full.device, full.dtype)
     if not full.numel():
         return
-    if isinstance(module, _TransposedConv) and full.dim() > 1:  # [C_in, C_out / groups, ...]
+    if isinstance(module, TRANSPOSED) and full.dim() > 1:  # [C_in, C_out / groups, ...]
         groups = gate.numel() // full.shape[1]
         rows = full.view(groups, -1, *full.shape[1:])
         rows.mul_(gate.view(groups, 1, -1, *[1] * (full.dim() - 2)))
@@ -259,11 +203,7 @@ def _is_called(module: nn.Module, args: Any) -> None:
     """
 
 
-def _revive(plain: type[nn.Module]) -> nn.Module:
-    """An empty gated layer, for copies and pickles to fill."""
-    gated = gated_type(plain)
-    assert gated is not None
-    return object.__new__(gated)
+# --- put-back, and layers without channels
 
 
 def _nothing(norm: object, input: Tensor) -> Tensor:
@@ -290,7 +230,7 @@ def _is_affine(norm: nn.modules.batchnorm._BatchNorm, input: Tensor) -> bool:
     return takes_kernel(input)
 
 
-class PutBackMixin:
+class PutBack(Variant):
     """A normalization of the kept channels whose output has the full width again ("expand").
 
     Buffers:
@@ -299,6 +239,7 @@ class PutBackMixin:
             dropped.
     """
 
+    prefix = "PutBack"
     put_back_index: Tensor
     put_back_constant: Tensor
 
@@ -334,49 +275,21 @@ class PutBackMixin:
         return channels.view(1, -1, *[1] * (nothing.dim() - 2)).expand(shape).contiguous()
 
 
-class PutBackBatchNorm1d(PutBackMixin, nn.BatchNorm1d):
-    """`nn.BatchNorm1d` that puts its channels back at their places."""
-
-
-class PutBackBatchNorm2d(PutBackMixin, nn.BatchNorm2d):
-    """`nn.BatchNorm2d` that puts its channels back at their places."""
-
-
-class PutBackBatchNorm3d(PutBackMixin, nn.BatchNorm3d):
-    """`nn.BatchNorm3d` that puts its channels back at their places."""
-
-
-class PutBackSyncBatchNorm(PutBackMixin, nn.SyncBatchNorm):
-    """`nn.SyncBatchNorm` that puts its channels back at their places."""
-
-
-class _SilentNormMixin:
+class SilentNorm(Variant):
     """A normalization of no channels (torch's own refuses them)."""
+
+    prefix = "Silent"
 
     def forward(self, input: Tensor) -> Tensor:
         return _nothing(self, input)
 
 
-class SilentBatchNorm1d(_SilentNormMixin, nn.BatchNorm1d):
-    """`nn.BatchNorm1d` over no channels."""
-
-
-class SilentBatchNorm2d(_SilentNormMixin, nn.BatchNorm2d):
-    """`nn.BatchNorm2d` over no channels."""
-
-
-class SilentBatchNorm3d(_SilentNormMixin, nn.BatchNorm3d):
-    """`nn.BatchNorm3d` over no channels."""
-
-
-class SilentSyncBatchNorm(_SilentNormMixin, nn.SyncBatchNorm):
-    """`nn.SyncBatchNorm` over no channels."""
-
-
-class _SilentConvMixin:
+class SilentConv(Variant):
     """A convolution without input or without output channels: no multiplication, the output's shape
     and the bias.
     """
+
+    prefix = "Silent"
 
     def forward(self, input: Tensor) -> Tensor:
         assert isinstance(self, nn.modules.conv._ConvNd)
@@ -397,34 +310,12 @@ class _SilentConvMixin:
         return channels.to(input.dtype).view(1, -1, *[1] * len(space)).expand(shape).contiguous()
 
 
-class SilentConv1d(_SilentConvMixin, nn.Conv1d):
-    """`nn.Conv1d` without input or output channels."""
-
-
-class SilentConv2d(_SilentConvMixin, nn.Conv2d):
-    """`nn.Conv2d` without input or output channels."""
-
-
-class SilentConv3d(_SilentConvMixin, nn.Conv3d):
-    """`nn.Conv3d` without input or output channels."""
-
-
 #: Torch class -> the class that puts channels back.
-PUT_BACK: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: PutBackBatchNorm1d,
-    nn.BatchNorm2d: PutBackBatchNorm2d,
-    nn.BatchNorm3d: PutBackBatchNorm3d,
-    nn.SyncBatchNorm: PutBackSyncBatchNorm,
-}
+PUT_BACK = {norm: _variant(PutBack, norm) for norm in NORMS}
 #: Torch class -> the class that works without channels; nn.Linear itself does.
-SILENT: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: SilentBatchNorm1d,
-    nn.BatchNorm2d: SilentBatchNorm2d,
-    nn.BatchNorm3d: SilentBatchNorm3d,
-    nn.SyncBatchNorm: SilentSyncBatchNorm,
-    nn.Conv1d: SilentConv1d,
-    nn.Conv2d: SilentConv2d,
-    nn.Conv3d: SilentConv3d,
+SILENT = {
+    **{norm: _variant(SilentNorm, norm) for norm in NORMS},
+    **{conv: _variant(SilentConv, conv) for conv in CONVS},
     nn.Linear: nn.Linear,
 }
 
@@ -439,8 +330,7 @@ def can_be_silent(module: nn.Module) -> bool:
     return plain_type(module) in SILENT and not isinstance(getattr(module, "padding", None), str)
 
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_PLAIN: dict[type[nn.Module], type[nn.Module]] = {n: n for n in (*_NORMS, nn.SyncBatchNorm)}
+# --- SyncBatchNorm
 
 
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
@@ -459,11 +349,9 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     Raises:
         ArgumentError: a normalization of a class derived from torch's; nothing was changed.
     """
-    synchronized = {
-        table[norm]: table[nn.SyncBatchNorm]
-        for table in (_PLAIN, GATED, PUT_BACK, SILENT)
-        for norm in _NORMS
-    }
+    tables = [{norm: norm for norm in NORMS}, PUT_BACK, SILENT]
+    tables.append({norm: gated for norm in NORMS if (gated := gated_type(norm)) is not None})
+    synchronized = {table[norm]: table[nn.SyncBatchNorm] for table in tables for norm in NORMS}
     found: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()

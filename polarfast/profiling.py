@@ -25,7 +25,7 @@ from .inputs import (
     tensors_of,
     unwrap,
 )
-from .layers import PutBackMixin, plain_type
+from .layers import PutBack, plain_type
 from .planning.pruning_plan import PruningPlan
 from .sharding import refuse_sharded
 from .slimming.slim import slim as build_slim
@@ -506,7 +506,7 @@ def _row(
         channels_before=_channels(before),
         channels=_channels(after),
         depthwise=groups > 1 and groups == getattr(before, "in_channels", None),
-        put_back=isinstance(after, PutBackMixin),
+        put_back=isinstance(after, PutBack),
         macs_before=macs[0].get(name, 0),
         macs=macs[1].get(name, 0),
         ms_before=times[0][name],

@@ -9,7 +9,7 @@ from support.nets import Residual, conv_bn, settle
 from torch import Tensor, nn
 
 import polarfast as pf
-from polarfast.layers import PutBackBatchNorm2d
+from polarfast.layers import PutBack
 
 X = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
 
@@ -99,7 +99,7 @@ def test_layers_that_are_not_faster_are_pointed_out(monkeypatch, gone, advice):
 def test_put_back_that_costs_much_is_pointed_out(monkeypatch):
     model = Residual()
     plan = planned(model, 3, residual="expand")
-    sleeping(monkeypatch, PutBackBatchNorm2d, lambda norm: 30)
+    sleeping(monkeypatch, PutBack, lambda norm: 30)
     profile = plan.profile(model, example_inputs=X, seconds=0.1)
     put_back = [row for row in profile.layers if row.put_back]
     assert [row.name for row in put_back] == ["first.4", "second.4"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..copies import doubled, mask, tensors_of_model
 from ..inputs import Spec, device_of, generate
-from ..layers import plain_type
+from ..layers import CONVS, TRANSPOSED, plain_type
 from ..tracing.classes import Channels
 from ..tracing.graph import ProjectionCall
 from .carriers import Carriers
@@ -76,11 +76,13 @@ def fold_constants(
     return result
 
 
-def new_biases(model: nn.Module, channels: Channels, fold: Fold, alive: Tensor) -> dict[str, int]:
-    """Bias name -> length, of the biases that the fold creates."""
+def new_biases(model: nn.Module, channels: Channels, fold: Fold) -> dict[str, Tensor]:
+    """Name of each bias that the fold creates -> the classes of the channels that it is added to,
+    int64 [C_out]; it has an element for each that stays.
+    """
     existing = tensors_of_model(model).keys()
     return {
-        reader.sink: int(alive[channels.graph.projections[index].outputs].sum())
+        reader.sink: channels.label[channels.graph.projections[index].outputs]
         for index, reader in fold.readers.items()
         if reader.adds and reader.sink is not None and reader.sink not in existing
     }
@@ -275,12 +277,4 @@ class Sinks:
 
 
 #: Torch's layers whose forward adds `self.bias` unless it is None.
-WITH_BIAS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+WITH_BIAS = (nn.Linear, *CONVS, *TRANSPOSED)

@@ -1,6 +1,6 @@
 """Which positions of every tensor stay when some channels go, and what the slim model costs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -74,29 +74,17 @@ class Layout:
         """Input and output channels of a call that stay."""
         return int(self.alive[call.inputs].sum()), int(self.alive[call.outputs].sum())
 
-    def macs(self) -> int:
-        """Multiply-accumulates of convolutions and linear layers on the example inputs."""
-        counted = [call for call in self.graph.projections if call.counted]
-        return sum(call.macs(*self.sizes(call)) for call in counted) + self.graph.fixed_macs
-
-    def params(self, model: nn.Module, new_biases: Mapping[str, int]) -> int:
-        """Number of parameters, created biases included, gates left out."""
-        total = sum(new_biases.values())
-        gates = {gate_name(name) for name, _ in gated_modules(model)}
-        for name, param in model.named_parameters():
-            if name in gates:
-                continue
-            total += torch.Size(self.shape(name, param)).numel()
-        return total
-
 
 #: What a share may be a share of.
 COSTS = ("macs", "params")
 
 
 class Costs:
-    """Multiply-accumulates and parameters as functions of the classes that stay; the same numbers
-    as those of `Layout`, which also says which positions stay.
+    """Multiply-accumulates and parameters as functions of the classes that stay, fast enough to be
+    asked many times.
+
+    Args:
+        model, channels: the network and its channel classes.
     """
 
     def __init__(self, model: nn.Module, channels: Channels) -> None:

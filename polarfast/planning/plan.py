@@ -3,19 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
+from ..folding.cache import Folded
 from ..folding.fold import new_biases
-from ..folding.recalling import Made
 from ..folding.replay import Fold
 from ..inputs import describe, unwrap
 from ..layers import lost_gates
 from ..scaling.factors import ScalingFactors
-from ..tracing.cache import Traced, traced
-from ..tracing.classes import Channels
-from .layout import Layout
+from ..tracing.cache import Traced
+from ..tracing.classes import Channels, trace_channels
+from .layout import Costs
 from .limits import Counts, Limits, Shares, check_fold
 from .pruning_plan import LayerPlan, PruningPlan
 from .selection import LAST, Chooser, Selection
@@ -28,120 +27,6 @@ ALMOST_NOTHING = 0.05
 GAP = 0.05
 
 Notes = dict[str, list[str]]  # γ name -> what to know
-
-
-def limit_notes(choice: Selection) -> Notes:
-    """What came back for the limits, and what nothing reads."""
-    found: Notes = {}
-    for name, first, now in zip(choice.layers, choice.first, choice.counts(), strict=True):
-        mine = found[name] = []
-        if name in choice.unread:
-            mine.append("nothing reads it any more")
-            if not now:
-                continue
-        reasons = dict(choice.added[name])
-        if reasons.pop(LAST, 0):
-            mine.append(LAST)
-        coupled = now - first - sum(choice.added[name].values())
-        if coupled > 0:
-            reasons["coupled layers"] = coupled
-        if reasons:
-            several = len(reasons) > 1
-            each = [f"{number} {why}" if several else why for why, number in reasons.items()]
-            mine.append(f"{sum(reasons.values())} added back ({', '.join(each)})")
-    return found
-
-
-def note_crowds(
-    notes: Notes,
-    compared: Mapping[str, Tensor],
-    bounds: Mapping[str, float | None],
-    gaps: bool,
-) -> None:
-    """Point out layers without a valley, and (`gaps`) those whose threshold runs through γ that
-    have not parted: of these, most of what stays is hardly larger than what goes, and what goes may
-    be missed. Single γ on their way to one side are harmless.
-    """
-    for name, bound in bounds.items():
-        if bound is None:
-            notes[name].insert(0, "no valley: nothing removed")
-            continue
-        above = compared[name][compared[name] > bound]
-        near = int((above <= bound + GAP).sum())
-        crowded = near and 2 * near >= above.numel() and above.numel() < compared[name].numel()
-        if gaps and crowded:
-            notes[name].append(
-                f"no gap: {near} of {above.numel()} above the threshold lie within {GAP:g} of it"
-            )
-
-
-def note_ranking(notes: Notes, ranking: Ranking, count: int) -> None:
-    """Say where the share asked for goes on above a valley, or between equal γ."""
-    above, ties = ranking.above_valleys(count), ranking.ties(count)
-    for name, mine in notes.items():
-        if above[name]:
-            mine.insert(0, f"{above[name]} above its valley go, to reach the share to cut")
-        if ties[name]:
-            mine.insert(0, f"{ties[name]} equal to the threshold stay, the first ones")
-
-
-def note_widths(notes: Notes, choice: Selection, folded: Fold, limits: Limits) -> None:
-    """Say where a width cannot be a multiple of `round_to`, which layers keep almost nothing, and
-    which keep nothing.
-    """
-    constant = choice.positions(folded.constant)
-    for (name, labels), kept in zip(choice.layers.items(), choice.counts(), strict=True):
-        full, multiple = labels.numel(), limits.round_to[name]
-        width = kept + len(constant[name])
-        if width % multiple:
-            why = f"fewer than {multiple}" if full < multiple else f"no multiple of {multiple}"
-            notes[name].append(f"whole, since {full} channels are {why}")
-        if 0 < kept < ALMOST_NOTHING * full:
-            notes[name].append("almost everything goes: is λ too strong here?")
-        if not kept:
-            notes[name].append("branch is constant" if constant[name] else "branch disappears")
-
-
-def write_plan(
-    chooser: Chooser,
-    choice: Selection,
-    folded: Fold,
-    bounds: Mapping[str, float | None],
-    notes: Notes,
-    *,
-    method: str,
-    asked: dict[str, Any],
-) -> PruningPlan:
-    """The plan of a selection and its constants.
-
-    Args:
-        bounds: γ name -> threshold.
-        method, asked: how the plan was made, as in `PruningPlan`.
-    """
-    model, channels = chooser.model, chooser.channels
-    alive = choice.alive()
-    alive |= channels.in_classes(folded.constant)
-    layout, whole = Layout(channels, alive), Layout(channels, torch.ones_like(alive))
-    constant = choice.positions(folded.constant)
-    layers = {
-        name: LayerPlan(labels.numel(), bounds[name], "; ".join(notes[name]), constant[name])
-        for name, labels in choice.layers.items()
-    }
-    return PruningPlan(
-        kept=choice.kept(),
-        layers=layers,
-        pinned=dict(channels.pinned),
-        residual=channels.residual,
-        method=method,
-        fold=chooser.fold,
-        inputs=chooser.spec,
-        macs_before=whole.macs(),
-        macs=layout.macs(),
-        params_before=whole.params(model, {}),
-        params=layout.params(model, new_biases(model, channels, folded, alive)),
-        inexact=folded.notes(),
-        asked=asked,
-    )
 
 
 def plan(
@@ -201,26 +86,27 @@ def plan(
     aim = None if cut is None else Aim.given(cut, of, method, value)
     method = method or ("valley" if aim is None else "percentile")
     check_fold(fold)
-    chooser, found = _chooser(model, example_inputs, scales, fold, limits)
+    chooser = _chooser(model, example_inputs, scales, fold, limits)
     compared = magnitudes(scales, scores)
     factors = scales if scores is None else as_factors(compared)
     if aim is None:
         bounds = thresholds(factors, method, value)
         choice, folded = chooser.choose(compared, bounds)
-        notes = limit_notes(choice)
+        notes = _limit_notes(choice)
         if method == "valley":
-            note_crowds(notes, compared, bounds, gaps=scores is None)
+            _note_crowds(notes, compared, bounds, gaps=scores is None)
     else:
         check_finite(factors)
         ranking = Ranking(compared, thresholds(factors) if method == "valley" else None)
         trial = aim.hit(chooser, ranking)
         choice, folded = trial.choice, trial.folded
-        bounds, notes = ranking.thresholds(trial.count), limit_notes(choice)
-        note_ranking(notes, ranking, trial.count)
-    note_widths(notes, choice, folded, limits)
+        bounds, notes = ranking.thresholds(trial.count), _limit_notes(choice)
+        _note_ranking(notes, ranking, trial.count)
+    _note_widths(notes, choice, folded, limits)
     asked = dict(limits.given) | ({} if aim is None else {"cut": aim.cut, "of": aim.of})
-    written = write_plan(chooser, choice, folded, bounds, notes, method=method, asked=asked)
-    written._made = Made.of(chooser.model, found, choice.alive(), folded, fold)
+    written = _write_plan(chooser, choice, folded, bounds, notes, method=method, asked=asked)
+    written._traced = Traced(chooser.model, chooser.channels)
+    written._folded = Folded(chooser.model, chooser.channels, choice.alive(), folded, fold)
     return written
 
 
@@ -247,7 +133,7 @@ def reachable(
     """
     limits = Limits.of(_sizes(scales), round_to, min_channels, max_share)
     check_fold(fold)
-    chooser, _ = _chooser(model, example_inputs, scales, fold, limits)
+    chooser = _chooser(model, example_inputs, scales, fold, limits)
     if scores is None:
         check_finite(scales)
     return reach(chooser, Ranking(magnitudes(scales, scores)))
@@ -259,11 +145,11 @@ def _sizes(scales: ScalingFactors) -> dict[str, int]:
 
 def _chooser(
     model: nn.Module, example_inputs: Any, scales: ScalingFactors, fold: str, limits: Limits
-) -> tuple[Chooser, Traced]:
+) -> Chooser:
     model, spec = unwrap(model), describe(example_inputs)
-    found = traced(model, example_inputs, scales.residual, scales._traced)
-    check_belongs(model, found.channels, scales)
-    return Chooser(model, found.channels, spec, scales, fold, limits), found
+    channels = trace_channels(model, example_inputs, scales.residual)
+    check_belongs(model, channels, scales)
+    return Chooser(model, channels, spec, scales, fold, limits)
 
 
 def check_belongs(model: nn.Module, channels: Channels, scales: ScalingFactors) -> None:
@@ -280,3 +166,116 @@ def check_belongs(model: nn.Module, channels: Channels, scales: ScalingFactors) 
                 f"{name} takes no part in this model as it runs now: "
                 f"{channels.pinned.get(name, 'it did not run')}"
             )
+
+
+def _write_plan(
+    chooser: Chooser,
+    choice: Selection,
+    folded: Fold,
+    bounds: Mapping[str, float | None],
+    notes: Notes,
+    *,
+    method: str,
+    asked: dict[str, Any],
+) -> PruningPlan:
+    """The plan of a selection and its constants.
+
+    Args:
+        bounds: γ name -> threshold.
+        method, asked: how the plan was made, as in `PruningPlan`.
+    """
+    model, channels = chooser.model, chooser.channels
+    costs, everything = Costs(model, channels), ~channels.graph.mask()
+    stays = choice.staying(folded.constant)
+    constant = choice.positions(folded.constant)
+    layers = {
+        name: LayerPlan(labels.numel(), bounds[name], "; ".join(notes[name]), constant[name])
+        for name, labels in choice.layers.items()
+    }
+    return PruningPlan(
+        kept=choice.kept(),
+        layers=layers,
+        pinned=dict(channels.pinned),
+        residual=channels.residual,
+        method=method,
+        fold=chooser.fold,
+        inputs=chooser.spec,
+        macs_before=costs.macs(everything),
+        macs=costs.macs(stays),
+        params_before=costs.params(everything),
+        params=costs.params(stays, new_biases(model, channels, folded).values()),
+        inexact=folded.notes(),
+        asked=asked,
+    )
+
+
+def _limit_notes(choice: Selection) -> Notes:
+    """What came back for the limits, and what nothing reads."""
+    found: Notes = {}
+    for name, first, now in zip(choice.layers, choice.first, choice.counts(), strict=True):
+        mine = found[name] = []
+        if name in choice.unread:
+            mine.append("nothing reads it any more")
+            if not now:
+                continue
+        reasons = dict(choice.added[name])
+        if reasons.pop(LAST, 0):
+            mine.append(LAST)
+        coupled = now - first - sum(choice.added[name].values())
+        if coupled > 0:
+            reasons["coupled layers"] = coupled
+        if reasons:
+            several = len(reasons) > 1
+            each = [f"{number} {why}" if several else why for why, number in reasons.items()]
+            mine.append(f"{sum(reasons.values())} added back ({', '.join(each)})")
+    return found
+
+
+def _note_crowds(
+    notes: Notes,
+    compared: Mapping[str, Tensor],
+    bounds: Mapping[str, float | None],
+    gaps: bool,
+) -> None:
+    """Point out layers without a valley, and (`gaps`) those whose threshold runs through γ that
+    have not parted: of these, most of what stays is hardly larger than what goes, and what goes may
+    be missed. Single γ on their way to one side are harmless.
+    """
+    for name, bound in bounds.items():
+        if bound is None:
+            notes[name].insert(0, "no valley: nothing removed")
+            continue
+        above = compared[name][compared[name] > bound]
+        near = int((above <= bound + GAP).sum())
+        crowded = near and 2 * near >= above.numel() and above.numel() < compared[name].numel()
+        if gaps and crowded:
+            notes[name].append(
+                f"no gap: {near} of {above.numel()} above the threshold lie within {GAP:g} of it"
+            )
+
+
+def _note_ranking(notes: Notes, ranking: Ranking, count: int) -> None:
+    """Say where the share asked for goes on above a valley, or between equal γ."""
+    above, ties = ranking.above_valleys(count), ranking.ties(count)
+    for name, mine in notes.items():
+        if above[name]:
+            mine.insert(0, f"{above[name]} above its valley go, to reach the share to cut")
+        if ties[name]:
+            mine.insert(0, f"{ties[name]} equal to the threshold stay, the first ones")
+
+
+def _note_widths(notes: Notes, choice: Selection, folded: Fold, limits: Limits) -> None:
+    """Say where a width cannot be a multiple of `round_to`, which layers keep almost nothing, and
+    which keep nothing.
+    """
+    constant = choice.positions(folded.constant)
+    for (name, labels), kept in zip(choice.layers.items(), choice.counts(), strict=True):
+        full, multiple = labels.numel(), limits.round_to[name]
+        width = kept + len(constant[name])
+        if width % multiple:
+            why = f"fewer than {multiple}" if full < multiple else f"no multiple of {multiple}"
+            notes[name].append(f"whole, since {full} channels are {why}")
+        if 0 < kept < ALMOST_NOTHING * full:
+            notes[name].append("almost everything goes: is λ too strong here?")
+        if not kept:
+            notes[name].append("branch is constant" if constant[name] else "branch disappears")

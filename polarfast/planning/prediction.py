@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..folding.replay import Fold
+from ..folding.visibility import UNKNOWN, VISIBLE, Answers, ranges, visibility
 from ..inputs import Spec, describe, unwrap
 from ..scaling.factors import ScalingFactors
 from ..sharding import is_sharded, present_parameters, whole
-from ..tracing.cache import traced
-from ..tracing.classes import Channels
+from ..tracing.classes import Channels, trace_channels
 from ..tracing.graph import PIN
-from .constants import UNKNOWN, VISIBLE, Answers, ranges, visibility
 from .layout import Costs
 from .limits import Counts, Limits, Shares, check_fold
 from .plan import check_belongs
@@ -330,9 +329,7 @@ class CutCounter:
             moment.limits,
             lambda choice: self._constants(choice, moment.betas),
         )
-        stays = choice.stays.clone()
-        stays[list(folded.constant)] = True
-        return 1.0 - self._costs.macs(stays) / self.macs_before
+        return 1.0 - self._costs.macs(choice.staying(folded.constant)) / self.macs_before
 
     def _constants(self, choice: Selection, betas: Mapping[str, Tensor]) -> Fold:
         """What `fold_constants` would find, of which the constant channels are enough here."""
@@ -398,8 +395,7 @@ class CutPredictor:
         limits = Limits.of(sizes, round_to, min_channels, max_share)
         self.scales, self.method, self.value, self.fold = scales, method, value, fold
         self._model = unwrap(model)
-        known = scales._traced
-        channels = traced(self._model, example_inputs, scales.residual, known).channels
+        channels = trace_channels(self._model, example_inputs, scales.residual)
         check_belongs(self._model, channels, scales)
         check_method(method, value)  # and no γ: what they are now may be clamped before a look
         self._names = list(scales)

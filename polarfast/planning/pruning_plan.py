@@ -12,8 +12,9 @@ from ..errors import PlanError
 from ..tracing.classes import RESIDUAL_MODES
 
 if TYPE_CHECKING:
-    from ..folding.recalling import Made
+    from ..folding.cache import Folded
     from ..profiling import Profile
+    from ..tracing.cache import Traced
 
 FORMAT = "polarfast-plan"
 VERSION = 1
@@ -73,10 +74,11 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         # For `slim` on the same model; no part of the plan, so neither compared, copied nor kept.
-        self._made: Made | None = None
+        self._traced: Traced | None = None
+        self._folded: Folded | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": None}
+        return {**self.__dict__, "_traced": None, "_folded": None}
 
     @property
     def flops_reduction(self) -> float:

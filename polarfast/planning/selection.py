@@ -183,6 +183,22 @@ class Selection:
         """bool [graph.count]: the ids that stay."""
         return self.stays[self.channels.label]
 
+    def staying(self, constant: Set[int] = frozenset()) -> Tensor:
+        """bool [graph.count] by class label: `stays`, and the classes of constant channels."""
+        stays = self.stays.clone()
+        stays[list(constant)] = True
+        return stays
+
+    def only(self, places: Mapping[str, int]) -> Tensor:
+        """bool [graph.count] by class label: of each layer just the channel at this place, and what
+        may not be removed.
+        """
+        stays = ~self.graph.mask()
+        stays[self._all.flat] = False
+        stays[[int(labels[places[name]]) for name, labels in self.layers.items()]] = True
+        stays[self._left_out] = stays[PIN] = True
+        return stays
+
     def kept(self) -> dict[str, Tensor]:
         """γ name -> sorted kept channels."""
         return {
@@ -292,9 +308,7 @@ class Selection:
 
     def _balance(self, constant: Set[int]) -> bool:
         """Add channels back until groups and chunks are equal in size; whether any came back."""
-        there = self.stays.clone()
-        there[list(constant)] = True
-        counts = iter(self._rows.counts(there).tolist())
+        counts = iter(self._rows.counts(self.staying(constant)).tolist())
         unequal = [rows for rows in self.channels.balanced if len({next(counts) for _ in rows}) > 1]
         labels = to_restore(unequal, self.stays, self.strength, constant)
         if not labels:

@@ -2,18 +2,20 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, PlanError
+from ..folding.fold import new_biases
 from ..folding.replay import Fold
-from .constants import Foresight
+from ..folding.visibility import Foretold
 from .layout import COSTS, Costs
 from .selection import Chooser, Selection
 from .thresholds import Ranking
 
 #: Shares are compared up to this.
 ROUNDING = 1e-12
-#: Looks at the constants that removed channels really leave, before they are no longer foretold.
+#: Runs of the network, after which constants are taken to come and go with single channels.
 LOOKS = 6
 #: Brackets wider than twice this are narrowed by interpolation.
 STEPS = 16
@@ -111,62 +113,70 @@ class Aim:
 
 def reach(chooser: Chooser, ranking: Ranking) -> Reach:
     """What can be cut at all, and which limits bind."""
-    most = _Trials(chooser, ranking).last().shares
+    most = _Trials(chooser, ranking).most.shares
     binding = {}
     for name, value in chooser.limits.given.items():
         freer = chooser.under(chooser.limits.without(name))
-        shares = _Trials(freer, ranking).last().shares
+        shares = _Trials(freer, ranking).most.shares
         if any(shares[of] > most[of] + ROUNDING for of in COSTS):
             binding[f"{name}={value}"] = (shares["macs"], shares["params"])
     return Reach((0.0, most["macs"]), (0.0, most["params"]), binding)
 
 
 class _Trials:
-    """What is cut when so many of the weakest channels go."""
+    """What is cut when so many of the weakest channels go.
+
+    Attributes:
+        ranking: the order of the channels.
+        most: what happens when all go that can. What stays then stays in every trial.
+    """
 
     def __init__(self, chooser: Chooser, ranking: Ranking) -> None:
         self._chooser, self.ranking = chooser, ranking
         self._costs = Costs(chooser.model, chooser.channels)
-        self._foresight = Foresight(chooser)
+        self._foretold: Foretold | None = None
+        self._biases: list[Tensor] = []  # for each bias created in the last run, its classes
         self._before = self._weigh(~chooser.channels.graph.mask())
         self._foreseen: dict[int, dict[str, float]] = {}
+        self.most = self.really(ranking.count)
 
     def foreseen(self, count: int) -> dict[str, float]:
-        """The shares cut, from constants as they are foretold."""
+        """The shares cut, with constant channels as they are foretold."""
         if count not in self._foreseen:
-            choice, folded = self._choose(count)
+            bounds = self.ranking.bounds(count)
+            choice, folded = self._chooser.choose(self.ranking.places, bounds, self._constants)
             self._foreseen[count] = self._shares(choice, folded)
         return self._foreseen[count]
 
     def really(self, count: int) -> Hit:
-        """The same from a run of the network, from which the next ones are foretold better."""
-        choice, _ = self._choose(count)
-        folded = self._chooser.settle(choice, self._chooser.constants)
-        if self._foresight.learn(choice, folded):
+        """The same from a run of the network."""
+        choice, folded = self._chooser.choose(self.ranking.places, self.ranking.bounds(count))
+        created = new_biases(self._chooser.model, self._chooser.channels, folded)
+        biases = [created[name] for name in sorted(created)]
+        if not (len(biases) == len(self._biases) and all(map(torch.equal, biases, self._biases))):
+            self._biases = biases
             self._foreseen.clear()
         return Hit(count, choice, folded, self._shares(choice, folded))
 
-    def last(self) -> Hit:
-        """When all channels go that can."""
-        for _ in range(LOOKS):
-            hit = self.really(self.ranking.count)
-            if hit.shares == self.foreseen(self.ranking.count):
-                break
-        return hit
-
-    def _choose(self, count: int) -> tuple[Selection, Fold]:
-        bounds = self.ranking.bounds(count)
-        return self._chooser.choose(self.ranking.places, bounds, self._foresight.constants)
+    def _constants(self, choice: Selection) -> Fold:
+        """What running the network is expected to find, of which the constant channels are enough
+        here.
+        """
+        chooser = self._chooser
+        if self._foretold is None:
+            stays = choice.only(self.ranking.strongest())
+            self._foretold = Foretold(
+                chooser.model, chooser.channels, stays, chooser.spec, chooser.fold
+            )
+        return Fold(constant=self._foretold.constants(choice.stays))
 
     def _shares(self, choice: Selection, folded: Fold) -> dict[str, float]:
-        stays = choice.stays.clone()
-        stays[list(folded.constant)] = True
-        after = self._weigh(stays)
+        after = self._weigh(choice.staying(folded.constant))
         return {of: 1.0 - after[of] / max(self._before[of], 1) for of in COSTS}
 
     def _weigh(self, stays: Tensor) -> dict[str, int]:
-        biases = self._foresight.new_biases()
-        return {"macs": self._costs.macs(stays), "params": self._costs.params(stays, biases)}
+        params = self._costs.params(stays, self._biases)
+        return {"macs": self._costs.macs(stays), "params": params}
 
 
 class _Search:
@@ -210,7 +220,7 @@ class _Search:
         return self._reached(self._trials.foreseen(count))
 
     def _check_reach(self) -> None:
-        if not self._enough(self._most) and not self._reached(self._trials.last().shares):
+        if not self._enough(self._most) and not self._reached(self._trials.most.shares):
             raise self._out_of_reach()
 
     def _out_of_reach(self) -> PlanError:

@@ -237,6 +237,10 @@ class Ranking:
         sizes = [values.numel() for values in compared.values()]
         self.places = dict(zip(compared, places.split(sizes), strict=True))
 
+    def strongest(self) -> dict[str, int]:
+        """name -> the layer's channel that goes last."""
+        return {name: int(places.argmax()) for name, places in self.places.items()}
+
     def bounds(self, count: int) -> dict[str, float | None]:
         """Thresholds on `places` that remove so many of the weakest."""
         return dict.fromkeys(self._compared, count + 0.5 if count else None)

@@ -13,8 +13,7 @@ from ..errors import ArgumentError, TracingError
 from ..inputs import unwrap
 from ..layers import is_gate, lost_gates
 from ..sharding import present_parameters, whole
-from ..tracing.cache import Traced, traced
-from ..tracing.classes import RESIDUAL_MODES, Channels
+from ..tracing.classes import RESIDUAL_MODES, Channels, trace_channels
 
 
 class ScalingFactors(Mapping[str, nn.Parameter]):
@@ -51,7 +50,6 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         self._tables: dict[
             Any, Any
         ] = {}  # address tables of these factors, kept by the training step
-        self._traced: Traced | None = None  # what they were found in, for `plan`
 
     def __getitem__(self, name: str) -> nn.Parameter:
         return self._params[name]
@@ -86,15 +84,13 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
                 f"pattern={pattern!r} matches no scaling factor; names look like: {known}, …"
             )
         rest = {name: param for name, param in self._params.items() if name not in chosen}
-        selected = ScalingFactors(
+        return ScalingFactors(
             chosen,
             pinned=self.pinned,
             others={**rest, **self.others},
             residual=self.residual,
             model=None if self._model is None else self._model(),
         )
-        selected._traced = self._traced
-        return selected
 
     def rebind(self, model: nn.Module) -> "ScalingFactors":
         """The same factors as the parameters that bear their names in `model` now.
@@ -131,7 +127,7 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
     def __getstate__(self) -> dict[str, Any]:
         # Address tables belong to this process and these tensors: a copy makes its own. Nor is it
         # of the network that these were found in.
-        return {**self.__dict__, "_tables": {}, "_model": None, "_traced": None}
+        return {**self.__dict__, "_tables": {}, "_model": None}
 
     def __repr__(self) -> str:
         return (
@@ -172,8 +168,7 @@ def scaling_factors(
     """
     _check_residual(residual)
     model = unwrap(model)
-    found = traced(model, example_inputs, residual)
-    channels = found.channels
+    channels = trace_channels(model, example_inputs, residual)
     if not channels.layers:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(channels.pinned.items())[:3])
         raise TracingError(
@@ -184,9 +179,7 @@ def scaling_factors(
                 "pf.add_gates puts gates (a factor per channel) where γ is missing"
             )
         )
-    scales = factors_of(model, channels)
-    scales._traced = found
-    return scales
+    return factors_of(model, channels)
 
 
 def factors_of(model: nn.Module, channels: Channels) -> ScalingFactors:

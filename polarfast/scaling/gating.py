@@ -10,8 +10,7 @@ from torch import nn
 from ..errors import ArgumentError
 from ..inputs import unwrap
 from ..layers import Gated, drop_gate, gate_name, gated_modules, gated_type, open_gate, own_forward
-from ..tracing.cache import analyze
-from ..tracing.classes import Channels
+from ..tracing.classes import Channels, trace_channels
 from .factors import ScalingFactors, factors_of
 
 Reasons = dict[str, str]
@@ -63,7 +62,7 @@ def add_gates(
             f"the model is in a {type(model).__name__}: add gates to the network itself, then "
             "wrap it, so that the wrapper knows them"
         )
-    channels = analyze(model, example_inputs, residual)
+    channels = trace_channels(model, example_inputs, residual)
     names = _chosen(model, channels, where)
     strict = where is not None and not isinstance(where, str)
     for name in names:
@@ -89,7 +88,7 @@ def _settle(
     """Take back gates that cannot take part (if `strict`: refuse them) until all others do."""
     reasons: Reasons = {}
     while names:
-        channels = analyze(model, example_inputs, residual)
+        channels = trace_channels(model, example_inputs, residual)
         bad = [name for name in names if _why_bad(model, channels, name) is not None]
         if not bad:
             return channels, names

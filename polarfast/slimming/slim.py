@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..copies import copy_with, double_copy, tensors_of_model
-from ..errors import ArgumentError, PlanError, VerificationError
+from ..copies import double_copy, tensors_of_model
+from ..errors import ArgumentError, PlanError
 from ..folding.fold import fold_constants, new_biases
 from ..folding.replay import Fold
 from ..inputs import device_of, dtype_of, generate, unwrap
@@ -17,8 +17,7 @@ from ..planning.layout import Layout
 from ..planning.limits import FOLDS
 from ..planning.pruning_plan import PruningPlan
 from ..planning.selection import Selection, can_vanish, is_balanced
-from ..tracing.cache import analyze
-from ..tracing.classes import Channels
+from ..tracing.classes import Channels, trace_channels
 from .edits import Edits, write_edits
 from .optimizer import migrate_optimizer
 from .structure import Structure, structure_of
@@ -80,14 +79,12 @@ def slim(
     if fold not in FOLDS:
         raise ArgumentError(f"fold={fold!r}: choose one of {', '.join(map(repr, FOLDS))}")
     model = unwrap(model)
-    try:
-        blueprint = _checked(model, plan, fold, verify)
-    except VerificationError:
-        if plan._made is None:
-            raise
-        # What its code goes by may have changed outside the model (a global flag): a copy of the
-        # plan knows nothing of the trace that it was made from.
-        blueprint = _checked(model, copy.copy(plan), fold, verify)
+    channels, choice = _fit(model, plan)
+    blueprint = _draw(model, plan, channels, choice, fold)
+    if verify:
+        # Built in float64, where only the algebra can be wrong.
+        double = double_copy(model)
+        check_slim(double, blueprint.build(double)[0], plan, fold, blueprint.folded, channels)
     small, edits = blueprint.build(model)
     if optimizer is not None:
         migrate_optimizer(optimizer, model, small, blueprint.layout, edits)
@@ -118,7 +115,7 @@ class _Blueprint:
             if isinstance(original, nn.Parameter):
                 cut = nn.Parameter(cut, requires_grad=original.requires_grad)
             memo[id(original)] = cut
-        small = copy_with(model, memo)
+        small = copy.deepcopy(model, memo)
         for _, module in list(gated_modules(small)):
             drop_gate(module)
         new = _new_tensors(tensors, self.channels, self.layout, edits, self.info.fold)
@@ -128,16 +125,6 @@ class _Blueprint:
         before = getattr(model, "polarfast_info", None)
         small.polarfast_info = self.info.after(before)  # type: ignore[assignment]
         return small, edits
-
-
-def _checked(model: nn.Module, plan: PruningPlan, fold: str, verify: bool) -> _Blueprint:
-    channels, choice = _fit(model, plan)
-    blueprint = _draw(model, plan, channels, choice, fold)
-    if verify:
-        # Built in float64, where only the algebra can be wrong.
-        double = double_copy(model)
-        check_slim(double, blueprint.build(double)[0], plan, fold, blueprint.folded, channels)
-    return blueprint
 
 
 def _fit(model: nn.Module, plan: PruningPlan) -> tuple[Channels, Selection]:
@@ -161,10 +148,10 @@ def _fit(model: nn.Module, plan: PruningPlan) -> tuple[Channels, Selection]:
 
 def _channels(model: nn.Module, plan: PruningPlan) -> Channels:
     """The model's channels; those that the plan was made with, if it is still the same model."""
-    if plan._made is not None and plan._made.traced.fits(model, plan.inputs, plan.residual):
-        return plan._made.traced.channels
+    if plan._traced is not None and plan._traced.fits(model):
+        return plan._traced.channels
     inputs = generate(plan.inputs, device=device_of(model), dtype=dtype_of(model), seed=0)
-    return analyze(model, inputs, plan.residual)
+    return trace_channels(model, inputs, plan.residual)
 
 
 def _draw(
@@ -178,10 +165,10 @@ def _draw(
     }
     if fold != plan.fold:  # then only for what keeps groups equal in size
         forced &= {int(label) for rows in channels.balanced for label in rows.flatten()}
-    folded = None
-    if plan._made is not None and plan._made.traced.channels is channels:
-        folded = plan._made.fold_of(model, alive, forced, fold)
-    if folded is None:
+    known = plan._folded if plan._traced and plan._traced.channels is channels else None
+    if known is not None and known.fits(model, channels, alive, forced, fold):
+        folded = known.fold
+    else:
         folded = fold_constants(model, channels, choice.kept(), alive, plan.inputs, fold, forced)
     alive |= channels.in_classes(folded.constant)
     stays = channels.graph.mask()
@@ -192,7 +179,9 @@ def _draw(
             f"numbers of channels for fold={fold!r}: make the plan anew, with this fold="
         )
     layout = Layout(channels, alive)
-    structure = structure_of(layout, model, new_biases(model, channels, folded, alive))
+    created = new_biases(model, channels, folded)
+    lengths = {name: int(stays[labels].sum()) for name, labels in created.items()}
+    structure = structure_of(layout, model, lengths)
     return _Blueprint(channels, folded, layout, SlimInfo(structure, fold, folded.notes()))
 
 

@@ -162,18 +162,18 @@ def blank(shapes: Mapping[str, list[int]]) -> Callable[[str, Tensor | None], Ten
     return make
 
 
-def structure_of(layout: Layout, model: nn.Module, new_biases: Mapping[str, int]) -> Structure:
+def structure_of(layout: Layout, model: nn.Module, biases: Mapping[str, int]) -> Structure:
     """The slim model's shape, as data.
 
     Args:
         model: the original.
-        new_biases: name -> length of the biases to create.
+        biases: name -> length of those to create.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     structure = Structure()
     for name in layout.changed():
         structure.shapes[name] = layout.shape(name, tensors[name])
-    for name, length in new_biases.items():
+    for name, length in biases.items():
         structure.shapes[name] = [length]
         _change_of(structure, name).bias = True
     for call in layout.graph.projections:

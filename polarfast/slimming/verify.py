@@ -192,15 +192,17 @@ def check_slim(
         raise VerificationError(
             f"the slim model does not run: {type(error).__name__}: {error}. The network's code "
             "fixes a size that pruning changes (an assertion, a hard-coded size): leave the layers "
-            "before it out with scales.select(…)"
+            "before it out with scales.select(…); or has changed since the plan was made: make the "
+            "plan anew"
         ) from error
     if not report.exact:
         raise VerificationError(
             f"the slim model is not what the plan says (fold={fold!r}): error "
             f"{report.rel_error:.2e} of the output's variation, {report.max_abs_diff:.2e} absolute."
-            " Either the network's code computes with the number of channels (x / x.shape[1]), or "
-            "this is a bug in polarfast: please report the model. verify=False returns the slim "
-            "model all the same"
+            " If an attribute, a hook or the code of the network has changed since the plan was "
+            "made, make the plan anew; a network that computes with the number of channels "
+            "(x / x.shape[1]) cannot be pruned there; otherwise this is a bug in polarfast: please "
+            "report the model. verify=False returns the slim model all the same"
         )
 
 

@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..layers import can_put_back
+from ..sharding import refuse_sharded
+from .dryrun import trace
 from .graph import PIN, Graph, Match, NormCall, ProjectionCall, Ragged
 
 #: What may happen to channels that meet in an addition.
@@ -17,6 +21,21 @@ MEETS = {
     "expand": "its channels are a shortcut that meets an addition",
     "couple": "its channels meet in an addition with channels that must stay",
 }
+
+
+def trace_channels(model: nn.Module, example_inputs: Any, residual: str) -> "Channels":
+    """Trace an (unwrapped) model and sort its channels into classes.
+
+    Raises:
+        ArgumentError: the model is sharded.
+        TracingError: as in `trace`.
+    """
+    refuse_sharded(model)
+
+    def putting_back(name: str) -> bool:
+        return can_put_back(model.get_submodule(name.rpartition(".")[0]))
+
+    return Channels(trace(model, example_inputs), residual, putting_back)
 
 
 class Channels:

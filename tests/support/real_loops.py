@@ -7,6 +7,7 @@ and the oracle says where the step must have left the γ.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -146,7 +147,9 @@ LOOPS: dict[str, Loop] = {
     "GradScaler, SGD foreach": Loop(SGD, FOREACH, scaler=True, unwaiting="nothing"),
     "GradScaler, AdamW fused": Loop(AdamW, FUSED, scaler=True),
     "side stream": Loop(SGD, FUSED, side_stream=True, gpu_only=True),
-    "DDP, gradient_as_bucket_view": Loop(SGD, FUSED, wrap=_data_parallel, distributed=True),
+    "DDP, gradient_as_bucket_view": Loop(
+        SGD, FUSED, wrap=_data_parallel, distributed=True, unwaiting="pf.step"
+    ),
     "FSDP2": Loop(SGD, FOREACH, wrap=_sharded, distributed=True, unwaiting="pf.step"),
     "torch.compile": Loop(
         SGD, FUSED, wrap=_compiled("default"), unwaiting="pf.step", gpu_only=True
@@ -301,8 +304,10 @@ def _whole(tensor: Tensor) -> Tensor:
 def _process_group(device: torch.device) -> Iterator[None]:
     """One process, in a group of its own: no port, no launcher."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(f"{folder}/store", 1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()

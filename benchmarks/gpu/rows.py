@@ -29,5 +29,5 @@ def attempted(table: str, row: str, work: Callable[[], dict[str, Any]]) -> Row:
 
 def spread(times: list[float], unit: float = 1.0) -> list[float]:
     """Median and quartiles."""
-    low, middle, high = statistics.quantiles(times, n=4)
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     return [round(value / unit, 3) for value in (middle, low, high)]

@@ -68,11 +68,11 @@ def _sanitizer() -> str | None:
 
 def machine(device: str, revision: str | None) -> dict[str, str]:
     """What results depend on, found without loading torch."""
-    name, driver = platform.processor() or platform.machine(), ""
-    if device == "cuda" and shutil.which("nvidia-smi"):
+    name, driver = f"cpu {platform.machine()}", ""
+    if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         name, _, driver = _said(query).partition("\n")[0].partition(", ")
-    found = {"device": name if device == "cuda" else f"cpu {name}"}
+    found = {"device": name or "unknown GPU"}
     found |= {package: _version(package) for package in ("torch", "triton")}
     found |= {"driver": driver} if driver else {}
     found["python"] = platform.python_version()

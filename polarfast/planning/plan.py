@@ -6,15 +6,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import PlanError
-from ..folding.cache import Folded
-from ..folding.fold import new_biases
+from ..folding.fold import Folded, new_biases
 from ..folding.replay import Fold
 from ..inputs import describe, unwrap
 from ..layers import lost_gates
 from ..scaling.factors import ScalingFactors
-from ..tracing.cache import Traced
-from ..tracing.classes import Channels, trace_channels
-from .layout import Costs
+from ..tracing.classes import Channels, Traced, trace_channels
+from .costs import Costs
 from .limits import Counts, Limits, Shares, check_fold
 from .pruning_plan import LayerPlan, PruningPlan
 from .selection import LAST, Chooser, Selection

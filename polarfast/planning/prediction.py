@@ -17,8 +17,8 @@ from ..inputs import Spec, describe, unwrap
 from ..scaling.factors import ScalingFactors
 from ..sharding import is_sharded, present_parameters, whole
 from ..tracing.classes import Channels, trace_channels
-from ..tracing.graph import PIN
-from .layout import Costs
+from ..tracing.graph import PIN, ProjectionCall
+from .costs import Costs
 from .limits import Counts, Limits, Shares, check_fold
 from .plan import check_belongs
 from .selection import Chooser, Selection
@@ -40,70 +40,45 @@ def shares_channels(channels: Channels, names: Sequence[str]) -> bool:
 
 
 class Widths:
-    """Multiply-accumulates of the network as a function of its layers' widths.
+    """Multiply-accumulates from the number of channels in each layer alone, for `CutPredictor`:
+    what `Costs` counts by class, in a fraction of the time (benchmarks/bench_prediction.py).
 
-    Calls whose sides have at most one layer each, the usual ones, are a table of numbers; the last
-    width, always 0, stands for no layer.
+    Attributes:
+        known: whether the channels of each layer are all read and written alike; if not, widths do
+            not tell.
     """
 
     def __init__(self, channels: Channels, names: Sequence[str]) -> None:
-        """Use `of`, which says whether this can be made."""
         self._fixed = channels.graph.fixed_macs
-        self._plain: list[tuple[int, int, int, int, int, int, int, int]] = []
-        self._others: list[tuple[int, int, _Side, _Side]] = []
+        self._calls: list[tuple[ProjectionCall, _Side, _Side]] = []
+        self.known = True
         for call in channels.graph.projections:
-            if not call.counted:
-                continue
             sides = [_side(channels, names, ids) for ids in (call.inputs, call.outputs)]
-            factor = call.positions * call.taps
-            if call.depthwise:  # MACs grow with the outputs alone
-                sides[0] = (1, ())
-            groups = 1 if call.depthwise else call.groups
-            if all(len(terms) <= 1 for _, terms in sides):
-                (fixed, terms), (fixed_out, terms_out) = sides
-                (multiple, row), (multiple_out, row_out) = (
-                    found[0] if found else (0, -1) for found in (terms, terms_out)
-                )
-                self._plain.append(
-                    (factor, groups, fixed, multiple, row, fixed_out, multiple_out, row_out)
-                )
-            else:
-                self._others.append((factor, groups, sides[0], sides[1]))
-
-    @classmethod
-    def of(cls, channels: Channels, names: Sequence[str]) -> "Widths | None":
-        """None where the channels of one layer are not all read and written alike."""
-        try:
-            return cls(channels, names)
-        except _Unlike:
-            return None
+            if call.counted and None not in sides:
+                self._calls.append((call, *sides))  # type: ignore[arg-type]
+            self.known &= None not in sides
 
     def macs(self, widths: Sequence[int]) -> int:
         """MACs with so many channels in each layer."""
-        w = (*widths, 0)
         total = self._fixed
-        for factor, groups, fixed, multiple, row, fixed_out, multiple_out, row_out in self._plain:
-            n_in = (fixed + multiple * w[row]) // groups
-            total += factor * n_in * (fixed_out + multiple_out * w[row_out])
-        for factor, groups, (fixed, terms), (fixed_out, terms_out) in self._others:
-            n_in = fixed + sum(multiple * w[row] for multiple, row in terms)
-            n_out = fixed_out + sum(multiple * w[row] for multiple, row in terms_out)
-            total += factor * (n_in // groups) * n_out
+        for call, (n_in, readers), (n_out, writers) in self._calls:
+            for multiple, row in readers:
+                n_in += multiple * widths[row]
+            for multiple, row in writers:
+                n_out += multiple * widths[row]
+            total += call.macs(n_in, n_out)
         return total
 
 
-class _Unlike(Exception):
-    """The channels of one layer are not read alike."""
-
-
-def _side(channels: Channels, names: Sequence[str], ids: Tensor) -> _Side:
+def _side(channels: Channels, names: Sequence[str], ids: Tensor) -> _Side | None:
+    """None where the channels of one layer are not read alike."""
     times = torch.bincount(channels.label[ids], minlength=channels.graph.count)
     terms, fixed = [], ids.numel()
     for row, name in enumerate(names):
         each = times[channels.layers[name]]
         multiple = int(each[0])
         if bool((each != multiple).any()):
-            raise _Unlike
+            return None
         if multiple:
             terms.append((multiple, row))
             fixed -= multiple * each.numel()
@@ -207,8 +182,8 @@ class CutCounter:
         self.macs_before = self._costs.macs(~channels.graph.mask())
         self._shared = shares_channels(channels, self._names) or bool(channels.balanced)
         limited = not limits.none or min(self._sizes) < 2
-        self._widths = None if self._shared or limited else Widths.of(channels, self._names)
-        self.quick = self._widths is not None
+        self._widths = Widths(channels, self._names)
+        self.quick = self._widths.known and not (self._shared or limited)
         self._regimes: dict[tuple[int, ...], _Regime | None] = {}
         self._tables: dict[tuple[_Regime, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -237,7 +212,7 @@ class CutCounter:
             self._regimes[empty] = self._find_regime(empty)
         regime = self._regimes[empty]
         extra = None if regime is None else self._extra(regime, moment, kept)
-        if regime is None or extra is None or self._widths is None:
+        if regime is None or extra is None:
             return self._by_selection(moment)
         widths = [0 if row in regime.dropped else count for row, count in enumerate(kept)]
         for row in extra:

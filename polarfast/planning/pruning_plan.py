@@ -12,9 +12,9 @@ from ..errors import PlanError
 from ..tracing.classes import RESIDUAL_MODES
 
 if TYPE_CHECKING:
-    from ..folding.cache import Folded
+    from ..folding.fold import Folded
     from ..profiling import Profile
-    from ..tracing.cache import Traced
+    from ..tracing.classes import Traced
 
 FORMAT = "polarfast-plan"
 VERSION = 1

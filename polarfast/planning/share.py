@@ -9,7 +9,7 @@ from ..errors import ArgumentError, PlanError
 from ..folding.fold import new_biases
 from ..folding.replay import Fold
 from ..folding.visibility import Foretold
-from .layout import COSTS, Costs
+from .costs import COSTS, Costs
 from .selection import Chooser, Selection
 from .thresholds import Ranking
 

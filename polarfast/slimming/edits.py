@@ -10,9 +10,9 @@ from ..copies import tensors_of_model
 from ..folding.replay import Fold, shift_of
 from ..kernels.gather import gather_channels
 from ..layers import fold_gate, gate_name, gated_modules
-from ..planning.layout import Layout
 from ..tracing.classes import Channels
 from ..tracing.graph import ProjectionCall
+from .structure import Layout
 
 #: From a tensor's name, its cut copy to be edited in place.
 Editor = Callable[[str], Tensor]

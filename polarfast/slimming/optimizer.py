@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 from ..layers import gate_name, gated_modules
-from ..planning.layout import Layout
 from .edits import Edits, gather_state
+from .structure import Layout
 
 
 @torch.no_grad()

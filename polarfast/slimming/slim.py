@@ -8,19 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from ..copies import double_copy, tensors_of_model
-from ..errors import ArgumentError, PlanError
+from ..errors import PlanError
 from ..folding.fold import fold_constants, new_biases
 from ..folding.replay import Fold
 from ..inputs import device_of, dtype_of, generate, unwrap
 from ..layers import drop_gate, gated_modules, lost_gates
-from ..planning.layout import Layout
-from ..planning.limits import FOLDS
+from ..planning.limits import check_fold
 from ..planning.pruning_plan import PruningPlan
 from ..planning.selection import Selection, can_vanish, is_balanced
 from ..tracing.classes import Channels, trace_channels
 from .edits import Edits, write_edits
 from .optimizer import migrate_optimizer
-from .structure import Structure, structure_of
+from .structure import Layout, Structure, structure_of
 from .verify import check_slim
 
 
@@ -76,8 +75,7 @@ def slim(
         VerificationError: the slim model does not equal what it claims; nothing was changed.
     """
     fold = plan.fold if fold is None else fold
-    if fold not in FOLDS:
-        raise ArgumentError(f"fold={fold!r}: choose one of {', '.join(map(repr, FOLDS))}")
+    check_fold(fold)
     model = unwrap(model)
     channels, choice = _fit(model, plan)
     blueprint = _draw(model, plan, channels, choice, fold)

@@ -1,5 +1,5 @@
-"""The shape of a slim model, apart from its numbers: enough to rebuild it from the original
-constructor.
+"""The shape of a slim model, apart from its numbers: which positions of every tensor stay, and what
+is enough to rebuild it from the original constructor.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
+from ..kernels.gather import gather_channels
 from ..layers import PUT_BACK, SILENT
-from ..planning.layout import Layout
+from ..tracing.classes import Channels
 from ..tracing.graph import ProjectionCall
 
 
@@ -160,6 +161,70 @@ def blank(shapes: Mapping[str, list[int]]) -> Callable[[str, Tensor | None], Ten
         )
 
     return make
+
+
+class Layout:
+    """The slim model's sizes, given the channels that stay.
+
+    Attributes:
+        alive: bool [graph.count], the ids that stay (a constant channel stays).
+    """
+
+    def __init__(self, channels: Channels, alive: Tensor) -> None:
+        self.channels, self.graph, self.alive = channels, channels.graph, alive
+        self._index: dict[str, dict[int, Tensor]] = {}
+        gates = self.graph.gate_names()  # no slim model has any
+        lost = channels.axes.counts(~alive).tolist()
+        for ((name, dim), ids), gone in zip(self.graph.axes.items(), lost, strict=True):
+            if gone and name not in gates:
+                kept = alive[ids].nonzero()[:, -1]
+                # Groups keep as many positions each, but not the same ones.
+                index = kept.view(len(ids), -1) if ids.dim() == 2 else kept
+                self._index.setdefault(name, {})[dim] = index
+
+    def index(self, name: str) -> dict[int, Tensor]:
+        """Dimension -> positions kept, for the dimensions of a tensor that lose any; [groups, n]
+        where each group of rows keeps others.
+        """
+        return self._index.get(name, {})
+
+    def places(self, name: str, dim: int, mask: Tensor) -> Tensor:
+        """A mask over a tensor's positions along a dimension ([groups, n] where each group of rows
+        has its own), cut to those that stay.
+        """
+        index = self.index(name).get(dim)
+        if index is None:
+            return mask
+        return mask.gather(1, index) if index.dim() == 2 else mask[index]
+
+    def changed(self) -> list[str]:
+        """Names of all tensors that lose positions."""
+        return list(self._index)
+
+    def shape(self, name: str, tensor: Tensor) -> list[int]:
+        """The shape in the slim model of the tensor of that name."""
+        shape = list(tensor.shape)
+        for dim, kept in self.index(name).items():
+            shape[dim] = kept.shape[-1]
+        return shape
+
+    def gather(self, name: str, tensor: Tensor) -> Tensor:
+        """The kept positions of a tensor shaped like the one of that name."""
+        index = self.index(name)
+        if 1 in index and index[1].dim() == 2:
+            blocks = tensor.chunk(len(index[1]))
+            pairs = zip(blocks, index[1], strict=True)
+            tensor = torch.cat([gather_channels(block, None, kept) for block, kept in pairs])
+            index = {dim: kept for dim, kept in index.items() if dim != 1}
+        if index.keys() & {0, 1}:
+            tensor = gather_channels(tensor, index.get(0), index.get(1))
+        for dim in index.keys() - {0, 1}:
+            tensor = tensor.index_select(dim, index[dim].to(tensor.device))
+        return tensor
+
+    def sizes(self, call: ProjectionCall) -> tuple[int, int]:
+        """Input and output channels of a call that stay."""
+        return int(self.alive[call.inputs].sum()), int(self.alive[call.outputs].sum())
 
 
 def structure_of(layout: Layout, model: nn.Module, biases: Mapping[str, int]) -> Structure:

@@ -1,5 +1,8 @@
-"""From a traced graph to channel classes: what stays or goes together, and whose γ decides."""
+"""From a traced graph to channel classes: what stays or goes together, and whose γ decides; and how
+long they hold.
+"""
 
+import weakref
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
@@ -297,3 +300,40 @@ def _matches(label: Tensor, match: Match) -> bool:
 
 def _to_pin(ids: Tensor) -> Tensor:
     return torch.stack((torch.full_like(ids, PIN), ids))
+
+
+class Traced:
+    """The channels of a model. Valid for the very same model while the names and types of its
+    modules and the names and shapes of their tensors are what they were.
+
+    What else its code may go by (attributes, hooks, flags) is not looked at: a slim model built
+    from a trace that no longer holds does not pass its verification. Keeps neither the model nor
+    any of its tensors alive.
+
+    Attributes:
+        channels: the channel classes.
+    """
+
+    def __init__(self, model: nn.Module, channels: Channels) -> None:
+        self.channels = channels
+        self._model = weakref.ref(model)
+        self._signature = _signature(model)
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether this is valid for a model."""
+        return self._model() is model and self._signature == _signature(model)
+
+
+def _signature(model: nn.Module) -> list[tuple[Any, ...]]:
+    return [
+        (
+            name,
+            type(module),
+            *(
+                (key, None if tensor is None else tensor.shape)
+                for store in (module._parameters, module._buffers)
+                for key, tensor in store.items()
+            ),
+        )
+        for name, module in model.named_modules()
+    ]

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from polarfast.kernels.polarize_ref import KIND_POLARIZATION
-from polarfast.kernels.table import ScaleTable
+from polarfast.kernels import table_of
+from polarfast.kernels.table import Kind, Penalty, SgdStep, Table
 
 LAM, T = 1e-4, 1.2
 Params = list[Tensor]
@@ -50,16 +50,16 @@ def foreach_form(params: Params) -> None:
     torch._foreach_clamp_max_(params, 1)
 
 
-def table_of(params: Params) -> ScaleTable:
-    return ScaleTable([str(i) for i in range(len(params))], params)
+def table_for(params: Params) -> Table:
+    return table_of([str(i) for i in range(len(params))], params)
 
 
 def polarfast_form(params: Params) -> Callable[[], None]:
-    table = table_of(params)
+    table = table_for(params)
 
     def step() -> None:
         table.refresh()
-        table.add_subgradient_(KIND_POLARIZATION, LAM, T, False)
+        table.add_subgradient_(Penalty(Kind.POLARIZATION, LAM, T))
         table.clamp_(1.0)
 
     return step
@@ -67,13 +67,14 @@ def polarfast_form(params: Params) -> Callable[[], None]:
 
 def fused_form(params: Params) -> Callable[[], None]:
     """Subgradient, SGD with momentum and weight decay, and clamp."""
-    table = table_of(params)
+    table = table_for(params)
     state = {p: {"momentum_buffer": torch.zeros_like(p)} for p in params}
 
     def step() -> None:
         table.refresh(state)
         table.sgd_step_(
-            KIND_POLARIZATION, LAM, T, False, lr=0.1, momentum=0.9, weight_decay=1e-4, upper=1.0
+            Penalty(Kind.POLARIZATION, LAM, T),
+            SgdStep(lr=0.1, momentum=0.9, weight_decay=1e-4, upper=1.0),
         )
 
     return step
@@ -91,7 +92,7 @@ def foreach_then_sgd(params: Params) -> Callable[[], None]:
 
 
 def valley_form(params: Params) -> Callable[[], None]:
-    table = table_of(params)
+    table = table_for(params)
 
     def thresholds() -> None:
         table.valley()

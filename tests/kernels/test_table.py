@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.backends import BACKENDS, bits, device_of, kind_of, random_gammas, table_of
 
+import polarfast as pf
 from polarfast.errors import ArgumentError, BuildError, ScalingFactorError
 from polarfast.kernels import EagerTable, ScaleTable, table_type
 from polarfast.kernels.table import Kind, Penalty, SgdStep
@@ -231,6 +232,20 @@ def test_refuses_a_regularizer_that_it_does_not_know():
 def test_the_device_chooses_the_table():
     assert table_type("cpu") is ScaleTable
     assert table_type("mps") is EagerTable
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_on_an_unknown_device_is_that_of_the_cpu(momentum, monkeypatch):
+    found = []
+    for kind in (ScaleTable, EagerTable):
+        monkeypatch.setattr("polarfast.kernels.table_type", lambda device, kind=kind: kind)
+        params = random_gammas([4, 7, 2])
+        scales = pf.ScalingFactors({f"{i}.weight": param for i, param in enumerate(params)})
+        optimizer = torch.optim.SGD(params, lr=0.1, momentum=momentum)
+        for _ in range(3):
+            pf.step(optimizer, scales, pf.Polarization(lam=0.1, t=1.2))
+        found.append([param.detach() for param in params])
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_without_triton_a_sentence_says_what_to_install(monkeypatch):

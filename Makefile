@@ -33,8 +33,9 @@ test: $(STAMP)
 test-abi: $(STAMP)
 	test -x .venv-abi/bin/python || $(PYTHON) -m venv .venv-abi
 	.venv-abi/bin/python -m pip install --quiet '$(OTHER_TORCH)' pytest hypothesis
-	PYTHONPATH=$(CURDIR) .venv-abi/bin/python -m pytest -q tests/test_polarize*.py tests/test_valley.py \
-		tests/test_gather.py tests/test_putback.py tests/test_table.py tests/test_stepping.py tests/test_slimming.py
+	PYTHONPATH=$(CURDIR) .venv-abi/bin/python -m pytest -q tests/kernels/test_polarize*.py \
+		$(patsubst %,tests/kernels/test_%.py,valley gather put_back table) \
+		tests/stepping/test_step.py tests/slimming/test_slim.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ FLAGS = [
     "-fvisibility=hidden",
 ]
 SOURCES = (
-    "schemas simd rows strides coefficients polarize valley gather put_back table module"
+    "schemas simd strides coefficients polarize valley gather put_back table module"
 ).split()
 
 

@@ -24,9 +24,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from polarfast.kernels import table_of
 from polarfast.kernels.gather import gather_channels
-from polarfast.kernels.polarize_ref import KIND_POLARIZATION
-from polarfast.kernels.table import ScaleTable
+from polarfast.kernels.table import Kind, Penalty, Table
 
 LAM, T, UPPER = 1e-4, 1.2, 1.0
 
@@ -50,12 +50,16 @@ def make_scales() -> list[torch.nn.Parameter]:
     return scales
 
 
+def table_for(scales: list[torch.nn.Parameter]) -> Table:
+    return table_of([str(i) for i in range(len(scales))], scales)
+
+
 def fused(scales: list[torch.nn.Parameter]) -> Callable[[], None]:
-    table = ScaleTable([str(i) for i in range(len(scales))], scales)
+    table = table_for(scales)
 
     def step() -> None:
         table.refresh()
-        table.add_subgradient_(KIND_POLARIZATION, LAM, T, False)
+        table.add_subgradient_(Penalty(Kind.POLARIZATION, LAM, T))
         table.clamp_(UPPER)
 
     return step
@@ -174,8 +178,7 @@ def main() -> None:
     report(f"γ work of a step: {len(widths)} layers, {sum(widths):,} γ", forms, args.repeats)
 
     scales = make_scales()
-    table = ScaleTable([str(i) for i in range(len(scales))], scales)
-    forms = {"polarfast: ScaleTable.valley": table.valley}
+    forms = {"polarfast: Table.valley": table_for(scales).valley}
     try:
         forms["numpy.histogram and a scan for each layer"] = numpy_thresholds(scales)
     except ImportError:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import polarfast as pf
 from polarfast.engine.models import build
-from polarfast.kernels.put_back_ref import put_back_by_reading, put_back_ref
+from polarfast.kernels.put_back import put_back_by_reading, put_back_ref
 from polarfast.layers import PutBack
 
 NOW = PutBack.forward

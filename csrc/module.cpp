@@ -3,6 +3,10 @@
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
+#include <optional>
+#include <string>
+#include <tuple>
+
 #include "simd.h"
 #include "table.h"
 
@@ -19,6 +23,21 @@ py::dict build_info() {
   info["torch_target"] = "2.10";
   info["simd"] = polarfast::simd_name(polarfast::simd_level());
   return info;
+}
+
+// Penalty and SgdStep of polarfast/kernels/table.py: named tuples.
+using PenaltyTuple = std::tuple<int64_t, double, double, bool>;
+using SgdTuple = std::tuple<double, double, double, double, bool, bool, std::optional<double>, bool>;
+
+polarfast::Penalty penalty_of(const PenaltyTuple& given) {
+  const auto [kind, lam, t, per_layer] = given;
+  if (kind < 0 || kind > 2) throw py::value_error("polarfast: no regularizer has the kind " + std::to_string(kind));
+  return {static_cast<polarfast::Kind>(kind), lam, t, per_layer};
+}
+
+polarfast::Sgd sgd_of(const SgdTuple& given, double grad_scale) {
+  const auto [lr, momentum, dampening, weight_decay, nesterov, maximize, upper, first_step] = given;
+  return {lr, momentum, dampening, weight_decay, nesterov, maximize, upper, first_step, grad_scale};
 }
 
 }  // namespace
@@ -43,34 +62,22 @@ PYBIND11_MODULE(_C, m) {
             }
             return found;
           })
+      .def("gammas", &ScaleRows::gammas)
       .def(
           "add_subgradient_",
-          [](const ScaleRows& table, int64_t kind, double lam, double t, bool per_layer, double grad_scale) {
-            polarfast::add_subgradient(table.rows(), polarfast::penalty_of(kind, lam, t, per_layer), grad_scale);
+          [](const ScaleRows& table, const PenaltyTuple& penalty, double grad_scale) {
+            polarfast::add_subgradient(table.rows(), penalty_of(penalty), grad_scale);
           })
       .def("clamp_", [](const ScaleRows& table, double upper) { polarfast::clamp(table.rows(), upper); })
       .def(
           "sgd_step_",
-          [](const ScaleRows& table,
-             int64_t kind,
-             double lam,
-             double t,
-             bool per_layer,
-             double lr,
-             double momentum,
-             double dampening,
-             double weight_decay,
-             bool nesterov,
-             bool maximize,
-             std::optional<double> upper,
-             bool first_step,
-             double grad_scale) {
-            polarfast::sgd_step(
-                table.rows(),
-                polarfast::penalty_of(kind, lam, t, per_layer),
-                {lr, momentum, dampening, weight_decay, nesterov, maximize, upper, first_step, grad_scale});
+          [](const ScaleRows& table, const PenaltyTuple& penalty, const SgdTuple& sgd, double grad_scale) {
+            polarfast::sgd_step(table.rows(), penalty_of(penalty), sgd_of(sgd, grad_scale));
           })
-      .def("valley", [](const ScaleRows& table, int64_t summary, int64_t counts) {
-        polarfast::valley(table.rows(), reinterpret_cast<double*>(summary), reinterpret_cast<int64_t*>(counts));
-      });
+      .def(
+          "valley",
+          [](const ScaleRows& table, const std::vector<int64_t>& gammas, int64_t summary, int64_t counts) {
+            polarfast::valley(
+                table.rows(), gammas, reinterpret_cast<double*>(summary), reinterpret_cast<int64_t*>(counts));
+          });
 }

@@ -1,9 +1,7 @@
 // The γ work of a training step: subgradient of the regularizer, clamp, and both fused into a step of SGD.
-// The formula in plain torch: polarfast/kernels/polarize_ref.py.
+// The formula in plain torch: polarfast/kernels/eager_table.py.
 //
 // One thread: the γ of a ResNet-50 (26,560) take a few microseconds a pass, which is less than waking a second thread.
-#include <torch/csrc/stable/library.h>
-
 #include "coefficients.h"
 
 namespace polarfast {
@@ -126,67 +124,4 @@ void sgd_step(const Rows& rows, const Penalty& penalty, const Sgd& sgd) {
   });
 }
 
-namespace {
-
-void add_subgradient_op(
-    const std::vector<Tensor>& gammas,
-    const std::vector<Tensor>& grads,
-    const std::vector<double>& weights,
-    int64_t kind,
-    double lam,
-    double t,
-    bool per_layer,
-    const std::optional<Tensor>& grad_scale) {
-  const Rows rows = rows_of(gammas, weights, grads);
-  add_subgradient(rows, penalty_of(kind, lam, t, per_layer), scalar_or(grad_scale, 1.0));
-}
-
-void clamp_op(const std::vector<Tensor>& gammas, double upper, const std::optional<Tensor>& found_inf) {
-  Rows rows = rows_of(gammas);
-  rows.grads = rows.gammas;  // none is frozen
-  if (scalar_or(found_inf, 0.0) == 0) clamp(rows, upper);
-}
-
-void sgd_step_op(
-    const std::vector<Tensor>& gammas,
-    const std::vector<Tensor>& grads,
-    const std::vector<Tensor>& momenta,
-    const std::vector<Tensor>& frozen,
-    const std::vector<double>& weights,
-    int64_t kind,
-    double lam,
-    double t,
-    bool per_layer,
-    double lr,
-    double momentum,
-    double dampening,
-    double weight_decay,
-    bool nesterov,
-    bool maximize,
-    std::optional<double> upper,
-    bool first_step,
-    const std::optional<Tensor>& grad_scale,
-    const std::optional<Tensor>& found_inf) {
-  STD_TORCH_CHECK(grads.size() == gammas.size(), "polarfast: every γ that is stepped needs a gradient");
-  STD_TORCH_CHECK(
-      momentum == 0 || momenta.size() == gammas.size(), "polarfast: every γ that is stepped needs a momentum buffer");
-  std::vector<Tensor> all = gammas;
-  all.insert(all.end(), frozen.begin(), frozen.end());
-  const Rows rows = rows_of(all, weights, grads, momenta);
-  if (scalar_or(found_inf, 0.0) != 0) return;
-  const double scale = scalar_or(grad_scale, 1.0);
-  sgd_step(
-      rows,
-      penalty_of(kind, lam, t, per_layer),
-      {lr, momentum, dampening, weight_decay, nesterov, maximize, upper, first_step, scale});
-}
-
-}  // namespace
-
 }  // namespace polarfast
-
-STABLE_TORCH_LIBRARY_IMPL(polarfast, CPU, m) {
-  m.impl("add_subgradient_", TORCH_BOX(&polarfast::add_subgradient_op));
-  m.impl("clamp_", TORCH_BOX(&polarfast::clamp_op));
-  m.impl("sgd_step_", TORCH_BOX(&polarfast::sgd_step_op));
-}

@@ -1,5 +1,5 @@
-// The scaling factors γ of a network as rows of raw memory: what every CPU kernel here works on, whoever calls it
-// (the pointer table of kernels/table.py, or an op on lists of tensors).
+// The scaling factors γ of a network as rows of raw memory: what the kernels of the training step and the
+// thresholds work on, and the element types that all kernels know.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -29,7 +29,7 @@ struct Rows {
   int64_t count() const { return static_cast<int64_t>(sizes.size()); }
 };
 
-// The same numbers as KIND_* in polarfast/kernels/polarize_ref.py.
+// As in polarfast/kernels/table.py, like Penalty and Sgd.
 enum class Kind : int64_t { polarization = 0, l1 = 1, deephoyer = 2 };
 
 struct Penalty {
@@ -56,20 +56,9 @@ void add_subgradient(const Rows& rows, const Penalty& penalty, double grad_scale
 void clamp(const Rows& rows, double upper);
 // With momentum, every row that has a gradient must have a momentum buffer.
 void sgd_step(const Rows& rows, const Penalty& penalty, const Sgd& sgd);
-// summary: [rows, 3] threshold, kept, non-finite; counts: [rows, 100].
-void valley(const Rows& rows, double* summary, int64_t* counts);
-
-// Rows of checked CPU tensors. `grads` and `momenta` belong to the first rows, in order; no weights: all 1.
-Rows rows_of(
-    const std::vector<Tensor>& gammas,
-    const std::vector<double>& weights = {},
-    const std::vector<Tensor>& grads = {},
-    const std::vector<Tensor>& momenta = {});
-
-Penalty penalty_of(int64_t kind, double lam, double t, bool per_layer);
-
-// The value of a 0-d float32 tensor such as GradScaler's grad_scale and found_inf.
-double scalar_or(const std::optional<Tensor>& tensor, double otherwise);
+// Of the γ at these addresses, in place of those in `rows`. summary: [rows, 3] threshold, kept, non-finite; counts:
+// [rows, 100].
+void valley(const Rows& rows, const std::vector<int64_t>& gammas, double* summary, int64_t* counts);
 
 // f(T{}) with T the element type of `dtype`: the only place that lists the types.
 template <class F>

@@ -89,33 +89,41 @@ void ScaleRows::set(void*& address, void* now) {
   ++version_;
 }
 
-bool ScaleRows::read_row(int64_t l, PyObject* momentum_of) {
+bool ScaleRows::usable(int64_t l, PyObject* tensor, void* before, void** now) const {
   const Members& members = Members::get();
-  // Layout and memory are looked at every time: a gradient may be another tensor at the same address.
-  const auto usable = [&](PyObject* tensor, void* before, void** now) {
+  try {
+    // Layout and memory are looked at every time: a gradient may be another tensor at the same address.
     *now = reinterpret_cast<void*>(integer(call(members.data_ptr, tensor)));
     if (call(members.is_contiguous, tensor).ptr() != Py_True) return false;
     if (*now == before && *now != nullptr) return true;
     const int64_t size = integer(call(members.numel, tensor));
     return size == rows_.sizes[l] && (*now != nullptr || size == 0) &&
         read(members.dtype, tensor).is(dtype_) && read(members.device, tensor).equal(device_);
-  };
+  } catch (const py::error_already_set& error) {
+    // torch refuses the address of a tensor that has no memory of its own (sparse, wrapped, functional).
+    if (!error.matches(PyExc_RuntimeError)) throw;
+    return false;
+  }
+}
+
+bool ScaleRows::read_row(int64_t l, PyObject* momentum_of) {
+  const Members& members = Members::get();
   PyObject* param = PyTuple_GET_ITEM(params_.ptr(), l);
   void* now = nullptr;
-  if (!usable(param, rows_.gammas[l], &now)) return false;
+  if (!usable(l, param, rows_.gammas[l], &now)) return false;
   set(rows_.gammas[l], now);
 
   void* grad_now = nullptr;
   if (read(members.requires_grad, param).ptr() == Py_True) {
     const py::object grad = read(members.grad, param);
-    if (!grad.is_none() && !usable(grad.ptr(), rows_.grads[l], &grad_now)) return false;
+    if (!grad.is_none() && !usable(l, grad.ptr(), rows_.grads[l], &grad_now)) return false;
   }
   set(rows_.grads[l], grad_now);
 
   void* momentum_now = nullptr;
   if (momentum_of != nullptr) {
     PyObject* buffer = momentum_buffer(momentum_of, param);
-    if (buffer != nullptr && !usable(buffer, rows_.momenta[l], &momentum_now)) return false;
+    if (buffer != nullptr && !usable(l, buffer, rows_.momenta[l], &momentum_now)) return false;
   }
   set(rows_.momenta[l], momentum_now);
   return true;
@@ -126,16 +134,20 @@ int64_t ScaleRows::refresh(const py::object& momentum_of) {
   if (state != nullptr && !PyDict_Check(state)) throw py::type_error("polarfast: momentum_of must be optimizer.state");
   int64_t with_grad = 0;
   for (int64_t l = 0; l < rows_.count(); ++l) {
-    try {
-      if (!read_row(l, state)) return -1 - l;
-    } catch (const py::error_already_set& error) {
-      // torch refuses the address of a tensor that has no memory of its own (sparse, wrapped, functional).
-      if (!error.matches(PyExc_RuntimeError)) throw;
-      return -1 - l;
-    }
+    if (!read_row(l, state)) return -1 - l;
     if (rows_.grads[l] != nullptr) ++with_grad;
   }
   return with_grad;
+}
+
+std::vector<int64_t> ScaleRows::gammas() const {
+  std::vector<int64_t> found;
+  for (int64_t l = 0; l < rows_.count(); ++l) {
+    void* now = nullptr;
+    if (!usable(l, PyTuple_GET_ITEM(params_.ptr(), l), nullptr, &now)) break;
+    found.push_back(reinterpret_cast<int64_t>(now));
+  }
+  return found;
 }
 
 py::list ScaleRows::moving() const {

@@ -26,11 +26,18 @@ class ScaleRows {
   // The first row that has a gradient and no momentum buffer; -1: there is none.
   int64_t without_momentum() const;
 
+  // The addresses of all γ, read now and not kept: whoever looks at γ disturbs no step, from whatever thread. Shorter
+  // than the table if a row cannot be used: as long as the rows before it.
+  std::vector<int64_t> gammas() const;
+
   const Rows& rows() const { return rows_; }
   // Counts the refreshes that found another address than before.
   int64_t version() const { return version_; }
 
  private:
+  // Whether a tensor can be row l, with its address in `now`. One that was found usable at `before` is not looked at
+  // closely again.
+  bool usable(int64_t l, PyObject* tensor, void* before, void** now) const;
   bool read_row(int64_t l, PyObject* momentum_of);
   void set(void*& address, void* now);
 

@@ -1,13 +1,9 @@
 // Valley thresholds of all layers: histogram, first local minimum, kept count.
-// The rule in plain torch: polarfast/kernels/valley_ref.py.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
+// The rule in plain torch: polarfast/kernels/eager_table.py.
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
-#include <tuple>
 
 #include "rows.h"
 #include "simd.h"
@@ -89,11 +85,11 @@ double first_valley(const int64_t* counts) {
 
 }  // namespace
 
-void valley(const Rows& rows, double* summary, int64_t* counts) {
+void valley(const Rows& rows, const std::vector<int64_t>& gammas, double* summary, int64_t* counts) {
   dispatch(rows.dtype, [&](auto element) {
     using T = decltype(element);
     for (int64_t l = 0; l < rows.count(); ++l) {
-      const auto* x = static_cast<const T*>(rows.gammas[l]);
+      const auto* x = reinterpret_cast<const T*>(gammas[l]);
       const int64_t n = rows.sizes[l];
       histogram(x, n, counts + l * kBins);
       const double threshold = first_valley(counts + l * kBins);
@@ -109,22 +105,4 @@ void valley(const Rows& rows, double* summary, int64_t* counts) {
   });
 }
 
-namespace {
-
-std::tuple<Tensor, Tensor> valley_op(const std::vector<Tensor>& gammas) {
-  const Rows rows = rows_of(gammas);
-  const std::array<int64_t, 2> summary_size{rows.count(), 3};
-  const std::array<int64_t, 2> counts_size{rows.count(), kBins};
-  Tensor summary = torch::stable::empty({summary_size.data(), 2}, ScalarType::Double);
-  Tensor counts = torch::stable::empty({counts_size.data(), 2}, ScalarType::Long);
-  valley(rows, summary.mutable_data_ptr<double>(), counts.mutable_data_ptr<int64_t>());
-  return {summary, counts};
-}
-
-}  // namespace
-
 }  // namespace polarfast
-
-STABLE_TORCH_LIBRARY_IMPL(polarfast, CPU, m) {
-  m.impl("valley", TORCH_BOX(&polarfast::valley_op));
-}

@@ -50,9 +50,9 @@ def _processor() -> str:
 def _extension() -> dict[str, str]:
     if importlib.util.find_spec("polarfast._C") is None:
         return {"extension": "not built: pip install --no-build-isolation . compiles it"}
-    from . import _C
+    from .kernels import build_info
 
-    build = _C.build_info()
+    build = build_info()
     return {
         "extension": f"built with torch {build['torch']}, for torch >= {build['torch_target']}",
         "compiler": build["compiler"],

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.backends import random_gammas
 from support.distributed import run, sharded
 from support.distributed_loop import (
     LOOPS,
@@ -30,7 +31,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 import polarfast as pf
-from polarfast.sharding import whole
+from polarfast.kernels import table_of
+from polarfast.kernels.table import Penalty, SgdStep
+from polarfast.sharding import local, whole
 
 PLAN = {
     3: [
@@ -268,6 +271,27 @@ def test_placements_that_are_not_channels_over_one_dimension_are_refused(
     gamma.grad = distribute_tensor(torch.rand(4, 4), line, [Replicate()])
     with pytest.raises(pf.ScalingFactorError, match="the gradient of 'a.weight' is placed as"):
         pf.step(torch.optim.SGD([gamma], lr=0.1), pf.ScalingFactors({"a.weight": gamma}), reg)
+
+
+def test_a_table_of_shards_does_what_one_of_whole_factors_does(process_group: None) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    plain = random_gammas([4, 7, 2])
+    cut = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in plain]
+    for param, shard in zip(plain, cut, strict=True):
+        shard.grad = distribute_tensor(param.grad.clone(), mesh, [Shard(0)])
+    found = []
+    for params in (plain, cut):
+        state = {param: {"momentum_buffer": torch.ones_like(param)} for param in params}
+        table = table_of(list("abc"), params, [1.0, 2.0, 0.5])
+        assert table.refresh(state) == 3
+        reg = Penalty(POLARIZATION, 0.1, 1.2)
+        table.add_subgradient_(reg, torch.tensor(2.0))
+        table.sgd_step_(reg, SgdStep(lr=0.1, momentum=0.9, nesterov=True))
+        table.clamp_(0.5)
+        buffers = [entry["momentum_buffer"] for entry in state.values()]
+        found.append([local(x.detach()) for x in (*params, *buffers, *(p.grad for p in params))])
+        found[-1] += table.valley()
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
 
 
 def test_wrappers_and_synchronized_norms_keep_names_and_factors(process_group: None) -> None:

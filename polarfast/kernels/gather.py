@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from .gather_ref import gather_channels_ref
 from .registration import register
 
 
@@ -25,6 +24,17 @@ def gather_channels(
     """
     indices = [None if i is None else i.to(weight.device) for i in (out_index, in_index)]
     return torch.ops.polarfast.gather_channels(weight, *indices)
+
+
+def gather_channels_ref(
+    weight: Tensor, out_index: Tensor | None, in_index: Tensor | None
+) -> Tensor:
+    """`gather_channels` in plain torch; indices are not checked."""
+    if out_index is not None:
+        weight = weight.index_select(0, out_index)
+    if in_index is not None:
+        weight = weight.index_select(1, in_index)
+    return weight
 
 
 def _channels_last_order(dim: int) -> list[int]:

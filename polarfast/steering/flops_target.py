@@ -108,7 +108,7 @@ class FlopsTarget(Polarization):
 
     def steer(
         self, scales: ScalingFactors, scale: Tensor | None = None, maximize: bool = False
-    ) -> bool:
+    ) -> None:
         """Called by `pf.step` and attached optimizers before λ·∂R_s is added to γ.grad: looks at
         the γ now and then, and puts factors between c and γ̄ on the side that c says.
         """
@@ -119,14 +119,12 @@ class FlopsTarget(Polarization):
             )
         if scales is not self._steered:
             self._follow(scales)
-        looks = self._step % self._every == 0
-        if looks:
+        if self._step % self._every == 0:
             self._look(scales)
         self._step += 1
         self.lam = self._start * self._factor * min(self._step / self._ramp, 1.0)
         if not self._parted:
             self._correct(scales, scale, maximize)
-        return looks
 
     def _follow(self, scales: ScalingFactors) -> None:
         """Steer these factors from now on: those that were given, as their parameters are now, or

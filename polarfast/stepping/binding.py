@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import ScalingFactorError, StepError
-from ..kernels.sharded_table import ShardedTable
-from ..kernels.table import ScaleTable
+from ..kernels import table_of
+from ..kernels.table import Table
 from ..layers import is_gate, lost_gates
 from ..sharding import is_sharded, whole
 
@@ -44,7 +44,7 @@ class Binding:
         self._members: list[Tensor] = []  # the optimizer's parameters, as of the last check
         self._ends: list[int] = []
         self._flags: list[bool] = []  # requires_grad of each γ, as of the last check
-        self._table: ScaleTable | ShardedTable | None = None
+        self._table: Table | None = None
         self._table_weights: Mapping[str, float] | None = None  # where the table's came from
         self._warned_for: tuple[float | None, str] | None = None  # upper and clamp
 
@@ -126,7 +126,7 @@ class Binding:
                 f"{lost_gates(self.names)}"
             )
 
-    def table(self, reg: Regularizer | None) -> ScaleTable | ShardedTable:
+    def table(self, reg: Regularizer | None) -> Table:
         """The address table of all γ, with the layer weights of `reg` if they matter."""
         table, first = self._table, self.params[0]
         if table is not None and (table.device, table.dtype) == (first.device, first.dtype):
@@ -134,10 +134,10 @@ class Binding:
                 return table
         # New, or moved by model.to(...), or of other weights. What else changes, a table notices.
         weights = None if reg is None else reg.weights_of(self.names)
-        kind = ShardedTable if self.sharded else ScaleTable
-        table = self._table = kind(self.names, self.params, weights)
-        self._table_weights = None if reg is None else reg.weights
-        return table
+        made = table_of(self.names, self.params, weights)
+        if reg is not None:  # thresholds, from whatever thread, leave a step its table
+            self._table, self._table_weights = made, reg.weights
+        return made
 
     def warn_before_clamp(self, reg: Regularizer) -> None:
         """Say once what the first clamp will cut off: γ learned without a clamp can be anywhere."""

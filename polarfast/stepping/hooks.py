@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import StepError
-from ..kernels.table import ScaleTable
+from ..kernels.table import Penalty, SgdStep, Table
 from ..sharding import local
 from .binding import Binding
 from .nesting import Nesting
@@ -106,8 +106,7 @@ class StepHooks:
             table.refresh(buffers)
         binding.warn_before_clamp(reg)
         scale = _amp_scalar(optimizer, "grad_scale", table.device)
-        if reg.steer(self.scales, scale, any(group.get("maximize", False) for group in groups)):
-            table.refresh(buffers)
+        reg.steer(self.scales, scale, any(group.get("maximize", False) for group in groups))
         if len(gammas) < len(binding.params):  # a stale gradient would move a frozen γ
             self._withhold(param for param in binding.params if not param.requires_grad)
         if options:
@@ -115,7 +114,7 @@ class StepHooks:
             return
         maximize = _shared_maximize(groups)
         lam = -reg.lam if maximize else reg.lam
-        table.add_subgradient_(reg.kind, lam, reg.t, reg.per_layer, scale)
+        table.add_subgradient_(Penalty(reg.kind, lam, reg.t, reg.per_layer), scale)
         self._memory = [gamma.data_ptr() for gamma in binding.params]
 
     def _fused_options(
@@ -191,7 +190,7 @@ class StepHooks:
         binding, reg = Binding.of(self.scales), self.reg
         table = binding.table(reg)
         found_inf = _amp_scalar(optimizer, "found_inf", table.device)
-        if self._options is not None and isinstance(table, ScaleTable):
+        if self._options is not None:
             self._fused_step(optimizer, table, self._options)
         elif reg.upper is not None:
             if self._memory != [gamma.data_ptr() for gamma in binding.params]:
@@ -201,7 +200,7 @@ class StepHooks:
             self._clamp_others(reg.upper)
         self.put_back()
 
-    def _fused_step(self, optimizer: Optimizer, table: ScaleTable, options: dict[str, Any]) -> None:
+    def _fused_step(self, optimizer: Optimizer, table: Table, options: dict[str, Any]) -> None:
         found_inf = _amp_scalar(optimizer, "found_inf", table.device)
         if _is_set(found_inf):
             return
@@ -214,12 +213,8 @@ class StepHooks:
             table.refresh(optimizer.state)
         reg = self.reg
         table.sgd_step_(
-            reg.kind,
-            reg.lam,
-            reg.t,
-            reg.per_layer,
-            **options,
-            upper=reg.upper,
+            Penalty(reg.kind, reg.lam, reg.t, reg.per_layer),
+            SgdStep(**options, upper=reg.upper),
             grad_scale=_amp_scalar(optimizer, "grad_scale", table.device),
             found_inf=found_inf,
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ScalingFactorError
-from ..kernels.polarize_ref import KIND_DEEPHOYER, KIND_L1, KIND_POLARIZATION
+from ..kernels.table import Kind
 from ..sharding import whole
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Regularizer:
         weights: name of γ -> w_l ≥ 0, the weight of that layer in the sum; absent names weigh 1.
     """
 
-    kind: ClassVar[int]
+    kind: ClassVar[Kind]
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class Regularizer:
 
     def steer(
         self, scales: "ScalingFactors", scale: Tensor | None = None, maximize: bool = False
-    ) -> bool:
+    ) -> None:
         """Called at each training step, gradients in place, before λ·∂R_s is added to them: for
         regularizers that change as γ do. This one does not.
 
@@ -167,18 +167,14 @@ class Regularizer:
             scales: the factors that the step is for.
             scale: what the gradients are still multiplied with under AMP; None: nothing.
             maximize: whether the optimizer maximizes.
-
-        Returns:
-            Whether thresholds were looked at, so that addresses must be read again.
         """
-        return False
 
     def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
         """R_s of 1-D float64 layers."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        t = f", t={self.t:g}" if self.kind == KIND_POLARIZATION else ""
+        t = f", t={self.t:g}" if self.kind == Kind.POLARIZATION else ""
         return f"{type(self).__name__}(lam={self.lam:g}{t}, upper={self.upper})"
 
 
@@ -200,7 +196,7 @@ class Polarization(Regularizer):
         ArgumentError: an argument is out of its range; the message names it.
     """
 
-    kind = KIND_POLARIZATION
+    kind = Kind.POLARIZATION
 
     def __init__(
         self,
@@ -242,7 +238,7 @@ class L1(Regularizer):
         ArgumentError: an argument is out of its range; the message names it.
     """
 
-    kind = KIND_L1
+    kind = Kind.L1
 
     def __init__(
         self,
@@ -273,7 +269,7 @@ class DeepHoyer(Regularizer):
         ArgumentError: an argument is out of its range; the message names it.
     """
 
-    kind = KIND_DEEPHOYER
+    kind = Kind.DEEPHOYER
 
     def __init__(
         self,

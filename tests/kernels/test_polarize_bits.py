@@ -9,7 +9,8 @@ from support import TESTS
 from support.backends import bits, random_gammas
 from support.oracles import REGULARIZERS
 
-from polarfast.kernels.table import ScaleTable
+from polarfast.kernels import ScaleTable
+from polarfast.kernels.table import Penalty, SgdStep
 
 
 def three_steps() -> list[bytes]:
@@ -18,8 +19,9 @@ def three_steps() -> list[bytes]:
     table = ScaleTable([str(i) for i in range(len(params))], params)
     for kind, per_layer in REGULARIZERS:
         table.refresh(state)
-        table.add_subgradient_(kind, 0.1, 1.2, per_layer)
-        table.sgd_step_(kind, 0.1, 1.2, per_layer, lr=0.1, momentum=0.9, upper=1.0)
+        penalty = Penalty(kind, 0.1, 1.2, per_layer)
+        table.add_subgradient_(penalty)
+        table.sgd_step_(penalty, SgdStep(lr=0.1, momentum=0.9, upper=1.0))
     return [bits(tensor) for param in params for tensor in (param, param.grad)]
 
 
@@ -42,10 +44,11 @@ def test_same_bits_for_any_instruction_set():
         "print(_C.build_info()['simd'], hashlib.sha256(found).hexdigest())"
     )
     found = {}
+    paths = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     for level in ("baseline", "avx2", "best"):
         done = subprocess.run(
             [sys.executable, "-c", code],
-            env={**os.environ, "POLARFAST_SIMD": level, "PYTHONPATH": str(TESTS)},
+            env={**os.environ, "POLARFAST_SIMD": level, "PYTHONPATH": paths},
             cwd=os.path.dirname(__file__),
             capture_output=True,
             text=True,

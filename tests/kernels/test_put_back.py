@@ -10,8 +10,7 @@ from support.nets import Residual, settle, zero
 from torch import Tensor, nn
 
 import polarfast as pf
-from polarfast.kernels.put_back import put_back, put_back_norm
-from polarfast.kernels.put_back_ref import put_back_by_reading
+from polarfast.kernels.put_back import put_back, put_back_by_reading, put_back_norm
 from polarfast.layers import PUT_BACK, PutBack
 
 OPS = torch.ops.polarfast

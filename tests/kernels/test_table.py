@@ -1,13 +1,18 @@
 """The pointer table: what it follows from step to step, and what it refuses."""
 
+import sys
+import weakref
+
 import pytest
 import torch
-from support.backends import BACKENDS, device_of, random_gammas, table_of
+from support.backends import BACKENDS, bits, device_of, kind_of, random_gammas, table_of
 
-from polarfast.errors import ArgumentError, PolarfastError, ScalingFactorError
-from polarfast.kernels.table import ScaleTable
+import polarfast as pf
+from polarfast.errors import ArgumentError, BuildError, ScalingFactorError
+from polarfast.kernels import EagerTable, ScaleTable, table_type
+from polarfast.kernels.table import Kind, Penalty, SgdStep
 
-L1 = (1, 0.5, 0.0, False)
+L1 = Penalty(Kind.L1, 0.5)
 
 
 def l1_moves(table, params, expected):
@@ -15,7 +20,7 @@ def l1_moves(table, params, expected):
     for param in params:
         if param.grad is not None:
             param.grad.zero_()
-    table.add_subgradient_(*L1)
+    table.add_subgradient_(L1)
     for param, moved in zip(params, expected, strict=True):
         if param.grad is not None:
             want = 0.5 * param.detach().sign() if moved else torch.zeros_like(param)
@@ -36,7 +41,7 @@ def test_describes_its_factors(params, backend):
     table = table_of(params, backend)
     assert table.names == ("bn0.weight", "bn1.weight", "bn2.weight")
     assert table.params == tuple(params)
-    assert (table.numel, table.max_size) == (13, 7)
+    assert table.numel == 13
     assert (table.dtype, table.device) == (torch.float32, params[0].device)
 
 
@@ -74,8 +79,6 @@ def test_counts_gradients_and_leaves_frozen_factors_alone(params, backend):
 
 
 def test_does_not_keep_old_gradients_alive(params, backend):
-    import weakref
-
     table = table_of(params, backend)
     table.refresh()
     l1_moves(table, params, [True] * 3)
@@ -90,11 +93,11 @@ def test_finds_momentum_buffers_without_making_state(params, backend):
     table.refresh(optimizer.state)
     assert len(optimizer.state) == 0
     with pytest.raises(ScalingFactorError, match="bn0.weight has no momentum buffer"):
-        table.sgd_step_(*L1, lr=0.1, momentum=0.9)
+        table.sgd_step_(L1, SgdStep(lr=0.1, momentum=0.9))
     optimizer.step()
     buffers = [optimizer.state[param]["momentum_buffer"].clone() for param in params]
     table.refresh(optimizer.state)
-    table.sgd_step_(*L1, lr=0.0, momentum=0.5)
+    table.sgd_step_(L1, SgdStep(lr=0.0, momentum=0.5))
     for param, before in zip(params, buffers, strict=True):
         want = 0.5 * before + param.grad + 0.5 * param.detach().sign()
         torch.testing.assert_close(optimizer.state[param]["momentum_buffer"], want)
@@ -114,9 +117,35 @@ def test_bumps_versions_of_what_it_wrote(params, backend):
 
     grads_only, factors_only = (False, True), (True, False)
     frozen = (False, False)
-    assert bumped(lambda: table.add_subgradient_(*L1)) == [frozen, grads_only, grads_only]
+    assert bumped(lambda: table.add_subgradient_(L1)) == [frozen, grads_only, grads_only]
     assert bumped(lambda: table.clamp_(1.0)) == [frozen, factors_only, factors_only]
-    assert bumped(lambda: table.sgd_step_(*L1, lr=0.1)) == [frozen, factors_only, factors_only]
+    assert bumped(lambda: table.sgd_step_(L1, SgdStep(lr=0.1))) == [
+        frozen,
+        factors_only,
+        factors_only,
+    ]
+
+
+def test_thresholds_leave_a_step_what_it_has_found(params, backend):
+    """Whoever looks, from whatever thread, while the gradients are withheld from the optimizer."""
+    optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    optimizer.step()
+    table = table_of(params, backend)
+    table.refresh(optimizer.state)
+    grads = [param.grad for param in params]
+    before = [bits(param) for param in params]
+    for param in params:
+        param.grad = None
+    table.valley()
+    table.sgd_step_(L1, SgdStep(lr=0.1, momentum=0.9))
+    assert all(bits(param) != was for param, was in zip(params, before, strict=True))
+    assert len(grads) == len(params)  # alive until here
+
+
+def test_thresholds_are_of_factors_where_they_are_now(params, backend):
+    table = table_of(params, backend)
+    params[1].data = torch.zeros_like(params[1])
+    assert table.valley()[1][1].tolist() == [7, *[0] * 99]
 
 
 def test_autograd_notices_a_clamp_between_forward_and_backward(params, backend):
@@ -188,18 +217,41 @@ def factor(*shape, **options):
         (["a"], [torch.rand(3, device="meta")], None, "a"),
     ],
 )
-def test_refuses_what_makes_no_table(names, factors, weights, message):
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_refuses_what_makes_no_table(backend, names, factors, weights, message):
     with pytest.raises((ArgumentError, ScalingFactorError), match=message):
-        ScaleTable(names, factors, weights, backend="cpu")
+        kind_of(backend)(names, factors, weights)
+
+
+def test_refuses_a_regularizer_that_it_does_not_know():
+    table = table_of(random_gammas([3]), "cpu")
+    with pytest.raises(ValueError, match="no regularizer has the kind 7"):
+        table.add_subgradient_(L1._replace(kind=7))
+
+
+def test_the_device_chooses_the_table():
+    assert table_type("cpu") is ScaleTable
+    assert table_type("mps") is EagerTable
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_on_an_unknown_device_is_that_of_the_cpu(momentum, monkeypatch):
+    found = []
+    for kind in (ScaleTable, EagerTable):
+        monkeypatch.setattr("polarfast.kernels.table_type", lambda device, kind=kind: kind)
+        params = random_gammas([4, 7, 2])
+        scales = pf.ScalingFactors({f"{i}.weight": param for i, param in enumerate(params)})
+        optimizer = torch.optim.SGD(params, lr=0.1, momentum=momentum)
+        for _ in range(3):
+            pf.step(optimizer, scales, pf.Polarization(lam=0.1, t=1.2))
+        found.append([param.detach() for param in params])
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_without_triton_a_sentence_says_what_to_install(monkeypatch):
-    import sys
-
-    for name in ("polarize_triton", "valley_triton"):
-        monkeypatch.delitem(sys.modules, f"polarfast.kernels.{name}", raising=False)
-        monkeypatch.delattr(f"polarfast.kernels.{name}", raising=False)
+    monkeypatch.delitem(sys.modules, "polarfast.kernels.triton_table", raising=False)
+    monkeypatch.delitem(sys.modules, "polarfast.kernels.triton_kernels", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "polarfast.kernels.triton_common", raising=False)
-    with pytest.raises(PolarfastError, match="pip install triton"):
-        ScaleTable(["a"], [factor(3)], backend="triton")
+    with pytest.raises(BuildError, match="pip install triton"):
+        table_type("cuda")
+    assert table_type("xpu") is EagerTable

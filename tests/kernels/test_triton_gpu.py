@@ -8,13 +8,13 @@ import torch
 pytest.importorskip("triton")
 
 import triton  # noqa: E402
-from support.oracles import REGULARIZERS  # noqa: E402
-from support.triton_harness import random_rows  # noqa: E402
+from support.backends import random_gammas  # noqa: E402
+from support.oracles import L1, POLARIZATION, REGULARIZERS  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from polarfast.kernels.polarize_ref import KIND_L1, KIND_POLARIZATION  # noqa: E402
-from polarfast.kernels.table import ScaleTable  # noqa: E402
+from polarfast.kernels import table_of  # noqa: E402
+from polarfast.kernels.table import Penalty, SgdStep  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,13 +23,7 @@ pytestmark = [
 
 SMALL = [64, 3, 1000, 256]  # one launch for the global mean
 LARGE = [4096, 64, 5000, 1]  # three
-SGD = {
-    "lr": 0.1,
-    "momentum": 0.9,
-    "weight_decay": 1e-4,
-    "nesterov": True,
-    "upper": 1.0,
-}
+SGD = SgdStep(lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True, upper=1.0)
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float64: 1e-13}
 
 
@@ -38,7 +32,7 @@ class Factors:
 
     def __init__(self, sizes, device, dtype=torch.float32):
         def rows(seed):
-            return [row.to(device) for row in random_rows(sizes, dtype, seed)]
+            return [p.detach().to(device) for p in random_gammas(sizes, dtype, seed=seed)]
 
         self.params = [torch.nn.Parameter(row) for row in rows(0)]
         for param, grad in zip(self.params, rows(1), strict=True):
@@ -50,7 +44,7 @@ class Factors:
         }
         names = [f"{i}.weight" for i in range(len(sizes))]
         weights = [1.0 + 0.25 * i for i in range(len(sizes))]
-        self.table = ScaleTable(names, self.params, weights)
+        self.table = table_of(names, self.params, weights)
         self.table.refresh(self.state)
 
     def values(self):
@@ -61,8 +55,8 @@ class Factors:
         """Each op once, with every launch plan; returns nothing that waits."""
         self.table.refresh(self.state)
         for kind, per_layer in REGULARIZERS:
-            self.table.add_subgradient_(kind, lam, t, per_layer)
-            self.table.sgd_step_(kind, lam, t, per_layer, **SGD)
+            self.table.add_subgradient_(Penalty(kind, lam, t, per_layer))
+            self.table.sgd_step_(Penalty(kind, lam, t, per_layer), SGD)
         self.table.clamp_(0.75)
         self.table.valley()
 
@@ -82,10 +76,10 @@ def assert_agree(gpu, cpu, dtype):
 def test_cpu_backend_agrees(kind, per_layer, dtype, sizes):
     gpu, cpu = Factors(sizes, "cuda", dtype), Factors(sizes, "cpu", dtype)
     for factors in (gpu, cpu):
-        factors.table.add_subgradient_(kind, 0.1, 1.2, per_layer)
+        factors.table.add_subgradient_(Penalty(kind, 0.1, 1.2, per_layer))
     assert_agree(gpu, cpu, dtype)
     for factors in (gpu, cpu):
-        factors.table.sgd_step_(kind, 0.1, 1.2, per_layer, **SGD)
+        factors.table.sgd_step_(Penalty(kind, 0.1, 1.2, per_layer), SGD)
         factors.table.clamp_(0.75)
     assert_agree(gpu, cpu, dtype)
 
@@ -111,14 +105,14 @@ def test_scale_and_found_inf_are_read_on_the_gpu(sizes):
     gpu, cpu = Factors(sizes, "cuda"), Factors(sizes, "cpu")
     for factors in (gpu, cpu):
         scale = torch.tensor(512.0, device=factors.table.device)
-        factors.table.add_subgradient_(KIND_POLARIZATION, 1e-4, 1.2, False, scale)
+        factors.table.add_subgradient_(Penalty(POLARIZATION, 1e-4, 1.2, False), scale)
         fine = torch.zeros(1, device=factors.table.device)
         amp = {"grad_scale": scale, "found_inf": fine}
-        factors.table.sgd_step_(KIND_POLARIZATION, 1e-4, 1.2, False, **SGD, **amp)
+        factors.table.sgd_step_(Penalty(POLARIZATION, 1e-4, 1.2, False), SGD, **amp)
     assert_agree(gpu, cpu, torch.float32)
     before = gpu.values()
     found = torch.ones(1, device="cuda")
-    gpu.table.sgd_step_(KIND_POLARIZATION, 1e-4, 1.2, False, **SGD, found_inf=found)
+    gpu.table.sgd_step_(Penalty(POLARIZATION, 1e-4, 1.2, False), SGD, found_inf=found)
     gpu.table.clamp_(0.1, found)
     assert torch.equal(gpu.values(), before)
 
@@ -162,8 +156,8 @@ def test_launches_and_copies(op, kind, per_layer, sizes):
     factors = Factors(sizes, "cuda")
     table = factors.table
     work = {
-        "subgradient": lambda: table.add_subgradient_(kind, 0.1, 1.2, per_layer),
-        "SGD": lambda: table.sgd_step_(kind, 0.1, 1.2, per_layer, **SGD),
+        "subgradient": lambda: table.add_subgradient_(Penalty(kind, 0.1, 1.2, per_layer)),
+        "SGD": lambda: table.sgd_step_(Penalty(kind, 0.1, 1.2, per_layer), SGD),
         "clamp": lambda: table.clamp_(0.9),
         "valley": lambda: table.valley(),  # it reads the addresses itself
     }[op]
@@ -175,20 +169,20 @@ def test_launches_and_copies(op, kind, per_layer, sizes):
 
     step()
     three = op in ("subgradient", "SGD") and sizes == LARGE
-    three = three and kind == KIND_POLARIZATION and not per_layer
+    three = three and kind == POLARIZATION and not per_layer
     events = device_events(step)
     assert len(events) == (3 if three else 1), events
     assert not [name for name in events if name.startswith("Mem")]
 
 
-@pytest.mark.parametrize("kind", [KIND_POLARIZATION, KIND_L1])
+@pytest.mark.parametrize("kind", [POLARIZATION, L1])
 def test_graph_capture_and_replay(kind, sizes):
     """Four replays of a captured step are four eager steps, to the bit."""
     eager, captured = Factors(sizes, "cuda"), Factors(sizes, "cuda")
 
     def step(factors):
         factors.table.refresh(factors.state)
-        factors.table.sgd_step_(kind, 0.01, 1.2, False, **SGD)
+        factors.table.sgd_step_(Penalty(kind, 0.01, 1.2, False), SGD)
 
     for factors in (eager, captured):
         step(factors)

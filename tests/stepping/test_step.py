@@ -17,7 +17,7 @@ from support.stepping import (
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from polarfast.kernels.table import ScaleTable
+from polarfast.kernels import ScaleTable
 from polarfast.scaling.factors import ScalingFactors
 from polarfast.stepping.regularizers import Polarization
 from polarfast.stepping.step import step

@@ -1,23 +1,22 @@
-"""The backends that the pointer table runs on, for tests that hold for each of them."""
+"""The tables of scaling factors, by backend, for tests that hold for each of them."""
 
 import importlib.util
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from polarfast.kernels.table import ScaleTable
+from polarfast.kernels import EagerTable, ScaleTable, table_type
+from polarfast.kernels.table import Table
 
+_needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
 # Without a GPU the Triton kernels run in Triton's interpreter (conftest.py).
-BACKENDS = [
-    "cpu",
-    pytest.param(
-        "triton",
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-        ),
-    ),
-]
+BACKENDS = [pytest.param("cpu"), pytest.param("eager"), pytest.param("triton", marks=_needs_triton)]
+#: The same, and the launches with which Triton takes the mean of more γ than these tests have.
+WITH_ALL_LAUNCHES = [*BACKENDS, pytest.param("triton, 3 launches", marks=_needs_triton)]
 
 # For values of size one that went through one rounding to the dtype, and float32 arithmetic.
 TOLERANCE = {
@@ -29,11 +28,11 @@ TOLERANCE = {
 
 
 def device_of(backend: str) -> str:
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    return "cuda" if backend.startswith("triton") and torch.cuda.is_available() else "cpu"
 
 
 def random_gammas(
-    sizes: list[int], dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+    sizes: Sequence[int], dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
 ) -> list[torch.nn.Parameter]:
     """γ in [-0.2, 1], some of them exactly 0, with gradients."""
     generator = torch.Generator().manual_seed(seed)
@@ -48,11 +47,16 @@ def random_gammas(
 
 
 def table_of(
-    params: list[torch.nn.Parameter], backend: str, weights: list[float] | None = None
-) -> ScaleTable:
-    return ScaleTable(
-        [f"bn{i}.weight" for i in range(len(params))], params, weights, backend=backend
-    )
+    params: Sequence[Tensor], backend: str, weights: Sequence[float] | None = None
+) -> Table:
+    return kind_of(backend)([f"bn{i}.weight" for i in range(len(params))], params, weights)
+
+
+def kind_of(backend: str) -> type[Table]:
+    if not backend.startswith("triton"):
+        return {"cpu": ScaleTable, "eager": EagerTable}[backend]
+    kind = table_type("cuda")
+    return kind if backend == "triton" else type(kind.__name__, (kind,), {"FLAT_SIZE": 0})
 
 
 def bits(tensor: Tensor) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from unittest import mock
@@ -10,45 +9,45 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from polarfast.kernels.device_table import DeviceTable
-from polarfast.kernels.polarize_ref import KIND_POLARIZATION
-from polarfast.kernels.table import ScaleTable
+from polarfast.kernels import table_of
+from polarfast.kernels.table import Kind, Penalty, SgdStep, Table
 from polarfast.stepping import binding
 
 
 @contextmanager
 def counted_uploads() -> Iterator[list[int]]:
     """A list of one number: how often a table has sent addresses to its device in this block."""
-    count, upload = [0], DeviceTable.set_addresses
+    from polarfast.kernels.triton_table import TritonTable
 
-    def counting(table: DeviceTable, addresses: list[list[int]]) -> None:
+    count, upload = [0], TritonTable._upload
+
+    def counting(table: TritonTable, host: Tensor) -> object:
         count[0] += 1
-        upload(table, addresses)
+        return upload(table, host)
 
-    with mock.patch.object(DeviceTable, "set_addresses", counting):
+    with mock.patch.object(TritonTable, "_upload", counting):
         yield count
 
 
 @contextmanager
 def triton_on_cpu() -> Iterator[None]:
     """`pf.step` of γ on the CPU goes through the Triton kernels: for Triton's interpreter."""
-    with mock.patch.object(binding, "ScaleTable", _TritonTable):
+    from polarfast.kernels.triton_table import TritonTable
+
+    with mock.patch.object(binding, "table_of", TritonTable):
         yield
 
 
-class _TritonTable(ScaleTable):
-    __init__ = functools.partialmethod(ScaleTable.__init__, backend="triton")
-
-
 def sgd_kernels(params: Sequence[Tensor], lam: float, t: float) -> Callable[[], None]:
-    """The fused step of SGD without the hooks and checks of `pf.step` around it."""
+    """The fused step of SGD without the checks of `pf.step` around it."""
     table = _table(params)
     state = {param: {"momentum_buffer": torch.zeros_like(param)} for param in params}
-    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "upper": 1.0}
+    penalty = Penalty(Kind.POLARIZATION, lam, t)
+    sgd = SgdStep(lr=0.1, momentum=0.9, weight_decay=1e-4, upper=1.0)
 
     def work() -> None:
         table.refresh(state)
-        table.sgd_step_(KIND_POLARIZATION, lam, t, False, **options)
+        table.sgd_step_(penalty, sgd)
 
     return work
 
@@ -63,5 +62,5 @@ def valley_kernel(params: Sequence[Tensor]) -> Callable[[], None]:
     return work
 
 
-def _table(params: Sequence[Tensor]) -> ScaleTable:
-    return ScaleTable([str(i) for i in range(len(params))], params)
+def _table(params: Sequence[Tensor]) -> Table:
+    return table_of([str(i) for i in range(len(params))], params)

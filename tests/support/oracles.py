@@ -4,18 +4,23 @@ Penalties as the paper prints them, differentiated by float64 autograd; torch.op
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-POLARIZATION, L1, DEEPHOYER = 0, 1, 2
+from polarfast.kernels.table import Kind, Penalty, SgdStep
+
+POLARIZATION, L1, DEEPHOYER = Kind
 # (kind, per_layer)
 REGULARIZERS = [(POLARIZATION, False), (POLARIZATION, True), (L1, False), (DEEPHOYER, False)]
 
 
 def penalty(
-    gammas: Sequence[Tensor], weights: Sequence[float], kind: int, t: float, per_layer: bool = False
+    gammas: Sequence[Tensor],
+    weights: Sequence[float],
+    kind: Kind,
+    t: float,
+    per_layer: bool = False,
 ) -> Tensor:
     """R(γ; w): Eq. 2, ‖γ‖₁, or Σ ‖γ‖₁²/‖γ‖₂² over the layers."""
     network_mean = torch.cat([gamma.flatten() for gamma in gammas]).mean()
@@ -32,7 +37,11 @@ def penalty(
 
 
 def subgradients(
-    gammas: Sequence[Tensor], weights: Sequence[float], kind: int, t: float, per_layer: bool = False
+    gammas: Sequence[Tensor],
+    weights: Sequence[float],
+    kind: Kind,
+    t: float,
+    per_layer: bool = False,
 ) -> list[Tensor]:
     """∂R/∂γ by autograd, float64."""
     leaves = [gamma.detach().double().cpu().requires_grad_() for gamma in gammas]
@@ -52,19 +61,17 @@ class PlainTraining:
         gammas: Sequence[Tensor],
         frozen: Sequence[Tensor],
         weights: Sequence[float],
-        kind: int,
-        lam: float,
-        t: float,
-        per_layer: bool,
-        upper: float | None,
-        **sgd: Any,
+        penalty: Penalty,
+        sgd: SgdStep,
     ) -> None:
         self.gammas = [gamma.detach().double().cpu().clone().requires_grad_() for gamma in gammas]
         self.frozen = [gamma.detach().double().cpu().clone() for gamma in frozen]
-        self.penalty = (weights, kind, t, per_layer)
-        self.lam = -lam if sgd.get("maximize") else lam  # R is minimized in both cases
-        self.upper = upper
-        self.optimizer = torch.optim.SGD(self.gammas, **sgd)
+        self.penalty = (weights, penalty.kind, penalty.t, penalty.per_layer)
+        self.lam = -penalty.lam if sgd.maximize else penalty.lam  # R is minimized in both cases
+        self.upper = sgd.upper
+        options = sgd._asdict()
+        del options["upper"], options["first_step"]
+        self.optimizer = torch.optim.SGD(self.gammas, **options)
 
     def step(self, grads: Sequence[Tensor]) -> None:
         added = subgradients([*self.gammas, *self.frozen], *self.penalty)

@@ -1,7 +1,7 @@
-"""Compiles what the launchers launch, for GPUs that need not be there; prints one JSON line each.
+"""Compiles what TritonTable launches, for GPUs that need not be there; prints one JSON line each.
 
-Run by test_triton_compile.py in a process of its own, as the interpreter excludes the compiler. The
-launchers run with the launch itself replaced by a recorder, so that every kernel is compiled with
+Run by test_triton_compile.py in a process of its own, as the interpreter excludes the compiler. Its
+methods run with the launch itself replaced by a recorder, so that every kernel is compiled with
 the very arguments, block sizes and warps that they give it.
 """
 
@@ -24,11 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from polarfast.kernels import polarize_triton, valley_triton
-from polarfast.kernels.device_table import DeviceTable
-from polarfast.kernels.triton_common import TRITON_DTYPES
+from polarfast.kernels.table import Penalty, SgdStep, Table
+from polarfast.kernels.triton_table import TRITON_DTYPES, TritonTable
+from support.backends import random_gammas, table_of
 from support.oracles import REGULARIZERS
-from support.triton_harness import random_rows, table_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,16 +35,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SGD = {
-    "lr": 0.1,
-    "momentum": 0.9,
-    "dampening": 0.0,
-    "weight_decay": 1e-4,
-    "nesterov": True,
-    "maximize": False,
-    "upper": 1.0,
-    "first_step": False,
-}
+SGD = SgdStep(lr=0.1, weight_decay=1e-4, upper=1.0)
 
 
 class Recorder:
@@ -88,30 +78,27 @@ def spilled_bytes(compiled: Any) -> int:
     return sum(int(re.search(rf"{field}:(\d+)", line)[1]) for field in ("STACK", "LOCAL"))
 
 
-def calls(table: DeviceTable, scalar: Tensor | None) -> dict[str, Callable[[], object]]:
-    """Every launcher × kind; `scalar` serves as grad_scale and found_inf."""
-    step, add = polarize_triton.sgd_step_, polarize_triton.add_subgradient_
+def calls(table: Table, scalar: Tensor | None) -> dict[str, Callable[[], object]]:
+    """Every method × kind; `scalar` serves as grad_scale and found_inf."""
     found: dict[str, Callable[[], object]] = {
-        "clamp": lambda: polarize_triton.clamp_(table, 1.0, scalar),
-        "valley": lambda: valley_triton.valley(table),
+        "clamp": lambda: table.clamp_(1.0, scalar),
+        "valley": table.valley,
     }
-    amp = {"grad_scale": scalar, "found_inf": scalar}
     for kind, per_layer in REGULARIZERS:
-        regularizer = (table, kind, 1e-4, 1.2, per_layer)
+        penalty = Penalty(kind, 1e-4, 1.2, per_layer)
         name = f"kind {kind}, per layer" if per_layer else f"kind {kind}"
-        found[f"subgradient, {name}"] = lambda r=regularizer: add(*r, scalar)
-        found[f"SGD, {name}"] = lambda r=regularizer: step(*r, **SGD, **amp)
+        found[f"subgradient, {name}"] = lambda p=penalty: table.add_subgradient_(p, scalar)
+        found[f"SGD, {name}"] = lambda p=penalty: table.sgd_step_(p, SGD, scalar, scalar)
     return found
 
 
 def main(targets: list[str]) -> None:
     recorder = Recorder()
     JITFunction.run = lambda kernel, *args, **kwargs: recorder(kernel, *args, **kwargs)
-    sizes = {"small": [64, 100], "large": [polarize_triton.FLAT_SIZE, 64]}
+    sizes = {"small": [64, 100], "large": [TritonTable.FLAT_SIZE, 64]}
     spilled: dict[tuple[str, str], int] = {}
     for dtype, (size, rows) in itertools.product(TRITON_DTYPES, sizes.items()):
-        gammas = random_rows(rows, dtype)
-        table = table_of(gammas, gammas)
+        table = table_of(random_gammas(rows, dtype), "triton")
         scalars = [torch.ones(()), None] if dtype == torch.float32 else [torch.ones(())]
         for scalar, target in itertools.product(scalars, targets):
             for call, launch in calls(table, scalar).items():

@@ -1,4 +1,4 @@
-"""Triton kernels of the polarization step; polarize_triton.py launches them.
+"""All Triton kernels: the training step on γ, and valley thresholds; launched by triton_table.py.
 
 Every regularizer is one arithmetic, for element γ_j of row (layer) l with weight w_l:
 
@@ -19,31 +19,136 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .polarize_ref import KIND_DEEPHOYER, KIND_POLARIZATION
-from .triton_common import (
-    clamped,
-    like,
-    load_scales,
-    row_norms,
-    row_signs,
-    row_sum,
-    sgd_update,
-    sign_around,
-    sum_over_rows,
-    unless_found_inf,
-)
+from . import table
+from .table import Kind
 
 # Triton kernels take blocks, pointers and scalars, for which Python has no types.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 
-POLARIZATION = tl.constexpr(KIND_POLARIZATION)
-DEEPHOYER = tl.constexpr(KIND_DEEPHOYER)
+POLARIZATION = tl.constexpr(Kind.POLARIZATION.value)
+DEEPHOYER = tl.constexpr(Kind.DEEPHOYER.value)
+
+# Bits of the SGD kernels' argument `flags`.
+MOMENTUM = tl.constexpr(1)
+FIRST_STEP = tl.constexpr(2)
+NESTEROV = tl.constexpr(4)
 
 # Compiled once for all their values, 1 and multiples of 16 included.
 _RUNTIME_INTEGERS = ["rows", "n", "flags"]
 # GradScaler makes these anew now and then, wherever there is room.
 _ANY_ALIGNMENT = ["grad_scale_ptr", "found_inf_ptr"]
+
+
+# --- parts of kernels
+
+
+@triton.jit
+def load_scales(address, offsets, mask, DTYPE: tl.constexpr):
+    """Elements of the tensor at `address` (one, or one for each offset); 0 where masked.
+
+    They come in the precision of all further arithmetic: float64 for float64, else float32.
+    """
+    values = tl.load(address.to(tl.pointer_type(DTYPE)) + offsets, mask=mask, other=0.0)
+    if DTYPE == tl.float64:
+        return values
+    else:
+        return values.to(tl.float32)
+
+
+@triton.jit
+def sign_around(x, pivot):
+    """sgn(x − pivot) as an integer, without the subtraction and its rounding; 0 for NaN."""
+    return (x > pivot).to(tl.int32) - (x < pivot).to(tl.int32)
+
+
+@triton.jit
+def like(scalar, x):
+    """A float64 run-time argument in the precision of `x`, which it would otherwise promote."""
+    return tl.full((), scalar, x.dtype)
+
+
+@triton.jit
+def unless_found_inf(grad_address, found_inf_ptr):
+    """The address, or 0, as in a frozen row, when GradScaler has found an infinite gradient."""
+    if found_inf_ptr is not None:
+        grad_address = tl.where(tl.load(found_inf_ptr) == 0.0, grad_address, 0)
+    return grad_address
+
+
+@triton.jit
+def clamped(x, lower, upper):
+    """x within [lower, upper]; NaN stays NaN, as in torch.clamp_."""
+    x = tl.where(x < like(lower, x), like(lower, x), x)
+    return tl.where(x > like(upper, x), like(upper, x), x)
+
+
+@triton.jit
+def sgd_update(gamma, gradient, momentum_ptrs, has_momentum, sgd):
+    """γ after one step of torch.optim.SGD, in its order; the momentum buffer is written here.
+
+    `sgd` is (lr, momentum, dampening, weight_decay, flags).
+    """
+    lr, momentum, dampening, weight_decay, flags = sgd
+    rate = like(momentum, gamma)
+    decay = like(weight_decay, gamma)
+    # No decay is no operation: 0 · inf would be NaN.
+    step = tl.where(decay != 0.0, gradient + decay * gamma, gradient)
+    has_momentum = has_momentum & ((flags & MOMENTUM) != 0)
+    first = (flags & FIRST_STEP) != 0
+    old = tl.load(momentum_ptrs, mask=has_momentum, other=0.0).to(gamma.dtype)
+    buffer = tl.where(first, step, rate * old + like(1.0 - dampening, gamma) * step)
+    tl.store(momentum_ptrs, buffer, mask=has_momentum)
+    smoothed = tl.where((flags & NESTEROV) != 0, step + rate * buffer, buffer)
+    return gamma - like(lr, gamma) * tl.where(has_momentum, smoothed, step)
+
+
+@triton.jit
+def row_sum(address, size, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Σ γ over one row."""
+    total = tl.zeros([BLOCK_SIZE], tl.float64)
+    for start in range(0, size, BLOCK_SIZE):
+        offsets = start + tl.arange(0, BLOCK_SIZE)
+        total += load_scales(address, offsets, offsets < size, DTYPE).to(tl.float64)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def row_signs(address, size, mean, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Σ sgn(γ − mean) over one row, a whole number."""
+    total = tl.zeros([BLOCK_SIZE], tl.int32)
+    for start in range(0, size, BLOCK_SIZE):
+        offsets = start + tl.arange(0, BLOCK_SIZE)
+        mask = offsets < size
+        gamma = load_scales(address, offsets, mask, DTYPE).to(tl.float64)
+        total += tl.where(mask, sign_around(gamma, mean), 0)
+    return tl.sum(total, axis=0).to(tl.float64)
+
+
+@triton.jit
+def row_norms(address, size, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """(‖γ‖₁, ‖γ‖₂²) of one row."""
+    l1 = tl.zeros([BLOCK_SIZE], tl.float64)
+    squares = tl.zeros([BLOCK_SIZE], tl.float64)
+    for start in range(0, size, BLOCK_SIZE):
+        offsets = start + tl.arange(0, BLOCK_SIZE)
+        gamma = load_scales(address, offsets, offsets < size, DTYPE).to(tl.float64)
+        l1 += tl.abs(gamma)
+        squares += gamma * gamma
+    return tl.sum(l1, axis=0), tl.sum(squares, axis=0)
+
+
+@triton.jit
+def sum_over_rows(values_ptr, weights_ptr, rows, BLOCK_SIZE: tl.constexpr):
+    """Σ_l values[l], or Σ_l w_l·values[l] where weights are given."""
+    total = tl.zeros([BLOCK_SIZE], tl.float64)
+    for start in range(0, rows, BLOCK_SIZE):
+        row = start + tl.arange(0, BLOCK_SIZE)
+        values = tl.load(values_ptr + row, mask=row < rows, other=0.0)
+        if weights_ptr is not None:
+            values *= tl.load(weights_ptr + row, mask=row < rows, other=0.0)
+        total += values
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -92,6 +197,9 @@ def _apply_penalty(
         if grad_scale_ptr is not None:
             penalty *= tl.load(grad_scale_ptr).to(gamma.dtype)
         tl.store(grad_ptrs, gradient + penalty, mask=moves)
+
+
+# --- the training step
 
 
 @triton.jit(do_not_specialize=_RUNTIME_INTEGERS, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
@@ -276,3 +384,77 @@ def _clamp_kernel(
         tl.store(
             address.to(tl.pointer_type(DTYPE)) + offsets, clamped(gamma, 0.0, upper), mask=mask
         )
+
+
+# --- valley thresholds (Sec. 3.3)
+
+BINS = tl.constexpr(table.BINS)
+# tl.histogram and tl.arange want a power of two; values that are in no bin are counted in the last.
+BINS_PADDED = tl.constexpr(128)
+
+
+@triton.jit
+def _edge(bin):
+    """Left edge of a bin as numpy.histogram has it for float32: bin · 0.01 in double, rounded."""
+    return (bin.to(tl.float64) * 0.01).to(tl.float32)
+
+
+@triton.jit
+def _bin_of(x, mask):
+    """Bin of each float32 value, as numpy.histogram(x, 100, (0, 1)) decides; BINS_PADDED − 1: none.
+
+    The product may be off by one at an edge, so the edges have the last word. The last bin is
+    closed on the right.
+    """
+    inside = mask & (x >= 0.0) & (x <= 1.0)
+    x = tl.where(inside, x, 0.0)
+    bin = tl.minimum((x * 100.0).to(tl.int32), BINS - 1)
+    bin = tl.where(x < _edge(bin), bin - 1, bin)
+    bin = tl.where((x >= _edge(bin + 1)) & (bin < BINS - 1), bin + 1, bin)
+    return tl.where(inside, bin, BINS_PADDED - 1)
+
+
+@triton.jit
+def _first_valley(counts, bin):
+    """The first i with d[i] ≤ 0 ≤ d[i + 1], d = diff(counts); BINS if there is none."""
+    next_bin = tl.minimum(bin + 1, BINS_PADDED - 1)
+    difference = tl.gather(counts, next_bin, 0) - counts
+    falls_then_rises = (difference <= 0) & (tl.gather(difference, next_bin, 0) >= 0)
+    return tl.min(tl.where(falls_then_rises & (bin < BINS - 2), bin, BINS), axis=0)
+
+
+@triton.jit
+def _valley_kernel(
+    addresses_ptr,
+    sizes_ptr,
+    summary_ptr,
+    counts_ptr,
+    DTYPE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """One row a program: counts, then threshold, then how many factors are above it."""
+    row = tl.program_id(0)
+    address = tl.load(addresses_ptr + row)
+    size = tl.load(sizes_ptr + row)
+    counts = tl.zeros([BINS_PADDED], tl.int32)
+    finite = tl.zeros([BLOCK_SIZE], tl.int32)
+    for start in range(0, size, BLOCK_SIZE):
+        offsets = start + tl.arange(0, BLOCK_SIZE)
+        mask = offsets < size
+        gamma = load_scales(address, offsets, mask, DTYPE)
+        counts += tl.histogram(_bin_of(gamma.to(tl.float32), mask), BINS_PADDED)
+        finite += (mask & (tl.abs(gamma) < float("inf"))).to(tl.int32)
+    bin = tl.arange(0, BINS_PADDED)
+    tl.store(counts_ptr + row * BINS + bin, counts.to(tl.int64), mask=bin < BINS)
+    first = _first_valley(counts, bin)
+    threshold = tl.where(first < BINS, _edge(first + 1), float("nan")).to(tl.float64)
+
+    kept = tl.zeros([BLOCK_SIZE], tl.int32)
+    for start in range(0, size, BLOCK_SIZE):
+        offsets = start + tl.arange(0, BLOCK_SIZE)
+        mask = offsets < size
+        gamma = load_scales(address, offsets, mask, DTYPE).to(tl.float64)
+        kept += (mask & ((gamma > threshold) | (first == BINS))).to(tl.int32)
+    tl.store(summary_ptr + row * 3, threshold)
+    tl.store(summary_ptr + row * 3 + 1, tl.sum(kept, axis=0).to(tl.float64))
+    tl.store(summary_ptr + row * 3 + 2, (size - tl.sum(finite, axis=0)).to(tl.float64))

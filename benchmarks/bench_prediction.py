@@ -6,9 +6,9 @@ Its callers are `FlopsTarget`, which looks every ten training steps and asks for
 each look, and the engine's display. Times are CPU time of this process, medians of 15 rounds with
 their smallest and largest; in each round all ways take turns. The ways must agree, or this ends.
 
-Expected before the first measurement: counting channels over thresholds and adding up the products
-of some 50 calls, 0.1 to 0.2 ms; choosing channels class by class as `plan` does, without running the
-network, milliseconds; a plan, which traces and runs it, a hundred or more.
+Expected before the first measurement: counting channels over thresholds and adding up the
+products of some 50 calls, 0.1 to 0.2 ms; choosing channels class by class as `plan` does, without
+running the network, milliseconds; a plan, which traces and runs it, a hundred or more.
 """
 
 import statistics
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 
 import polarfast as pf
 from polarfast.engine.models import resnet
@@ -56,32 +57,34 @@ def show(title: str, times: dict[str, list[float]]) -> None:
         print(f"  {name:44}{median:9.3f} ms  {spread:>18}{median / least:9.1f}×")
 
 
+def compare(name: str, model: nn.Module, x: Tensor) -> None:
+    scales = pf.scaling_factors(model, x, residual="expand")
+    with torch.no_grad():
+        for gamma in scales.values():
+            gamma.copy_(torch.where(torch.rand_like(gamma) < 0.5, 0.0, 0.3 + 0.7 * gamma))
+    predictor = pf.CutPredictor(model, x, scales)
+    ways = {
+        "CutPredictor.cut()": predictor.cut,
+        "the same, class by class": lambda: by_selection(predictor),
+    }
+    show(f"{name}, {len(scales)} layers, {scales.numel():,} γ", milliseconds(ways, 20))
+    plans = {"a plan": lambda: pf.plan(model, x, scales).flops_reduction}
+    show(f"{name}, made anew", milliseconds(plans, 1))
+    counter: CutCounter = predictor._counter
+    widths = [size // 2 for size in counter._sizes]
+    stays = torch.rand(counter._channels.graph.count) < 0.5
+    times = milliseconds({"by widths": lambda: counter._widths.macs(widths)}, 50)
+    times |= milliseconds({"by classes": lambda: counter._costs.macs(stays)}, 50)
+    show(f"{name}, MACs alone", times)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     from torchvision.models import resnet50
 
-    for name, model, side in (("ResNet-20", resnet(20, 10, 3), 32), ("ResNet-50", resnet50(), 64)):
-        x = torch.randn(1, 3, side, side)
-        scales = pf.scaling_factors(model, x, residual="expand")
-        with torch.no_grad():
-            for gamma in scales.values():
-                gamma.copy_(torch.where(torch.rand_like(gamma) < 0.5, 0.0, 0.3 + 0.7 * gamma))
-        predictor = pf.CutPredictor(model, x, scales)
-        ways = {
-            "CutPredictor.cut()": predictor.cut,
-            "the same, class by class": lambda p=predictor: by_selection(p),
-        }
-        show(f"{name}, {len(scales)} layers, {scales.numel():,} γ", milliseconds(ways, 20))
-        plans = {"a plan": lambda m=model, x=x, s=scales: pf.plan(m, x, s).flops_reduction}
-        show(f"{name}, made anew", milliseconds(plans, 1))
-        counter: CutCounter = predictor._counter
-        widths = [int(n) for n in torch.tensor(counter._sizes) // 2]
-        stays = torch.rand(counter._channels.graph.count) < 0.5
-        calls = {"by widths": lambda: counter._widths.macs(widths)}
-        calls["by classes"] = lambda: counter._costs.macs(stays)
-        times = {n: milliseconds({n: f}, 50)[n] for n, f in calls.items()}
-        show(f"{name}, MACs alone", times)
+    compare("ResNet-20", resnet(20), torch.randn(1, 3, 32, 32))
+    compare("ResNet-50", resnet50(), torch.randn(1, 3, 64, 64))
 
 
 if __name__ == "__main__":

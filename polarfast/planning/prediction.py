@@ -26,67 +26,224 @@ from .thresholds import as_factors, check_method, magnitudes, thresholds, valley
 
 #: One side of a call: `fixed` channels, and (multiple, row) for each layer with a share in it.
 _Side = tuple[int, tuple[tuple[int, int], ...]]
-
-
-def shares_channels(channels: Channels, names: Sequence[str]) -> bool:
-    """Whether one of these layers shares channels with another layer, or has some that must
-    stay.
-    """
-    users = torch.zeros(channels.graph.count, dtype=torch.long, device="cpu")
-    for labels in channels.layers.values():
-        users += torch.bincount(labels, minlength=users.numel())
-    mine = [channels.layers[name] for name in names]
-    return any(bool(((users[labels] != 1) | (labels == PIN)).any()) for labels in mine)
-
-
-class Widths:
-    """Multiply-accumulates from the number of channels in each layer alone, for `CutPredictor`:
-    what `Costs` counts by class, in a fraction of the time (benchmarks/bench_prediction.py).
-
-    Attributes:
-        known: whether the channels of each layer are all read and written alike; if not, widths do
-            not tell.
-    """
-
-    def __init__(self, channels: Channels, names: Sequence[str]) -> None:
-        self._fixed = channels.graph.fixed_macs
-        self._calls: list[tuple[ProjectionCall, _Side, _Side]] = []
-        self.known = True
-        for call in channels.graph.projections:
-            sides = [_side(channels, names, ids) for ids in (call.inputs, call.outputs)]
-            if call.counted and None not in sides:
-                self._calls.append((call, *sides))  # type: ignore[arg-type]
-            self.known &= None not in sides
-
-    def macs(self, widths: Sequence[int]) -> int:
-        """MACs with so many channels in each layer."""
-        total = self._fixed
-        for call, (n_in, readers), (n_out, writers) in self._calls:
-            for multiple, row in readers:
-                n_in += multiple * widths[row]
-            for multiple, row in writers:
-                n_out += multiple * widths[row]
-            total += call.macs(n_in, n_out)
-        return total
-
-
-def _side(channels: Channels, names: Sequence[str], ids: Tensor) -> _Side | None:
-    """None where the channels of one layer are not read alike."""
-    times = torch.bincount(channels.label[ids], minlength=channels.graph.count)
-    terms, fixed = [], ids.numel()
-    for row, name in enumerate(names):
-        each = times[channels.layers[name]]
-        multiple = int(each[0])
-        if bool((each != multiple).any()):
-            return None
-        if multiple:
-            terms.append((multiple, row))
-            fixed -= multiple * each.numel()
-    return fixed, tuple(terms)
-
-
 #: What a β says where only positive constants get through, as behind a ReLU.
 POSITIVE: Answers = (0, 0, 0, VISIBLE, VISIBLE)
+
+
+class CutPredictor:
+    """Predicts `plan(...).flops_reduction` from the γ of the moment, without tracing again.
+
+    The network is traced once. `cut()` then counts channels over their thresholds and looks the
+    MACs up: about 0.1 ms for a ResNet-20, 0.2 ms for a ResNet-50 on one core. It counts constant
+    channels, too, from the sign of β. Where the answer is not that simple (coupled
+    channels, limits, a layer that has to be given a channel back) it goes the
+    way that `plan` goes, in milliseconds.
+
+    Args:
+        model, example_inputs, scales, method, round_to, min_channels, max_share, value, fold: as in
+            `plan`.
+
+    Attributes:
+        macs_before: multiply-accumulates of the whole network on the example inputs.
+
+    Raises:
+        ArgumentError, PlanError, TracingError: as in `plan`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        scales: ScalingFactors,
+        method: str = "valley",
+        *,
+        value: float | None = None,
+        fold: str = "exact",
+        round_to: Counts = 1,
+        min_channels: Counts = 1,
+        max_share: Shares | None = None,
+    ) -> None:
+        check_fold(fold)
+        sizes = {name: gamma.numel() for name, gamma in scales.items()}
+        limits = Limits.of(sizes, round_to, min_channels, max_share)
+        self.scales, self.method, self.value, self.fold = scales, method, value, fold
+        self._model = unwrap(model)
+        channels = trace_channels(self._model, example_inputs, scales.residual)
+        check_belongs(self._model, channels, scales)
+        check_method(method, value)  # and no γ: what they are now may be clamped before a look
+        self._names = list(scales)
+        self._sizes = [scales[name].numel() for name in scales]
+        self._counter = CutCounter(
+            self._model,
+            channels,
+            describe(example_inputs),
+            self._names,
+            fold=fold,
+            limits=limits,
+        )
+        self.macs_before = self._counter.macs_before
+        params: dict[str, Tensor] = dict(self._model.named_parameters())
+        self._beta = {name: params[bias] for name, bias in self._counter.readers.items()}
+        self._beta_now: Mapping[str, Tensor] = self._beta  # sharded ones as they were last gathered
+
+    def cut(self, scores: Mapping[str, Tensor] | None = None) -> float:
+        """The share of MACs that a plan made now would cut.
+
+        Args:
+            scores: as in `plan`; by default, |γ| decides.
+
+        Raises:
+            ArgumentError: `scores` do not fit.
+            ThresholdError: as in `thresholds`.
+        """
+        first = next(iter(self.scales.values()))
+        if scores is None and self.method == "valley" and self._counter.quick and _plain(first):
+            found = valleys(self.scales)
+            limits = {name: threshold for name, (threshold, _) in found.items()}
+            moment = Moment(self.scales, self._beta_now, limits)
+            return self._counter.share_of(moment, [above for _, above in found.values()])
+        compared = self.look(scores)
+        factors = self.scales if scores is None and _plain(first) else as_factors(compared)
+        return self._compare(compared, thresholds(factors, self.method, self.value))
+
+    def percentile_for(self, cut: float, scores: Mapping[str, Tensor] | None = None) -> float:
+        """The `value` for method="percentile" whose plan comes closest to cutting this share.
+
+        Args:
+            cut: share of MACs, in [0, 1).
+            scores: as in `plan`.
+
+        Raises:
+            ArgumentError: `cut` is out of its range, or `scores` do not fit.
+        """
+        if not 0.0 <= cut < 1.0:
+            raise ArgumentError(f"cut={cut!r}: give a share of the MACs, in [0, 1)")
+        return self.count_for(cut, self.look(scores)) / self.scales.numel()
+
+    def rebind(self, scales: ScalingFactors) -> None:
+        """Follow parameters that were replaced in the same model since, as `fully_shard` and
+        `load_state_dict(assign=True)` do. Once they are sharded, all processes must rebind and
+        predict together.
+
+        Args:
+            scales: `scales.rebind(model)`; those left out by `select` may be missing.
+
+        Raises:
+            ArgumentError: a factor is missing, or is no parameter of this model; or the prediction
+                takes passes through the network, which is now sharded.
+        """
+        known = {**scales.others, **scales}
+        for name in self._names:
+            if name not in known:
+                raise ArgumentError(f"scales lack {name!r}, which is predicted to be pruned too")
+        if all(known[name] is self.scales[name] for name in self._names):
+            return
+        present = present_parameters(self._model)
+        for name in self._names:
+            if present.get(name) is not known[name]:
+                raise ArgumentError(
+                    f"{name!r} is no parameter of the model that this prediction was made for: "
+                    "make it anew, from the model that is trained (before it is sharded)"
+                )
+        if any(is_sharded(known[name]) for name in self._names):
+            self._counter.check_needs_no_pass()
+        self.scales = ScalingFactors(
+            {name: known[name] for name in self._names}, residual=self.scales.residual
+        )
+        self._beta = {name: present[bias] for name, bias in self._counter.readers.items()}
+        self.look()  # sharded β made whole, for predictions from other numbers than γ
+
+    def look(self, scores: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What is compared with thresholds: name -> float32 [C] on the CPU, for `cut_of` and
+        `count_for`. Sharded γ and β are gathered, in one collective.
+
+        Args:
+            scores: as in `plan`; by default, |γ| decides.
+        """
+        gammas = {} if scores is not None else {n: g.detach() for n, g in self.scales.items()}
+        betas = {self._counter.readers[name]: beta.detach() for name, beta in self._beta.items()}
+        if any(map(is_sharded, self.scales.values())):
+            found = whole({**gammas, **betas})
+            gammas = {name: found[name] for name in gammas}
+            betas = {name: found[name] for name in betas}
+        self._beta_now = {name: betas[bias] for name, bias in self._counter.readers.items()}
+        return magnitudes(gammas if scores is None else self.scales, scores)
+
+    def cut_of(self, compared: Mapping[str, Tensor]) -> float:
+        """As `cut`, from what `look` found."""
+        return self._compare(compared, thresholds(as_factors(compared), self.method, self.value))
+
+    def count_for(
+        self,
+        cut: float,
+        compared: Mapping[str, Tensor],
+        usual: int = 0,
+        slack: float = 0.0,
+        held: Mapping[str, float | None] = MappingProxyType({}),
+        order: Tensor | None = None,
+    ) -> int:
+        """How many of the weakest channels must go for the share of MACs closest to `cut`.
+
+        Args:
+            cut: share of MACs.
+            compared: name -> float [C] on the CPU, what channels are ranked by; those at infinity
+                stay.
+            usual: the answer if it is not worse than the best by more than `slack`.
+            held: name -> threshold of layers that are not ranked with the others.
+            order: `compared` of the layers that are ranked, 1-D and sorted, if that is at hand.
+        """
+        if order is None:
+            ranked = [values for name, values in compared.items() if name not in held]
+            order = torch.cat(ranked).sort().values
+        share = self._shares(compared, order, held)
+        if usual and abs(share(usual) - cut) <= slack:
+            return usual  # whatever the best may be
+        low, high = 0, max(int(order.isfinite().sum()) - 1, 0)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if share(middle) < cut else (low, middle)
+        best = min(abs(share(low) - cut), abs(share(high) - cut))
+        if usual and abs(share(usual) - cut) <= best + slack:
+            return usual
+        return low if abs(share(low) - cut) == best else high
+
+    def _shares(
+        self, compared: Mapping[str, Tensor], order: Tensor, held: Mapping[str, float | None]
+    ) -> Callable[[int], float]:
+        """The share of MACs cut as a function of how many of the weakest channels go."""
+        moment = Moment(self.scales, self._beta_now, held, compared)
+
+        @functools.cache
+        def share(count: int) -> float:
+            limit = float(order[count - 1]) if count else None
+            limits = {**dict.fromkeys(self._names, limit), **held}
+            return self._counter.share(replace(moment, limits=limits))
+
+        return share
+
+    def largest_cut(self, names: Collection[str] | None = None) -> float:
+        """The share of MACs cut when every layer is cut as far as it can be.
+
+        Args:
+            names: of layers, if only these are cut.
+        """
+        left = {
+            name: torch.full((size,), float(names is not None and name not in names))
+            for name, size in zip(self._names, self._sizes, strict=True)
+        }
+        return self._compare(left, dict.fromkeys(self._names, 0.0))
+
+    def layers_that_stay(self) -> set[int]:
+        """Rows of the layers that cannot be emptied, even if all others stay whole."""
+        return {row for row in range(len(self._names)) if self._counter.stays(row)}
+
+    def _compare(self, compared: Mapping[str, Tensor], limits: Mapping[str, float | None]) -> float:
+        return self._counter.share(Moment(self.scales, self._beta_now, limits, compared))
+
+
+def _plain(gamma: Tensor) -> bool:
+    """Whether γ are compared as they are: not sharded, and not in more than single precision."""
+    return gamma.dtype != torch.float64 and not hasattr(gamma, "full_tensor")
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,217 +489,58 @@ def _bound(threshold: float | None) -> float:
     return -1.0 if threshold is None else threshold
 
 
-class CutPredictor:
-    """Predicts `plan(...).flops_reduction` from the γ of the moment, without tracing again.
+def shares_channels(channels: Channels, names: Sequence[str]) -> bool:
+    """Whether one of these layers shares channels with another layer, or has some that must
+    stay.
+    """
+    users = torch.zeros(channels.graph.count, dtype=torch.long, device="cpu")
+    for labels in channels.layers.values():
+        users += torch.bincount(labels, minlength=users.numel())
+    mine = [channels.layers[name] for name in names]
+    return any(bool(((users[labels] != 1) | (labels == PIN)).any()) for labels in mine)
 
-    The network is traced once. `cut()` then counts channels over their thresholds and looks the
-    MACs up: about 0.1 ms for a ResNet-20, 0.2 ms for a ResNet-50 on one core. It counts constant
-    channels, too, from the sign of β. Where the answer is not that simple (coupled
-    channels, limits, a layer that has to be given a channel back) it goes the
-    way that `plan` goes, in milliseconds.
 
-    Args:
-        model, example_inputs, scales, method, round_to, min_channels, max_share, value, fold: as in
-            `plan`.
+class Widths:
+    """Multiply-accumulates from the number of channels in each layer alone, for `CutPredictor`:
+    what `Costs` counts by class, in a fraction of the time (benchmarks/bench_prediction.py).
 
     Attributes:
-        macs_before: multiply-accumulates of the whole network on the example inputs.
-
-    Raises:
-        ArgumentError, PlanError, TracingError: as in `plan`.
+        known: whether the channels of each layer are all read and written alike; if not, widths do
+            not tell.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Any,
-        scales: ScalingFactors,
-        method: str = "valley",
-        *,
-        value: float | None = None,
-        fold: str = "exact",
-        round_to: Counts = 1,
-        min_channels: Counts = 1,
-        max_share: Shares | None = None,
-    ) -> None:
-        check_fold(fold)
-        sizes = {name: gamma.numel() for name, gamma in scales.items()}
-        limits = Limits.of(sizes, round_to, min_channels, max_share)
-        self.scales, self.method, self.value, self.fold = scales, method, value, fold
-        self._model = unwrap(model)
-        channels = trace_channels(self._model, example_inputs, scales.residual)
-        check_belongs(self._model, channels, scales)
-        check_method(method, value)  # and no γ: what they are now may be clamped before a look
-        self._names = list(scales)
-        self._sizes = [scales[name].numel() for name in scales]
-        self._counter = CutCounter(
-            self._model,
-            channels,
-            describe(example_inputs),
-            self._names,
-            fold=fold,
-            limits=limits,
-        )
-        self.macs_before = self._counter.macs_before
-        params: dict[str, Tensor] = dict(self._model.named_parameters())
-        self._beta = {name: params[bias] for name, bias in self._counter.readers.items()}
-        self._beta_now: Mapping[str, Tensor] = self._beta  # sharded ones as they were last gathered
+    def __init__(self, channels: Channels, names: Sequence[str]) -> None:
+        self._fixed = channels.graph.fixed_macs
+        self._calls: list[tuple[ProjectionCall, _Side, _Side]] = []
+        self.known = True
+        for call in channels.graph.projections:
+            sides = [_side(channels, names, ids) for ids in (call.inputs, call.outputs)]
+            if call.counted and None not in sides:
+                self._calls.append((call, *sides))  # type: ignore[arg-type]
+            self.known &= None not in sides
 
-    def cut(self, scores: Mapping[str, Tensor] | None = None) -> float:
-        """The share of MACs that a plan made now would cut.
-
-        Args:
-            scores: as in `plan`; by default, |γ| decides.
-
-        Raises:
-            ArgumentError: `scores` do not fit.
-            ThresholdError: as in `thresholds`.
-        """
-        first = next(iter(self.scales.values()))
-        if scores is None and self.method == "valley" and self._counter.quick and _plain(first):
-            found = valleys(self.scales)
-            limits = {name: threshold for name, (threshold, _) in found.items()}
-            moment = Moment(self.scales, self._beta_now, limits)
-            return self._counter.share_of(moment, [above for _, above in found.values()])
-        compared = self.look(scores)
-        factors = self.scales if scores is None and _plain(first) else as_factors(compared)
-        return self._compare(compared, thresholds(factors, self.method, self.value))
-
-    def percentile_for(self, cut: float, scores: Mapping[str, Tensor] | None = None) -> float:
-        """The `value` for method="percentile" whose plan comes closest to cutting this share.
-
-        Args:
-            cut: share of MACs, in [0, 1).
-            scores: as in `plan`.
-
-        Raises:
-            ArgumentError: `cut` is out of its range, or `scores` do not fit.
-        """
-        if not 0.0 <= cut < 1.0:
-            raise ArgumentError(f"cut={cut!r}: give a share of the MACs, in [0, 1)")
-        return self.count_for(cut, self.look(scores)) / self.scales.numel()
-
-    def rebind(self, scales: ScalingFactors) -> None:
-        """Follow parameters that were replaced in the same model since, as `fully_shard` and
-        `load_state_dict(assign=True)` do. Once they are sharded, all processes must rebind and
-        predict together.
-
-        Args:
-            scales: `scales.rebind(model)`; those left out by `select` may be missing.
-
-        Raises:
-            ArgumentError: a factor is missing, or is no parameter of this model; or the prediction
-                takes passes through the network, which is now sharded.
-        """
-        known = {**scales.others, **scales}
-        for name in self._names:
-            if name not in known:
-                raise ArgumentError(f"scales lack {name!r}, which is predicted to be pruned too")
-        if all(known[name] is self.scales[name] for name in self._names):
-            return
-        present = present_parameters(self._model)
-        for name in self._names:
-            if present.get(name) is not known[name]:
-                raise ArgumentError(
-                    f"{name!r} is no parameter of the model that this prediction was made for: "
-                    "make it anew, from the model that is trained (before it is sharded)"
-                )
-        if any(is_sharded(known[name]) for name in self._names):
-            self._counter.check_needs_no_pass()
-        self.scales = ScalingFactors(
-            {name: known[name] for name in self._names}, residual=self.scales.residual
-        )
-        self._beta = {name: present[bias] for name, bias in self._counter.readers.items()}
-        self.look()  # sharded β made whole, for predictions from other numbers than γ
-
-    def look(self, scores: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """What is compared with thresholds: name -> float32 [C] on the CPU, for `cut_of` and
-        `count_for`. Sharded γ and β are gathered, in one collective.
-
-        Args:
-            scores: as in `plan`; by default, |γ| decides.
-        """
-        gammas = {} if scores is not None else {n: g.detach() for n, g in self.scales.items()}
-        betas = {self._counter.readers[name]: beta.detach() for name, beta in self._beta.items()}
-        if any(map(is_sharded, self.scales.values())):
-            found = whole({**gammas, **betas})
-            gammas = {name: found[name] for name in gammas}
-            betas = {name: found[name] for name in betas}
-        self._beta_now = {name: betas[bias] for name, bias in self._counter.readers.items()}
-        return magnitudes(gammas if scores is None else self.scales, scores)
-
-    def cut_of(self, compared: Mapping[str, Tensor]) -> float:
-        """As `cut`, from what `look` found."""
-        return self._compare(compared, thresholds(as_factors(compared), self.method, self.value))
-
-    def count_for(
-        self,
-        cut: float,
-        compared: Mapping[str, Tensor],
-        usual: int = 0,
-        slack: float = 0.0,
-        held: Mapping[str, float | None] = MappingProxyType({}),
-        order: Tensor | None = None,
-    ) -> int:
-        """How many of the weakest channels must go for the share of MACs closest to `cut`.
-
-        Args:
-            cut: share of MACs.
-            compared: name -> float [C] on the CPU, what channels are ranked by; those at infinity
-                stay.
-            usual: the answer if it is not worse than the best by more than `slack`.
-            held: name -> threshold of layers that are not ranked with the others.
-            order: `compared` of the layers that are ranked, 1-D and sorted, if that is at hand.
-        """
-        if order is None:
-            ranked = [values for name, values in compared.items() if name not in held]
-            order = torch.cat(ranked).sort().values
-        share = self._shares(compared, order, held)
-        if usual and abs(share(usual) - cut) <= slack:
-            return usual  # whatever the best may be
-        low, high = 0, max(int(order.isfinite().sum()) - 1, 0)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if share(middle) < cut else (low, middle)
-        best = min(abs(share(low) - cut), abs(share(high) - cut))
-        if usual and abs(share(usual) - cut) <= best + slack:
-            return usual
-        return low if abs(share(low) - cut) == best else high
-
-    def _shares(
-        self, compared: Mapping[str, Tensor], order: Tensor, held: Mapping[str, float | None]
-    ) -> Callable[[int], float]:
-        """The share of MACs cut as a function of how many of the weakest channels go."""
-        moment = Moment(self.scales, self._beta_now, held, compared)
-
-        @functools.cache
-        def share(count: int) -> float:
-            limit = float(order[count - 1]) if count else None
-            limits = {**dict.fromkeys(self._names, limit), **held}
-            return self._counter.share(replace(moment, limits=limits))
-
-        return share
-
-    def largest_cut(self, names: Collection[str] | None = None) -> float:
-        """The share of MACs cut when every layer is cut as far as it can be.
-
-        Args:
-            names: of layers, if only these are cut.
-        """
-        left = {
-            name: torch.full((size,), float(names is not None and name not in names))
-            for name, size in zip(self._names, self._sizes, strict=True)
-        }
-        return self._compare(left, dict.fromkeys(self._names, 0.0))
-
-    def layers_that_stay(self) -> set[int]:
-        """Rows of the layers that cannot be emptied, even if all others stay whole."""
-        return {row for row in range(len(self._names)) if self._counter.stays(row)}
-
-    def _compare(self, compared: Mapping[str, Tensor], limits: Mapping[str, float | None]) -> float:
-        return self._counter.share(Moment(self.scales, self._beta_now, limits, compared))
+    def macs(self, widths: Sequence[int]) -> int:
+        """MACs with so many channels in each layer."""
+        total = self._fixed
+        for call, (n_in, readers), (n_out, writers) in self._calls:
+            for multiple, row in readers:
+                n_in += multiple * widths[row]
+            for multiple, row in writers:
+                n_out += multiple * widths[row]
+            total += call.macs(n_in, n_out)
+        return total
 
 
-def _plain(gamma: Tensor) -> bool:
-    """Whether γ are compared as they are: not sharded, and not in more than single precision."""
-    return gamma.dtype != torch.float64 and not hasattr(gamma, "full_tensor")
+def _side(channels: Channels, names: Sequence[str], ids: Tensor) -> _Side | None:
+    """None where the channels of one layer are not read alike."""
+    times = torch.bincount(channels.label[ids], minlength=channels.graph.count)
+    terms, fixed = [], ids.numel()
+    for row, name in enumerate(names):
+        each = times[channels.layers[name]]
+        multiple = int(each[0])
+        if bool((each != multiple).any()):
+            return None
+        if multiple:
+            terms.append((multiple, row))
+            fixed -= multiple * each.numel()
+    return fixed, tuple(terms)

@@ -58,13 +58,9 @@ class Binding:
 
     def require_gradient(self) -> None:
         """Raise StepError unless some γ has a gradient."""
-        frozen = True
-        for param in self.params:
-            if param.requires_grad:
-                if param.grad is not None:
-                    return
-                frozen = False
-        if frozen:
+        if any(param.requires_grad and param.grad is not None for param in self.params):
+            return
+        if not any(param.requires_grad for param in self.params):
             raise StepError(
                 f"all {len(self.params)} scaling factors are frozen (requires_grad=False): "
                 "nothing can be regularized; unfreeze them or call optimizer.step()"

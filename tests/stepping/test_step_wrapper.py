@@ -1,23 +1,31 @@
-"""Step hooks that torch runs twice in a step, in a step that raises, or not at all."""
+"""Steps within steps, steps that raise, and the others who wrap or take `optimizer.step`."""
 
+import copy
 import gc
+import pickle
 import sys
+import warnings
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from support.stepping import Oracle, assert_same, make_scales, set_gradients, task_gradients
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from polarfast.errors import StepError
 from polarfast.scaling.factors import ScalingFactors
-from polarfast.stepping.nesting import Nesting
-from polarfast.stepping.regularizers import Polarization
+from polarfast.stepping.regularizers import L1, Polarization
 from polarfast.stepping.step import attach, step
 
 REG = Polarization(0.02, 1.2)
@@ -118,6 +126,7 @@ def test_the_step_after_one_that_raised_is_right(where: str, how: str) -> None:
         optimizer.fail = fail
         with pytest.raises(MemoryError, match=where):
             take()
+        assert params[1].grad is stale and params[2].grad is None
         del optimizer.fail
         with torch.no_grad():
             for param, fresh in zip(params, make_scales().values(), strict=True):
@@ -189,45 +198,6 @@ def test_a_step_that_is_refused_leaves_the_gradients_as_they_were() -> None:
     assert all(param.grad is grad for param, grad in zip(params, given, strict=True))
 
 
-def test_nesting_sees_calls_that_ended_without_a_word() -> None:
-    nesting = Nesting()
-    seen: list[tuple[bool, bool | None]] = []
-
-    def call(depth: int, fails_at: int, swallows_at: int = -1) -> None:
-        """As an optimizer's step: hook, work, hook."""
-        first = nested_enter()
-        try:
-            if depth == fails_at:
-                raise KeyError
-            if depth:
-                call(depth - 1, fails_at, swallows_at)
-        except KeyError:
-            if depth != swallows_at:
-                seen.append((first, None))
-                raise
-        seen.append((first, nested_leave()))
-
-    def nested_enter() -> bool:
-        return nesting.enter()
-
-    def nested_leave() -> bool:
-        return nesting.leave()
-
-    whole = [(False, False), (False, False), (True, True)]
-    call(2, -1)
-    assert seen == whole
-    for fails_at in (0, 1, 2):
-        seen.clear()
-        with pytest.raises(KeyError):
-            call(2, fails_at)
-        seen.clear()
-        call(2, -1)
-        assert seen == whole
-    seen.clear()
-    call(2, 0, swallows_at=1)
-    assert seen == [(False, None), (False, False), (True, True)]
-
-
 def unhooked() -> Any:
     """As timm's Lookahead: an Optimizer with all its parts that never calls Optimizer.__init__."""
 
@@ -257,43 +227,235 @@ def test_a_class_that_torch_never_put_hooks_on(how: str) -> None:
         torch.testing.assert_close(param.double(), expected.detach(), rtol=0, atol=1e-6)
 
 
+def assert_plain(optimizer: Optimizer, params: list[Tensor], seed: int = 7) -> None:
+    """SGD at lr=0.1 takes the step that it takes without polarfast."""
+    set_gradients(params, seed)
+    task = task_gradients(params, seed)
+    expected = [param.detach() - 0.1 * grad for param, grad in zip(params, task, strict=True)]
+    optimizer.step()
+    assert_same(params, expected, 1e-6)
+
+
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("how", ["step", "attach"])
-def test_a_step_that_a_scheduler_took_before_it_had_hooks(how: str, late: bool) -> None:
+def test_a_step_that_a_scheduler_took_before_torch_put_hooks_on_it(how: str, late: bool) -> None:
+    scales = make_scales()
+    params: list[Tensor] = list(scales.values())
+    oracle = Oracle(params, lambda p: SGD(p, lr=0.1))
+    optimizer = unhooked()(SGD(params, lr=0.1))
+    ConstantLR(optimizer, factor=1.0)
+    if late:
+        optimizer.zero_grad()  # here torch does
+    set_gradients(params, 0)
+    Steps(how, optimizer, scales)()
+    oracle.step(task_gradients(params, 0), 0.02, 1.2)
+    assert_same(params, oracle.params, 1e-6)
+
+
+def test_hooks_that_torch_puts_on_a_class_after_the_attachment_run() -> None:
     scales = make_scales()
     params: list[Tensor] = list(scales.values())
     optimizer = unhooked()(SGD(params, lr=0.1))
-    ConstantLR(optimizer)
-    if late:
-        optimizer.zero_grad()
+    attach(optimizer, scales, REG)
+    optimizer.zero_grad()  # here torch does
+    seen: list[int] = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(1))
     set_gradients(params, 0)
-    with pytest.raises(StepError, match=r"zero_grad\(\) once before making the scheduler"):
-        Steps(how, optimizer, scales)()
-    again = unhooked()(SGD(params, lr=0.1))
-    again.zero_grad()
-    ConstantLR(again)
-    set_gradients(params, 0)
-    before = params[3].detach().clone()
-    Steps(how, again, scales)()
-    assert not torch.equal(params[3], before)
+    optimizer.step()
+    assert seen == [1]
 
 
-def test_a_step_without_its_hooks_is_told() -> None:
+@pytest.mark.parametrize("how", ["step", "attach"])
+def test_a_step_that_calls_its_own_step_counts_once(how: str) -> None:
+    class Again(SGD):
+        again = True
+
+        def step(self, closure: Any = None) -> Any:
+            if self.again:
+                self.again = False
+                return self.step(closure)
+            self.again = True
+            return super().step(closure)
+
     scales = make_scales()
     params: list[Tensor] = list(scales.values())
-    optimizer: Any = SGD(params, lr=0.1)
-    optimizer.step = lambda closure=None: None
+    oracle = Oracle(params, lambda p: SGD(p, lr=0.1))
+    take = Steps(how, Again(params, lr=0.1), scales)
+    for i in range(3):
+        set_gradients(params, i)
+        take()
+        oracle.step(task_gradients(params, i), 0.02, 1.2)
+    assert_same(params, oracle.params, 1e-6)
+
+
+@pytest.mark.parametrize("how", ["step", "attach"])
+def test_every_hook_runs_once_and_sees_the_subgradient_and_no_clamp(how: str) -> None:
+    scales = make_scales()
+    params: list[Tensor] = list(scales.values())
+    optimizer = SGD(params, lr=10.0)
+    seen: list[str] = []
+
+    def before(of: Optimizer, args: Any, kwargs: Any) -> None:
+        task = task_gradients(params, 0)
+        assert not any(torch.equal(p.grad, g.float()) for p, g in zip(params, task, strict=True))
+        seen.append("before")
+
+    def after(of: Optimizer, args: Any, kwargs: Any) -> None:
+        assert min(param.min() for param in params) < 0
+        seen.append("after")
+
+    take = Steps(how, optimizer, scales)
+    handles = [
+        optimizer.register_step_pre_hook(before),
+        optimizer.register_step_post_hook(after),
+        register_optimizer_step_pre_hook(before),
+        register_optimizer_step_post_hook(after),
+    ]
     set_gradients(params, 0)
-    with pytest.raises(StepError, match="ran without its step hooks"):
-        step(optimizer, scales, REG)
+    take()
+    for handle in handles:
+        handle.remove()
+    assert seen == ["before", "before", "after", "after"]
+    assert min(param.min() for param in params) >= 0
 
 
-@pytest.mark.parametrize("levels", [1, 2])
-def test_a_step_that_raised_keeps_no_variables_alive(levels: int) -> None:
+def test_a_step_taken_before_the_attachment_is_refused() -> None:
+    scales = make_scales()
+    params: list[Tensor] = list(scales.values())
+    optimizer = SGD(params, lr=0.1)
+    taken = optimizer.step
+    handle = attach(optimizer, scales, REG)
+    taken_since = optimizer.step
+    set_gradients(params, 0)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(StepError, match="attach before the optimizer is given"):
+        taken()
+    assert_same(params, before, 0.0)
+    oracle = Oracle(params, lambda p: SGD(p, lr=0.1))
+    for i, way in enumerate((taken_since, optimizer.step)):
+        set_gradients(params, i)
+        way()
+        oracle.step(task_gradients(params, i), 0.02, 1.2)
+    assert_same(params, oracle.params, 1e-6)
+    handle.remove()
+    for way in (taken, taken_since):
+        optimizer.step = way  # type: ignore[method-assign]
+        assert_plain(optimizer, params)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("scheduled", ["before", "between", "after"])
+def test_handles_and_schedulers_in_any_order(scheduled: str, first: int) -> None:
+    scales = make_scales()
+    params: list[Tensor] = list(scales.values())
+    optimizer = SGD(params, lr=0.1)
+    schedules, handles = [], []
+
+    def schedule(when: str) -> None:
+        if when == scheduled:
+            schedules.append(ConstantLR(optimizer, factor=1.0))
+
+    schedule("before")
+    oracle = Oracle(params, lambda p: SGD(p, lr=0.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # schedulers say where optimizer.step is not theirs
+        handles.append(attach(optimizer, scales.select("bn[01]"), L1(0.3)))
+        schedule("between")
+        handles.append(attach(optimizer, scales.select("bn[23]"), L1(0.3)))
+        schedule("after")
+        set_gradients(params, 0)
+        optimizer.step()
+        schedules[0].step()
+        for param, grad in zip(oracle.params, task_gradients(params, 0), strict=True):
+            param.grad = grad + 0.3 * param.detach().sign()
+        oracle.optimizer.step()
+        assert_same(params, oracle.params, 1e-6)
+        handles.pop(first).remove()
+        kept = [2, 3] if first == 0 else [0, 1]
+        set_gradients(params, 1)
+        optimizer.step()
+        for i, grad in enumerate(task_gradients(params, 1)):
+            oracle.params[i].grad = grad + (i in kept) * 0.3 * oracle.params[i].detach().sign()
+        oracle.optimizer.step()
+        assert_same(params, oracle.params, 1e-6)
+        handles.pop().remove()
+        schedules.append(ConstantLR(optimizer, factor=1.0))
+        assert_plain(optimizer, params)
+        schedules[1].step()
+
+
+def test_attaching_over_and_over_piles_up_nothing() -> None:
+    scales = make_scales()
+    params: list[Tensor] = list(scales.values())
+    optimizer = SGD(params, lr=0.1)
+    even, odd = scales.select("bn[02]"), scales.select("bn[13]")
+    handles = [attach(optimizer, even, REG)]
+    for i in range(sys.getrecursionlimit()):
+        handles.append(attach(optimizer, even if i % 2 else odd, REG))
+        handles.pop(0).remove()
+    set_gradients(params, 0)
+    optimizer.step()
+    handles.pop().remove()
+    assert "step" not in vars(optimizer) and not optimizer._optimizer_step_pre_hooks
+    assert_plain(optimizer, params)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("end", ["taken", "skipped", "raised"])
+def test_a_scaled_step_leaves_the_optimizer_as_it_was(end: str, scheduled: bool) -> None:
+    scales = make_scales()
+    params: list[Tensor] = list(scales.values())
+    optimizer: Any = nested(SGD)(params, lr=0.1)  # type: ignore[call-arg]
+    if scheduled:
+        ConstantLR(optimizer, factor=1.0)
+    found = vars(optimizer).get("step")
+
+    def fail(place: str) -> None:
+        raise MemoryError
+
+    scaler = GradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.zeros(()))
+    set_gradients(params, 0, 2.0)
+    if end == "skipped":
+        params[0].grad = torch.full_like(params[0], torch.inf)
+    if end == "raised":
+        optimizer.fail = fail
+    with pytest.raises(MemoryError) if end == "raised" else nullcontext():
+        step(optimizer, scales, REG, scaler=scaler)
+    assert vars(optimizer).get("step") is found and not optimizer._optimizer_step_pre_hooks
+
+
+def test_an_attached_optimizer_is_freed_at_once() -> None:
+    scales = make_scales()
+    optimizer = SGD(scales.values(), lr=0.1)
+    handle = attach(optimizer, scales, REG)
+    taken, gone = optimizer.step, weakref.ref(optimizer)
+    gc.disable()  # no cycle that would have to be found
+    try:
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
+    handle.remove()
+    with pytest.raises(ReferenceError, match="is gone"):
+        taken()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+def test_a_copy_of_an_attached_optimizer_is_plain(copied: Callable[[Any], Any]) -> None:
+    scales = make_scales()
+    optimizer = SGD(scales.values(), lr=0.1)
+    attach(optimizer, scales, REG)
+    before = [param.detach().clone() for param in scales.values()]
+    other = copied(optimizer)
+    assert_plain(other, other.param_groups[0]["params"])
+    assert_same(scales, before, 0.0)
+
+
+def test_a_step_that_raised_keeps_no_variables_alive() -> None:
     scales = make_scales()
     params = list(scales.values())
-    make = nested(SGD) if levels == 2 else SGD
-    optimizer = make(params, lr=0.1)  # type: ignore[call-arg]
+    optimizer = SGD(params, lr=0.1)
     attach(optimizer, scales, REG)
 
     def failing() -> None:
@@ -301,7 +463,6 @@ def test_a_step_that_raised_keeps_no_variables_alive(levels: int) -> None:
 
     def train() -> "weakref.ref[Tensor]":
         big = torch.zeros(1000)
-        set_gradients(params, 0)
         with pytest.raises(KeyError):
             optimizer.step(failing)  # type: ignore[arg-type]
         return weakref.ref(big)
@@ -309,27 +470,3 @@ def test_a_step_that_raised_keeps_no_variables_alive(levels: int) -> None:
     seen = train()
     gc.collect()
     assert seen() is None
-
-
-def test_a_frame_in_the_place_of_one_that_ended_is_another() -> None:
-    nesting = Nesting()
-    ids = set()
-
-    def enter() -> bool:
-        return nesting.enter()
-
-    def failing() -> None:
-        ids.add(id(sys._getframe()))
-        assert enter()  # the outermost each time, wherever its frame lies
-        raise KeyError
-
-    def outer() -> None:
-        sys._getframe()
-        with pytest.raises(KeyError):
-            failing()
-
-    for _ in range(50):
-        with pytest.raises(KeyError):
-            failing()
-        outer()
-    assert len(ids) < 100  # addresses do come again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -268,10 +269,9 @@ class _Work:
         if any(group["differentiable"] for group in groups):
             return None
         options = {key: group[key] for group in groups for key in _SGD_OPTIONS}
-        for group in groups:
-            for key, value in options.items():
-                if isinstance(group[key], Tensor) or group[key] != value:
-                    return None
+        for group, (key, value) in itertools.product(groups, options.items()):
+            if isinstance(group[key], Tensor) or group[key] != value:
+                return None
         buffers = 0
         if options["momentum"] != 0:
             state, gammas = optimizer.state, Binding.of(self.scales).trainable
@@ -361,11 +361,12 @@ def _check_optimizer(optimizer: Optimizer, scales: ScalingFactors) -> None:
             "LBFGS searches along lines with the loss that the closure returns, which lacks R_s: "
             "add reg.value(scales) to the loss and call optimizer.step(closure), or use SGD or Adam"
         )
-    attached = {id(gamma) for work in _attached(optimizer) for gamma in work.scales.values()}
-    for name, gamma in scales.items():
-        if id(gamma) in attached:
+    for work in _attached(optimizer):
+        attached = {id(gamma) for gamma in work.scales.values()}
+        twice = [name for name, gamma in scales.items() if id(gamma) in attached]
+        if twice:
             raise StepError(
-                f"{name!r} is attached to this optimizer already, so its subgradient would be "
+                f"{twice[0]!r} is attached to this optimizer already, so its subgradient would be "
                 "added twice: call optimizer.step() alone, or remove() the handle first"
             )
 

@@ -4,7 +4,6 @@ import copy
 import gc
 import pickle
 import sys
-import warnings
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from torch.optim.optimizer import (
 )
 
 from polarfast.errors import StepError
-from polarfast.scaling.factors import ScalingFactors
 from polarfast.stepping.regularizers import L1, Polarization
 from polarfast.stepping.step import attach, step
 
@@ -53,160 +51,150 @@ def nested(base: type[Optimizer]) -> type[Optimizer]:
     return Outer
 
 
-class Steps:
-    """Steps by `pf.step` or with an attached optimizer."""
+class Run:
+    """Factors that `pf.step` or an attached optimizer steps, and the oracle beside them."""
 
-    def __init__(self, how: str, optimizer: Optimizer, scales: ScalingFactors) -> None:
-        self.how, self.optimizer, self.scales = how, optimizer, scales
+    def __init__(self, how: str, make: Any = SGD, oracle: Any = SGD) -> None:
+        self.how, self.scales = how, make_scales()
+        self.params: list[Tensor] = list(self.scales.values())
+        self.oracle = Oracle(self.params, lambda params: oracle(params, lr=0.1))
+        self.optimizer = make(self.params, lr=0.1)
         if how == "attach":
-            attach(optimizer, scales, REG)
+            self.handle = attach(self.optimizer, self.scales, REG)
 
-    def __call__(self, closure: Any = None) -> Any:
+    def step(self, *closure: Any) -> Any:
         if self.how == "step":
-            return step(self.optimizer, self.scales, REG, closure=closure)
-        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+            return step(self.optimizer, self.scales, REG, None, *closure)
+        return self.optimizer.step(*closure)
+
+    def check(self, take: Callable[[], Any] | None = None, steps: int = 3) -> None:
+        """Steps with fresh gradients are as the oracle's."""
+        for i in range(steps):
+            set_gradients(self.params, i)
+            (take or self.step)()
+            self.oracle.step(task_gradients(self.params, i), 0.02, 1.2)
+            assert_same(self.params, self.oracle.params, 1e-6)
+
+    def check_plain(self) -> None:
+        """The optimizer's step is SGD's, without polarfast."""
+        set_gradients(self.params, 7)
+        task = task_gradients(self.params, 7)
+        expected = [p.detach() - 0.1 * grad for p, grad in zip(self.params, task, strict=True)]
+        self.optimizer.step()
+        assert_same(self.params, expected, 1e-6)
 
 
-@pytest.mark.parametrize("how", ["step", "attach"])
+both_ways = pytest.mark.parametrize("how", ["step", "attach"])
+
+
+@both_ways
 @pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.parametrize("base", [SGD, AdamW])
 def test_a_step_within_a_step_counts_once(base: Any, closed: bool, how: str) -> None:
-    scales = make_scales()
-    params: list[Tensor] = list(scales.values())
-    oracle = Oracle(params, lambda p: base(p, lr=0.1))
-    take = Steps(how, nested(base)(params, lr=0.1), scales)  # type: ignore[call-arg]
-    for i in range(3):
+    run = Run(how, nested(base), base)
 
-        def closure(i: int = i) -> float:
-            set_gradients(params, i)
-            return 3.0
+    def closure() -> float:
+        for param, grad in zip(run.params, given, strict=True):
+            param.grad = grad
+        return 3.0
 
-        if not closed:
-            closure()
-        assert take(closure if closed else None) == (3.0 if closed else None)
-        oracle.step(task_gradients(params, i), 0.02, 1.2)
-        for param, expected in zip(params, oracle.params, strict=True):
-            torch.testing.assert_close(param.double(), expected.detach(), rtol=0, atol=1e-6)
+    def take() -> None:
+        nonlocal given
+        given = [param.grad for param in run.params]
+        if closed:
+            run.optimizer.zero_grad()
+        assert run.step(*([closure] if closed else [])) == (3.0 if closed else None)
+
+    given: list[Any] = []
+    run.check(take)
 
 
-@pytest.mark.parametrize("how", ["step", "attach"])
+@both_ways
 def test_a_compiled_step_within_a_step_counts_once(how: str) -> None:
-    found = []
-    for compiled in (False, True):
-        scales = make_scales()
-        params: list[Tensor] = list(scales.values())
-        take: Any = Steps(how, nested(SGD)(params, lr=0.1), scales)  # type: ignore[call-arg]
-        if compiled:
-            take = torch.compile(take.__call__, backend="eager")
-        for i in range(3):
-            set_gradients(params, i)
-            take()
-        found.append(params)
-    for eager, param in zip(*found, strict=True):
-        torch.testing.assert_close(param, eager, rtol=0, atol=1e-6)
+    run = Run(how, nested(SGD))
+    run.check(torch.compile(run.step, backend="eager"))
 
 
-@pytest.mark.parametrize("how", ["step", "attach"])
+@both_ways
+def test_a_step_that_calls_its_own_step_counts_once(how: str) -> None:
+    class Again(SGD):
+        again = True
+
+        def step(self, closure: Any = None) -> Any:
+            self.again = not self.again
+            return super().step(closure) if self.again else self.step(closure)
+
+    Run(how, Again).check()
+
+
+@both_ways
 @pytest.mark.parametrize("where", ["before", "after"])
-def test_the_step_after_one_that_raised_is_right(where: str, how: str) -> None:
-    scales = make_scales()
-    params: list[Tensor] = list(scales.values())
-    params[1].requires_grad_(False)  # withheld from the optimizer: a stale gradient
-    optimizer: Any = nested(SGD)(params, lr=0.1)  # type: ignore[call-arg]
-    take = Steps(how, optimizer, scales)
-
+def test_a_step_that_raises_puts_gradients_back_and_the_next_is_right(where: str, how: str) -> None:
     def fail(place: str) -> None:
         if place == where:
             raise MemoryError(place)
 
-    for _ in range(2):
-        set_gradients(params, 0)
-        stale = params[1].grad
-        params[2].grad = None  # filled in for the step
-        optimizer.fail = fail
-        with pytest.raises(MemoryError, match=where):
-            take()
-        assert params[1].grad is stale and params[2].grad is None
-        del optimizer.fail
-        with torch.no_grad():
-            for param, fresh in zip(params, make_scales().values(), strict=True):
-                param.copy_(fresh)
-    for i in (0, 3):  # the same gradients set anew
-        params[i].grad = task_gradients(params, 5)[i].float()
+    run = Run(how, nested(SGD))
+    params = run.params
     start = [param.detach().clone() for param in params]
-    oracle = Oracle(params, lambda p: SGD(p, lr=0.1))
-    task = task_gradients(params, 5)
-    task[2] = torch.zeros_like(task[2])
-    oracle.step(task, 0.02, 1.2)
-    take()
-    for i in (0, 2, 3):
-        torch.testing.assert_close(params[i].double(), oracle.params[i].detach(), rtol=0, atol=1e-6)
-        assert not torch.equal(params[i], start[i])
-    assert torch.equal(params[1], start[1]) and params[1].grad is stale
-    assert params[2].grad is None
+    params[1].requires_grad_(False)  # withheld from the optimizer: a stale gradient
+    set_gradients(params, 5)
+    params[2].grad = None  # filled in for the step
+    stale = params[1].grad
+    for _ in range(2):
+        run.optimizer.fail = fail
+        with pytest.raises(MemoryError, match=where):
+            run.step()
+        assert params[1].grad is stale and params[2].grad is None
+        del run.optimizer.fail
+    with torch.no_grad():
+        for i, grad in enumerate(task := task_gradients(params, 5)):
+            params[i].copy_(start[i])
+            if i in (0, 3):
+                params[i].grad = grad.float()
+    run.step()
+    assert params[1].grad is stale and params[2].grad is None
+    run.oracle.step([*task[:2], torch.zeros(1), task[3]], 0.02, 1.2)
+    run.oracle.params[1] = start[1]
+    assert_same(params, run.oracle.params, 1e-6)
 
 
-def test_a_gradient_made_after_a_step_that_raised_is_kept() -> None:
-    scales = make_scales()
-    params: list[Tensor] = list(scales.values())
-    optimizer: Any = nested(SGD)(params, lr=0.1)  # type: ignore[call-arg]
-    take = Steps("attach", optimizer, scales)
-    set_gradients(params, 0)
-    params[2].grad = None
-
-    def fail(place: str) -> None:
-        raise MemoryError
-
-    optimizer.fail = fail
-    with pytest.raises(MemoryError):
-        take()
-    del optimizer.fail
-    before = params[2].item()
-    (1000 * params[2]).sum().backward()  # accumulates into what was filled in
-    take()
-    assert params[2].grad is not None and before > 0 and params[2].item() == 0
-
-
-@pytest.mark.parametrize("how", ["step", "attach"])
+@both_ways
 def test_a_missing_gradient_may_be_missing_again(how: str) -> None:
-    scales = make_scales()
-    params: list[Tensor] = list(scales.values())
-    oracle = Oracle(params, lambda p: SGD(p, lr=0.1))
-    take = Steps(how, SGD(params, lr=0.1), scales)
+    run = Run(how)
     for i in range(3):
-        set_gradients(params, i)
-        gradients = task_gradients(params, i)
-        params[2].grad, gradients[2] = None, torch.zeros_like(params[2])
-        take()
-        assert params[2].grad is None
-        oracle.step(gradients, 0.02, 1.2)
-        assert_same(params, oracle.params, 1e-6)
+        set_gradients(run.params, i)
+        task = task_gradients(run.params, i)
+        run.params[2].grad, task[2] = None, torch.zeros(1)
+        run.step()
+        assert run.params[2].grad is None
+        run.oracle.step(task, 0.02, 1.2)
+        assert_same(run.params, run.oracle.params, 1e-6)
 
 
-def test_a_step_that_is_refused_leaves_the_gradients_as_they_were() -> None:
-    scales = make_scales()
-    params: list[Tensor] = list(scales.values())
-    groups = [{"params": params[:2]}, {"params": params[2:], "maximize": True}]
-    optimizer = SGD(groups, lr=0.1)
-    set_gradients(params, 0)
-    params[0].requires_grad_(False)
-    params[2].grad = None
-    given = [param.grad for param in params]
-    attach(optimizer, scales, REG)
+@both_ways
+def test_a_step_that_is_refused_leaves_the_gradients_as_they_were(how: str) -> None:
+    run = Run(how)
+    run.optimizer.param_groups[0]["params"] = run.params[:2]
+    run.optimizer.add_param_group({"params": run.params[2:], "maximize": True})
+    set_gradients(run.params, 0)
+    run.params[0].requires_grad_(False)
+    run.params[2].grad = None
+    given = [param.grad for param in run.params]
     with pytest.raises(StepError, match="disagree on maximize"):
-        optimizer.step()
-    assert all(param.grad is grad for param, grad in zip(params, given, strict=True))
+        run.step()
+    assert all(param.grad is grad for param, grad in zip(run.params, given, strict=True))
 
 
 def unhooked() -> Any:
     """As timm's Lookahead: an Optimizer with all its parts that never calls Optimizer.__init__."""
 
     class Around(Optimizer):
-        def __init__(self, inner: Optimizer) -> None:
+        def __init__(self, params: Any, lr: float) -> None:
             self._optimizer_step_pre_hooks = OrderedDict()
             self._optimizer_step_post_hooks = OrderedDict()
-            self.inner, self.param_groups, self.defaults = inner, inner.param_groups, {}
-            self.state = defaultdict(dict)
+            self.inner, self.state, self.defaults = SGD(params, lr=lr), defaultdict(dict), {}
+            self.param_groups = self.inner.param_groups
 
         def step(self, closure: Any = None) -> Any:
             return self.inner.step(closure)
@@ -214,259 +202,154 @@ def unhooked() -> Any:
     return Around
 
 
-@pytest.mark.parametrize("how", ["step", "attach"])
-def test_a_class_that_torch_never_put_hooks_on(how: str) -> None:
-    scales = make_scales()
-    params: list[Tensor] = list(scales.values())
-    oracle = Oracle(params, lambda p: SGD(p, lr=0.1))
-    take = Steps(how, unhooked()(SGD(params, lr=0.1)), scales)
-    set_gradients(params, 0)
-    take()
-    oracle.step(task_gradients(params, 0), 0.02, 1.2)
-    for param, expected in zip(params, oracle.params, strict=True):
-        torch.testing.assert_close(param.double(), expected.detach(), rtol=0, atol=1e-6)
+@both_ways
+@pytest.mark.parametrize("order", ["", "scheduler", "scheduler hooks", "hooks scheduler"])
+def test_a_class_that_torch_has_put_no_hooks_on(how: str, order: str) -> None:
+    def make(params: list[Tensor], lr: float) -> Any:
+        optimizer = unhooked()(params, lr)
+        for part in order.split():
+            # zero_grad is where torch puts hooks on a class late
+            ConstantLR(optimizer, 1.0) if part == "scheduler" else optimizer.zero_grad()
+        return optimizer
 
-
-def assert_plain(optimizer: Optimizer, params: list[Tensor], seed: int = 7) -> None:
-    """SGD at lr=0.1 takes the step that it takes without polarfast."""
-    set_gradients(params, seed)
-    task = task_gradients(params, seed)
-    expected = [param.detach() - 0.1 * grad for param, grad in zip(params, task, strict=True)]
-    optimizer.step()
-    assert_same(params, expected, 1e-6)
-
-
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("how", ["step", "attach"])
-def test_a_step_that_a_scheduler_took_before_torch_put_hooks_on_it(how: str, late: bool) -> None:
-    scales = make_scales()
-    params: list[Tensor] = list(scales.values())
-    oracle = Oracle(params, lambda p: SGD(p, lr=0.1))
-    optimizer = unhooked()(SGD(params, lr=0.1))
-    ConstantLR(optimizer, factor=1.0)
-    if late:
-        optimizer.zero_grad()  # here torch does
-    set_gradients(params, 0)
-    Steps(how, optimizer, scales)()
-    oracle.step(task_gradients(params, 0), 0.02, 1.2)
-    assert_same(params, oracle.params, 1e-6)
+    Run(how, make).check()
 
 
 def test_hooks_that_torch_puts_on_a_class_after_the_attachment_run() -> None:
-    scales = make_scales()
-    params: list[Tensor] = list(scales.values())
-    optimizer = unhooked()(SGD(params, lr=0.1))
-    attach(optimizer, scales, REG)
-    optimizer.zero_grad()  # here torch does
+    run = Run("attach", unhooked())
+    run.optimizer.zero_grad()
     seen: list[int] = []
-    optimizer.register_step_post_hook(lambda *_: seen.append(1))
-    set_gradients(params, 0)
-    optimizer.step()
-    assert seen == [1]
+    run.optimizer.register_step_post_hook(lambda *_: seen.append(1))
+    run.check()
+    assert seen == [1, 1, 1]
 
 
-@pytest.mark.parametrize("how", ["step", "attach"])
-def test_a_step_that_calls_its_own_step_counts_once(how: str) -> None:
-    class Again(SGD):
-        again = True
-
-        def step(self, closure: Any = None) -> Any:
-            if self.again:
-                self.again = False
-                return self.step(closure)
-            self.again = True
-            return super().step(closure)
-
-    scales = make_scales()
-    params: list[Tensor] = list(scales.values())
-    oracle = Oracle(params, lambda p: SGD(p, lr=0.1))
-    take = Steps(how, Again(params, lr=0.1), scales)
-    for i in range(3):
-        set_gradients(params, i)
-        take()
-        oracle.step(task_gradients(params, i), 0.02, 1.2)
-    assert_same(params, oracle.params, 1e-6)
-
-
-@pytest.mark.parametrize("how", ["step", "attach"])
+@both_ways
 def test_every_hook_runs_once_and_sees_the_subgradient_and_no_clamp(how: str) -> None:
-    scales = make_scales()
-    params: list[Tensor] = list(scales.values())
-    optimizer = SGD(params, lr=10.0)
+    run = Run(how, lambda params, lr: SGD(params, lr=10.0))
     seen: list[str] = []
 
     def before(of: Optimizer, args: Any, kwargs: Any) -> None:
-        task = task_gradients(params, 0)
-        assert not any(torch.equal(p.grad, g.float()) for p, g in zip(params, task, strict=True))
+        task = task_gradients(run.params, 0)
+        assert all((p.grad - g).abs().max() > 1e-3 for p, g in zip(run.params, task, strict=True))
         seen.append("before")
 
     def after(of: Optimizer, args: Any, kwargs: Any) -> None:
-        assert min(param.min() for param in params) < 0
+        assert min(param.min() for param in run.params) < 0
         seen.append("after")
 
-    take = Steps(how, optimizer, scales)
     handles = [
-        optimizer.register_step_pre_hook(before),
-        optimizer.register_step_post_hook(after),
+        run.optimizer.register_step_pre_hook(before),
+        run.optimizer.register_step_post_hook(after),
         register_optimizer_step_pre_hook(before),
         register_optimizer_step_post_hook(after),
     ]
-    set_gradients(params, 0)
-    take()
+    set_gradients(run.params, 0)
+    run.step()
     for handle in handles:
         handle.remove()
     assert seen == ["before", "before", "after", "after"]
-    assert min(param.min() for param in params) >= 0
+    assert min(param.min() for param in run.params) >= 0
 
 
 def test_a_step_taken_before_the_attachment_is_refused() -> None:
-    scales = make_scales()
-    params: list[Tensor] = list(scales.values())
-    optimizer = SGD(params, lr=0.1)
-    taken = optimizer.step
-    handle = attach(optimizer, scales, REG)
-    taken_since = optimizer.step
-    set_gradients(params, 0)
-    before = [param.detach().clone() for param in params]
+    run = Run("step")
+    taken = run.optimizer.step
+    handle = attach(run.optimizer, run.scales, REG)
+    taken_since = run.optimizer.step
+    set_gradients(run.params, 0)
+    before = [param.detach().clone() for param in run.params]
     with pytest.raises(StepError, match="attach before the optimizer is given"):
         taken()
-    assert_same(params, before, 0.0)
-    oracle = Oracle(params, lambda p: SGD(p, lr=0.1))
-    for i, way in enumerate((taken_since, optimizer.step)):
-        set_gradients(params, i)
-        way()
-        oracle.step(task_gradients(params, i), 0.02, 1.2)
-    assert_same(params, oracle.params, 1e-6)
+    assert_same(run.params, before, 0.0)
+    run.check(taken_since)
     handle.remove()
     for way in (taken, taken_since):
-        optimizer.step = way  # type: ignore[method-assign]
-        assert_plain(optimizer, params)
+        run.optimizer.step = way
+        run.check_plain()
 
 
 @pytest.mark.parametrize("first", [0, 1])
-@pytest.mark.parametrize("scheduled", ["before", "between", "after"])
-def test_handles_and_schedulers_in_any_order(scheduled: str, first: int) -> None:
-    scales = make_scales()
-    params: list[Tensor] = list(scales.values())
-    optimizer = SGD(params, lr=0.1)
-    schedules, handles = [], []
-
-    def schedule(when: str) -> None:
-        if when == scheduled:
-            schedules.append(ConstantLR(optimizer, factor=1.0))
-
-    schedule("before")
-    oracle = Oracle(params, lambda p: SGD(p, lr=0.1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # schedulers say where optimizer.step is not theirs
-        handles.append(attach(optimizer, scales.select("bn[01]"), L1(0.3)))
-        schedule("between")
-        handles.append(attach(optimizer, scales.select("bn[23]"), L1(0.3)))
-        schedule("after")
-        set_gradients(params, 0)
-        optimizer.step()
+@pytest.mark.parametrize("scheduled", [0, 1, 2])
+@pytest.mark.filterwarnings("error")  # schedulers say where optimizer.step is not theirs
+def test_handles_and_schedulers_in_any_order(scheduled: int, first: int) -> None:
+    run = Run("step")
+    oracle, handles, schedules = run.oracle, [], []
+    for i, names in enumerate(("bn[01]", "bn[23]", None)):
+        if i == scheduled:
+            schedules.append(ConstantLR(run.optimizer, 1.0))
+        if names:
+            handles.append(attach(run.optimizer, run.scales.select(names), L1(0.3)))
+    for kept in ([0, 1, 2, 3], [2, 3] if first == 0 else [0, 1]):
+        set_gradients(run.params, 0)
+        run.optimizer.step()
         schedules[0].step()
-        for param, grad in zip(oracle.params, task_gradients(params, 0), strict=True):
-            param.grad = grad + 0.3 * param.detach().sign()
-        oracle.optimizer.step()
-        assert_same(params, oracle.params, 1e-6)
-        handles.pop(first).remove()
-        kept = [2, 3] if first == 0 else [0, 1]
-        set_gradients(params, 1)
-        optimizer.step()
-        for i, grad in enumerate(task_gradients(params, 1)):
+        for i, grad in enumerate(task_gradients(run.params, 0)):
             oracle.params[i].grad = grad + (i in kept) * 0.3 * oracle.params[i].detach().sign()
         oracle.optimizer.step()
-        assert_same(params, oracle.params, 1e-6)
-        handles.pop().remove()
-        schedules.append(ConstantLR(optimizer, factor=1.0))
-        assert_plain(optimizer, params)
-        schedules[1].step()
+        assert_same(run.params, oracle.params, 1e-6)
+        handles.pop(first if len(handles) == 2 else 0).remove()
+    later = ConstantLR(run.optimizer, 1.0)
+    run.check_plain()
+    later.step()
 
 
 def test_attaching_over_and_over_piles_up_nothing() -> None:
-    scales = make_scales()
-    params: list[Tensor] = list(scales.values())
-    optimizer = SGD(params, lr=0.1)
-    even, odd = scales.select("bn[02]"), scales.select("bn[13]")
-    handles = [attach(optimizer, even, REG)]
+    run = Run("attach")
+    run.handle.remove()
+    handles = [attach(run.optimizer, run.scales.select("bn[02]"), REG)]
     for i in range(sys.getrecursionlimit()):
-        handles.append(attach(optimizer, even if i % 2 else odd, REG))
+        names = "bn[02]" if i % 2 else "bn[13]"
+        handles.append(attach(run.optimizer, run.scales.select(names), REG))
         handles.pop(0).remove()
-    set_gradients(params, 0)
-    optimizer.step()
+    set_gradients(run.params, 0)
+    run.step()
     handles.pop().remove()
-    assert "step" not in vars(optimizer) and not optimizer._optimizer_step_pre_hooks
-    assert_plain(optimizer, params)
+    assert "step" not in vars(run.optimizer) and not run.optimizer._optimizer_step_pre_hooks
+    run.check_plain()
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize("end", ["taken", "skipped", "raised"])
 def test_a_scaled_step_leaves_the_optimizer_as_it_was(end: str, scheduled: bool) -> None:
-    scales = make_scales()
-    params: list[Tensor] = list(scales.values())
-    optimizer: Any = nested(SGD)(params, lr=0.1)  # type: ignore[call-arg]
+    run = Run("step", nested(SGD))
     if scheduled:
-        ConstantLR(optimizer, factor=1.0)
-    found = vars(optimizer).get("step")
+        ConstantLR(run.optimizer)
+    found = vars(run.optimizer).get("step")
 
     def fail(place: str) -> None:
         raise MemoryError
 
     scaler = GradScaler("cpu", init_scale=2.0)
     scaler.scale(torch.zeros(()))
-    set_gradients(params, 0, 2.0)
-    if end == "skipped":
-        params[0].grad = torch.full_like(params[0], torch.inf)
+    set_gradients(run.params, 0, torch.inf if end == "skipped" else 2.0)
     if end == "raised":
-        optimizer.fail = fail
+        run.optimizer.fail = fail
     with pytest.raises(MemoryError) if end == "raised" else nullcontext():
-        step(optimizer, scales, REG, scaler=scaler)
-    assert vars(optimizer).get("step") is found and not optimizer._optimizer_step_pre_hooks
+        step(run.optimizer, run.scales, REG, scaler=scaler)
+    assert vars(run.optimizer).get("step") is found
+    assert not run.optimizer._optimizer_step_pre_hooks
 
 
 def test_an_attached_optimizer_is_freed_at_once() -> None:
-    scales = make_scales()
-    optimizer = SGD(scales.values(), lr=0.1)
-    handle = attach(optimizer, scales, REG)
-    taken, gone = optimizer.step, weakref.ref(optimizer)
+    run = Run("attach")
+    taken, gone = run.optimizer.step, weakref.ref(run.optimizer)
     gc.disable()  # no cycle that would have to be found
     try:
-        del optimizer
+        del run.optimizer
         assert gone() is None
     finally:
         gc.enable()
-    handle.remove()
+    run.handle.remove()
     with pytest.raises(ReferenceError, match="is gone"):
         taken()
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
 def test_a_copy_of_an_attached_optimizer_is_plain(copied: Callable[[Any], Any]) -> None:
-    scales = make_scales()
-    optimizer = SGD(scales.values(), lr=0.1)
-    attach(optimizer, scales, REG)
-    before = [param.detach().clone() for param in scales.values()]
-    other = copied(optimizer)
-    assert_plain(other, other.param_groups[0]["params"])
-    assert_same(scales, before, 0.0)
-
-
-def test_a_step_that_raised_keeps_no_variables_alive() -> None:
-    scales = make_scales()
-    params = list(scales.values())
-    optimizer = SGD(params, lr=0.1)
-    attach(optimizer, scales, REG)
-
-    def failing() -> None:
-        raise KeyError("in a closure")
-
-    def train() -> "weakref.ref[Tensor]":
-        big = torch.zeros(1000)
-        with pytest.raises(KeyError):
-            optimizer.step(failing)  # type: ignore[arg-type]
-        return weakref.ref(big)
-
-    seen = train()
-    gc.collect()
-    assert seen() is None
+    run = Run("attach")
+    before, original = [param.detach().clone() for param in run.params], run.params
+    run.optimizer = copied(run.optimizer)
+    run.params = run.optimizer.param_groups[0]["params"]
+    run.check_plain()
+    assert_same(original, before, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,9 +41,7 @@ class Binding:
         self.groups: list[int] = []
         self._others: Mapping[str, Tensor] = scales.others
         self._model = scales._model
-        self._members: list[Tensor] = []  # the optimizer's parameters, as of the last check
-        self._ends: list[int] = []
-        self._flags: list[bool] = []  # requires_grad of each γ, as of the last check
+        self._seen: list[Any] = []  # by the last check: requires_grad of each γ, then the groups
         self._table: Table | None = None
         self._table_weights: Mapping[str, float] | None = None  # where the table's came from
         self._warned_for: tuple[float | None, str] | None = None  # upper and clamp
@@ -58,13 +56,9 @@ class Binding:
 
     def require_gradient(self) -> None:
         """Raise StepError unless some γ has a gradient."""
-        frozen = True
-        for param in self.params:
-            if param.requires_grad:
-                if param.grad is not None:
-                    return
-                frozen = False
-        if frozen:
+        if any(param.requires_grad and param.grad is not None for param in self.params):
+            return
+        if not any(param.requires_grad for param in self.params):
             raise StepError(
                 f"all {len(self.params)} scaling factors are frozen (requires_grad=False): "
                 "nothing can be regularized; unfreeze them or call optimizer.step()"
@@ -82,21 +76,16 @@ class Binding:
         Raises:
             ScalingFactorError: a trainable γ is in no parameter group.
         """
-        flags = [param.requires_grad for param in self.params]
-        ends: list[int] = []  # of each group, in `members`
-        members: list[Tensor] = []
+        seen: list[Any] = [param.requires_grad for param in self.params]
         for group in optimizer.param_groups:
-            members += group["params"]
-            ends.append(len(members))
-        if flags == self._flags and ends == self._ends:
-            if all(map(operator.is_, members, self._members)):
-                return
+            seen += (None, *group["params"])
+        if len(seen) == len(self._seen) and all(map(operator.is_, seen, self._seen)):
+            return
         group_of = {
             id(param): i
             for i, group in enumerate(optimizer.param_groups)
             for param in group["params"]
         }
-        trainable = [param for param in self.params if param.requires_grad]
         for name, param in zip(self.names, self.params, strict=True):
             if param.requires_grad and id(param) not in group_of:
                 raise ScalingFactorError(
@@ -107,9 +96,9 @@ class Binding:
                     f"{lost_gates(self.names)}"
                 )
         self._check_present()
-        self.trainable = trainable
-        self.groups = sorted({group_of[id(param)] for param in trainable})
-        self._members, self._ends, self._flags = members, ends, flags
+        self.trainable = [param for param in self.params if param.requires_grad]
+        self.groups = sorted({group_of[id(param)] for param in self.trainable})
+        self._seen = seen
 
     def _check_present(self) -> None:
         """Raise StepError for γ that the network they were found in has lost."""

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import weakref
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 from torch.optim import optimizer as optimizer_module
 
 from ..errors import ArgumentError, StepError
+from ..kernels.table import Penalty, SgdStep, Table
+from ..sharding import local
 from .binding import Binding
-from .hooks import StepHooks
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
 
     from ..scaling.factors import ScalingFactors
     from .regularizers import Regularizer
+
+_SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
 
 def step(
@@ -39,7 +45,8 @@ def step(
     For `torch.optim.SGD` itself, subgradient, update and clamp of all γ are one kernel, and
     `optimizer.step()` is left the other parameters; the γ's `momentum_buffer` stays in
     `optimizer.state`, so state dicts interchange with a plain run. Elsewhere the subgradient is
-    left in γ.grad, as if R_s had been part of the loss.
+    left in γ.grad, as if R_s had been part of the loss. Step hooks, yours and torch's global ones,
+    see it there, and γ that are yet to be clamped.
 
     Args:
         optimizer: any `torch.optim.Optimizer` that steps once per call (not LBFGS).
@@ -59,8 +66,7 @@ def step(
     """
     if torch.compiler.is_dynamo_compiling():  # a clean graph break: nothing below is traced
         return torch.compiler.disable(step)(optimizer, scales, reg, scaler, closure)
-    _check_optimizer(optimizer)
-    _refuse_second(optimizer, scales)
+    _check_optimizer(optimizer, scales)
     scaling = scaler is not None and scaler.is_enabled()
     if closure is None:
         Binding.of(scales).require_gradient()
@@ -68,31 +74,22 @@ def step(
         raise ArgumentError(
             "closure= with an enabled scaler=: torch's GradScaler takes no closure; give one"
         )
-    work = StepHooks(scales, reg, may_fuse=closure is None and _plain_sgd(optimizer))
-    handles = work.hook(optimizer)
-    try:
-        if scaler is not None and scaling:
+    work = _Work(scales, reg, may_fuse=closure is None and _plain_sgd(optimizer))
+    if scaler is not None and scaling:
+        with Attachment(optimizer, work):
             return scaler.step(optimizer)  # which may find that this step is to be skipped
-        result = optimizer.step() if closure is None else optimizer.step(closure)
-    finally:
-        for handle in handles:
-            handle.remove()
-        work.end()
-    if not work.called:
-        raise StepError(
-            f"{type(optimizer).__name__}.step() ran without its step hooks: γ got a plain step, "
-            "without λ·R_s and clamp; call the step of torch.optim.Optimizer, or of a class "
-            "derived from it, that nothing replaces on the instance"
-        )
-    return result
+    return work.run(optimizer, optimizer.step, *(() if closure is None else (closure,)))
 
 
 def attach(optimizer: Optimizer, scales: ScalingFactors, reg: Regularizer) -> Attachment:
     """Make every later `optimizer.step()` do what `pf.step` does, for loops not of your own.
 
-    Works through the optimizer's public step hooks, hence for `optimizer.step(closure)`,
-    `scaler.step(optimizer)`, learning-rate schedulers and trainers alike. Hooks run in the order of
-    registration, and are not copied when an optimizer is deep-copied or pickled.
+    Wraps `optimizer.step` on the instance, as torch's learning-rate schedulers do, hence for
+    `optimizer.step(closure)`, `scaler.step(optimizer)`, schedulers and trainers alike. An
+    optimizer that is deep-copied or pickled leaves the wrapper behind.
+
+    Attach before something takes `optimizer.step` to call it later, as `accelerator.prepare` does
+    where there is a GradScaler: a step past the wrapper raises StepError.
 
     Args:
         optimizer: as for `pf.step`; where a trainer wraps it, the innermost optimizer.
@@ -104,40 +101,254 @@ def attach(optimizer: Optimizer, scales: ScalingFactors, reg: Regularizer) -> At
 
     Raises:
         StepError: one of these γ is already attached to this optimizer.
-        ArgumentError: `optimizer` is not one that takes step hooks.
+        ArgumentError: `optimizer` is a trainer's wrapper of an optimizer, or none at all.
     """
-    _check_optimizer(optimizer)
-    _refuse_second(optimizer, scales)
-    return Attachment(optimizer, StepHooks(scales, reg, may_fuse=False))
+    _check_optimizer(optimizer, scales)
+    return Attachment(optimizer, _Work(scales, reg, may_fuse=False))
 
 
 class Attachment:
     """The handle that `attach` returns; also a context manager."""
 
-    def __init__(self, optimizer: Optimizer, work: StepHooks) -> None:
-        self._handles = work.hook(optimizer)
+    def __init__(self, optimizer: Optimizer, work: _Work) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        # The hook does no work. It is how the wrapper finds what is attached (copies of an
+        # optimizer leave hooks behind), and it sees steps that pass the wrapper by.
+        self._handle = optimizer.register_step_pre_hook(work.refuse_alone)
+        if not isinstance(vars(optimizer).get("step"), _Wrapper):
+            optimizer.step = _Wrapper(optimizer)  # type: ignore[method-assign]
 
     def remove(self) -> None:
         """Leave the optimizer as it was found; a second call does nothing."""
-        for handle in self._handles:
-            handle.remove()
+        self._handle.remove()
+        optimizer = self._optimizer()
+        if optimizer is None or _attached(optimizer):
+            return
+        wrapper = vars(optimizer).get("step")
+        if isinstance(wrapper, _Wrapper):  # else under another's, where it does nothing any more
+            if wrapper.found is None:
+                del optimizer.step
+            else:
+                optimizer.step = wrapper.found  # type: ignore[method-assign]
 
     def __enter__(self) -> Attachment:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
 
-def _check_optimizer(optimizer: Optimizer) -> None:
+class _Wrapper:
+    """`optimizer.step` on the instance: the step found there with all that is attached around it.
+
+    Attributes:
+        found: what another had put there; None: the class's own.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        found = vars(optimizer).get("step")
+        self._like = found or type(optimizer).step
+        functools.update_wrapper(self, self._like)  # its signature, and a scheduler's mark
+        self.found = found
+        self._optimizer = weakref.ref(optimizer)  # which has the wrapper: no cycle
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise ReferenceError("the optimizer that this step belongs to is gone")
+        take = self.found or functools.partial(type(optimizer).step, optimizer)
+        for work in _attached(optimizer):
+            take = functools.partial(work.run, optimizer, take)
+        return take(*args, **kwargs)
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """What a scheduler made later puts its own wrapper around, and binds to the optimizer."""
+        return functools.wraps(self._like)(lambda optimizer, *args, **kwargs: self(*args, **kwargs))
+
+
+class _Work:
+    """What surrounds one `optimizer.step()`.
+
+    Attributes:
+        scales, reg: as for `pf.step`.
+        running: whether a step is on its way; one within it gets nothing more.
+    """
+
+    def __init__(self, scales: ScalingFactors, reg: Regularizer, may_fuse: bool) -> None:
+        self.scales = scales
+        self.reg = reg
+        self.running = False
+        self._may_fuse = may_fuse
+        self._options: dict[str, Any] | None = None  # SGD's, where the fused kernel moves the γ
+        self._memory: list[int] = []  # where the γ were when their addresses were read
+        self._replaced: list[tuple[Tensor, Tensor | None]] = []  # γ, the .grad that it had
+
+    def run(self, optimizer: Optimizer, take: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`take(*args, **kwargs)`, a step of the optimizer: λ·∂R_s before it, the clamp after it.
+
+        However it ends, gradients are then as the caller left them, but for λ·∂R_s.
+        """
+        if self.running:
+            return take(*args, **kwargs)
+        if kwargs.get("grad_scaler") is not None:
+            raise StepError(
+                f"{type(optimizer).__name__}.step() takes the GradScaler itself (deprecated by "
+                "torch), so polarfast cannot tell whether gradients are scaled: call "
+                "scaler.unscale_(optimizer), then pf.step without a scaler"
+            )
+        closure: Any = args[0] if args else kwargs.get("closure")
+
+        def penalized() -> Any:
+            loss = closure()
+            self._begin(optimizer)
+            return loss
+
+        self.running = True
+        try:
+            if closure is None:
+                self._begin(optimizer)
+            elif args:
+                args = (penalized, *args[1:])
+            else:
+                kwargs["closure"] = penalized
+            result = take(*args, **kwargs)
+            self._finish(optimizer)
+        finally:
+            self.running = False
+            self._put_back()
+        return result
+
+    def refuse_alone(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Pre hook: raise StepError in a step that does not come through `run`."""
+        if not self.running:
+            raise StepError(
+                f"this {type(optimizer).__name__}.step was taken from the optimizer before "
+                "pf.attach, and γ would get a plain step: attach before the optimizer is given to "
+                "what keeps its step (accelerator.prepare does, with a GradScaler)"
+            )
+
+    def _begin(self, optimizer: Optimizer) -> None:
+        """The gradients are there: add λ·∂R_s to them, or keep the γ for the fused step."""
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(self._begin)(optimizer)
+        binding, reg = Binding.of(self.scales), self.reg
+        binding.check_members(optimizer)
+        gammas = binding.trainable
+        groups = [optimizer.param_groups[i] for i in binding.groups]
+        options = self._options = self._fused_options(optimizer, groups)
+        buffers = optimizer.state if options and options["momentum"] else None
+        table = binding.table(reg)
+        if table.refresh(buffers) < len(gammas) or not gammas:
+            binding.require_gradient()
+            for gamma in gammas:
+                if gamma.grad is None:  # weight decay and λ·∂R_s still act
+                    self._replace_grad(gamma, torch.zeros_like(gamma))
+            table.refresh(buffers)
+        binding.warn_before_clamp(reg)
+        scale = _amp_scalar(optimizer, "grad_scale", table.device)
+        reg.steer(self.scales, scale, any(group.get("maximize", False) for group in groups))
+        # An optimizer passes over parameters that have no gradient; a stale one moves a frozen γ.
+        for param in binding.params:
+            if (options or not param.requires_grad) and param.grad is not None:
+                self._replace_grad(param, None)
+        if options:
+            return
+        maximize = _shared_maximize(groups)
+        lam = -reg.lam if maximize else reg.lam
+        table.add_subgradient_(Penalty(reg.kind, lam, reg.t, reg.per_layer), scale)
+        self._memory = [gamma.data_ptr() for gamma in binding.params]
+
+    def _fused_options(
+        self, optimizer: Optimizer, groups: list[dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        """The one set of arguments with which SGD would step every γ; None if there is none."""
+        if not self._may_fuse or Binding.of(self.scales).sharded:
+            return None
+        if any(group["differentiable"] for group in groups):
+            return None
+        options = {key: group[key] for group in groups for key in _SGD_OPTIONS}
+        for group, (key, value) in itertools.product(groups, options.items()):
+            if isinstance(group[key], Tensor) or group[key] != value:
+                return None
+        buffers = 0
+        if options["momentum"] != 0:
+            state, gammas = optimizer.state, Binding.of(self.scales).trainable
+            buffers = sum(state[gamma].get("momentum_buffer") is not None for gamma in gammas)
+            if 0 < buffers < len(gammas):
+                return None  # SGD makes the missing ones, and dampens the others
+        return {**options, "first_step": buffers == 0}
+
+    def _replace_grad(self, gamma: Tensor, grad: Tensor | None) -> None:
+        self._replaced.append((gamma, gamma.grad))
+        gamma.grad = grad
+
+    def _put_back(self) -> None:
+        while self._replaced:
+            gamma, grad = self._replaced.pop()
+            gamma.grad = grad
+
+    def _finish(self, optimizer: Optimizer) -> None:
+        """The fused step of the γ or their clamp, then the clamp of the others."""
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(self._finish)(optimizer)
+        binding, reg = Binding.of(self.scales), self.reg
+        table = binding.table(reg)
+        found_inf = _amp_scalar(optimizer, "found_inf", table.device)
+        if self._options is not None:
+            self._fused_step(optimizer, table, self._options, found_inf)
+        elif reg.upper is not None:
+            if self._memory != [gamma.data_ptr() for gamma in binding.params]:
+                table.refresh()  # some optimizers, and hooks, assign to param.data
+            table.clamp_(reg.upper, found_inf)
+        if reg.clamp == "all" and reg.upper is not None and not _is_set(found_inf):
+            self._clamp_others(reg.upper)
+
+    def _fused_step(
+        self,
+        optimizer: Optimizer,
+        table: Table,
+        options: dict[str, Any],
+        found_inf: Tensor | None,
+    ) -> None:
+        if _is_set(found_inf):
+            return
+        if options["first_step"] and options["momentum"] != 0:
+            # Zeros, not empty: on a GPU this step may yet turn out to be skipped.
+            for gamma, grad in self._replaced:
+                if gamma.requires_grad:
+                    optimizer.state[gamma]["momentum_buffer"] = torch.zeros_like(gamma)
+                gamma.grad = grad
+            table.refresh(optimizer.state)
+        reg = self.reg
+        table.sgd_step_(
+            Penalty(reg.kind, reg.lam, reg.t, reg.per_layer),
+            SgdStep(**options, upper=reg.upper),
+            grad_scale=_amp_scalar(optimizer, "grad_scale", table.device),
+            found_inf=found_inf,
+        )
+
+    @torch.no_grad()
+    def _clamp_others(self, upper: float) -> None:
+        others: list[Tensor] = [
+            local(param) for param in self.scales.others.values() if param.requires_grad
+        ]
+        if others:
+            torch._foreach_clamp_min_(others, 0.0)
+            torch._foreach_clamp_max_(others, upper)
+
+
+def _attached(optimizer: Optimizer) -> list[_Work]:
+    owners = (
+        getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()
+    )
+    return [owner for owner in owners if isinstance(owner, _Work)]
+
+
+def _check_optimizer(optimizer: Optimizer, scales: ScalingFactors) -> None:
     if not isinstance(optimizer, Optimizer) or "_optimizer_step_pre_hooks" not in vars(optimizer):
         raise ArgumentError(
-            f"optimizer is a {type(optimizer).__name__}, which takes no step hooks: "
+            f"optimizer is a {type(optimizer).__name__}, which has none of an optimizer's parts: "
             "pass the torch.optim.Optimizer that it wraps"
         )
     if isinstance(optimizer, LBFGS):
@@ -145,50 +356,49 @@ def _check_optimizer(optimizer: Optimizer) -> None:
             "LBFGS searches along lines with the loss that the closure returns, which lacks R_s: "
             "add reg.value(scales) to the loss and call optimizer.step(closure), or use SGD or Adam"
         )
-    _check_hooked(optimizer)
-
-
-def _check_hooked(optimizer: Optimizer) -> None:
-    """See that `optimizer.step()` runs step hooks. `Optimizer.__init__` puts them around a class's
-    `step`, and `zero_grad` where a class has never called that.
-    """
-    own_step = vars(optimizer).get("step")
-    hooked = getattr(type(optimizer).step, "hooked", False)
-    scheduled = hasattr(own_step, "_wrapped_by_lr_sched")  # holds the step that it found, for good
-    if own_step is not None and not getattr(own_step, "hooked", hooked and not scheduled):
-        raise StepError(
-            f"{type(optimizer).__name__}.step was replaced on this instance, by a learning-rate "
-            "scheduler perhaps, before torch put step hooks around it: call optimizer.zero_grad() "
-            "once before making the scheduler"
-        )
-    if not hooked:
-        optimizer._patch_step_function()
-
-
-def _refuse_second(optimizer: Optimizer, scales: ScalingFactors) -> None:
-    """Raise StepError if one of these γ is attached already: its subgradient would count twice."""
-    for hook in optimizer._optimizer_step_pre_hooks.values():
-        owner = getattr(hook, "__self__", None)
-        if not isinstance(owner, StepHooks):
-            continue
-        attached = {id(gamma) for gamma in owner.scales.values()}
-        for name, gamma in scales.items():
-            if id(gamma) in attached:
-                raise StepError(
-                    f"{name!r} is attached to this optimizer already, so its subgradient would be "
-                    "added twice: call optimizer.step() alone, or remove() the handle first"
-                )
+    for work in _attached(optimizer):
+        attached = {id(gamma) for gamma in work.scales.values()}
+        twice = [name for name, gamma in scales.items() if id(gamma) in attached]
+        if twice:
+            raise StepError(
+                f"{twice[0]!r} is attached to this optimizer already, so its subgradient would be "
+                "added twice: call optimizer.step() alone, or remove() the handle first"
+            )
 
 
 def _plain_sgd(optimizer: Optimizer) -> bool:
     """Whether `optimizer.step()` is torch's SGD and nobody else looks at gradients around it."""
     if type(optimizer) is not SGD:
         return False
-    own_step = vars(optimizer).get("step")  # put there by learning-rate schedulers, or by the user
-    return (
-        (own_step is None or getattr(own_step, "__wrapped__", None) is SGD.step)
-        and not optimizer._optimizer_step_pre_hooks
-        and not optimizer._optimizer_step_post_hooks
-        and not optimizer_module._global_optimizer_pre_hooks
-        and not optimizer_module._global_optimizer_post_hooks
+    hooks = (
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        optimizer_module._global_optimizer_pre_hooks,
+        optimizer_module._global_optimizer_post_hooks,
     )
+    own_step = vars(optimizer).get("step")  # put there by learning-rate schedulers, or by the user
+    unchanged = own_step is None or getattr(own_step, "__wrapped__", None) is SGD.step
+    return unchanged and not any(hooks)
+
+
+def _is_set(found_inf: Tensor | None) -> bool:
+    """Whether this step is known to be skipped; a GPU is not asked: that would synchronize."""
+    return found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf)
+
+
+def _shared_maximize(groups: list[dict[str, Any]]) -> bool:
+    values = {bool(group.get("maximize", False)) for group in groups}
+    if len(values) > 1:
+        raise StepError(
+            "parameter groups that hold scaling factors disagree on maximize=: "
+            "give them one value (λ·R_s is minimized whatever it is)"
+        )
+    return values.pop()
+
+
+def _amp_scalar(optimizer: Optimizer, name: str, device: torch.device) -> Tensor | None:
+    """What GradScaler leaves on an optimizer that unscales in its own kernel, else None."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return None
+    scalar = getattr(optimizer, name, None)
+    return None if scalar is None else scalar.to(device, non_blocking=True)

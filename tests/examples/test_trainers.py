@@ -147,6 +147,30 @@ def test_accelerate_wrapper_is_refused(fresh_accelerator: None) -> None:
     pf.attach(prepared.optimizer, scales, pf.Polarization(LAM, T))
 
 
+def test_accelerate_with_a_scaler_takes_the_step_that_it_finds(fresh_accelerator: None) -> None:
+    code, reg = example("accelerate_loop"), pf.Polarization(LAM, T)
+    wrapper = pytest.importorskip("accelerate.optimizer").AcceleratedOptimizer
+    code.Accelerator(cpu=True)
+    for first in ("attach", "wrap"):
+        _, optimizer, scales = accelerate_case(code)
+        if first == "attach":
+            pf.attach(optimizer, scales, reg)
+        scaler = GradScaler("cpu")
+        scaler.scale(torch.zeros(()))
+        wrapped = wrapper(optimizer, scaler=scaler)
+        if first == "wrap":
+            pf.attach(optimizer, scales, reg)
+        for gamma in scales.values():
+            gamma.grad = torch.zeros_like(gamma)
+        before = factors(scales)
+        if first == "wrap":
+            with pytest.raises(pf.StepError, match=r"accelerator\.prepare does"):
+                wrapped.step()
+        else:
+            wrapped.step()
+        assert torch.equal(before, factors(scales)) == (first == "wrap")
+
+
 def hf_trainer(code: ModuleType, folder: Path, epochs: int, attach: bool = True) -> Any:
     """A trainer at a constant learning rate on 64 images in a fixed order, saving each epoch."""
     torch.manual_seed(0)

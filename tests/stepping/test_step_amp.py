@@ -9,6 +9,7 @@ from support.stepping import Oracle, assert_same, make_scales, set_gradients, ta
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import ConstantLR
 
 from polarfast.errors import ArgumentError, StepError
 from polarfast.scaling.factors import ScalingFactors
@@ -143,23 +144,33 @@ def test_a_closure_and_a_scaler() -> None:
     assert not torch.equal(params[1], before[1])
 
 
-def test_an_optimizer_that_is_handed_the_scaler_itself_is_refused() -> None:
+@pytest.mark.parametrize("order", ["step", "attach", "scheduler attach", "attach scheduler"])
+def test_an_optimizer_that_is_handed_the_scaler_itself_is_refused(order: str) -> None:
     class OldFused(SGD):
         _step_supports_amp_scaling = True
 
         def step(self, closure: Any = None, *, grad_scaler: Any = None) -> Any:
             raise AssertionError("must not come here")
 
-    scales = make_scales()
+    scales, reg = make_scales(), Polarization(LAM, T)
     params = list(scales.values())
     set_gradients(params, 0)
     scaler = GradScaler("cpu")
     scaler.scale(torch.zeros(()))
+    optimizer = OldFused(params, lr=0.1)
+    for part in order.split():
+        if part == "attach":
+            attach(optimizer, scales, reg)
+        elif part == "scheduler":
+            ConstantLR(optimizer)
     with (
         pytest.warns(FutureWarning, match="GradScaler is going to stop"),
         pytest.raises(StepError, match="call scaler.unscale_"),
     ):
-        step(OldFused(params, lr=0.1), scales, Polarization(LAM, T), scaler=scaler)
+        if order == "step":
+            step(optimizer, scales, reg, scaler=scaler)
+        else:
+            scaler.step(optimizer)
 
 
 def test_a_loss_scale_set_by_hand_is_respected() -> None:

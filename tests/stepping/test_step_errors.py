@@ -1,11 +1,8 @@
 """Steps that cannot be taken say so, name the factor, and move nothing."""
 
-import copy
-import gc
 import subprocess
 import sys
 import warnings
-import weakref
 
 import pytest
 import torch
@@ -191,17 +188,6 @@ def test_the_first_clamp_calls_gates_gates(names: tuple[str, str], words: str) -
         gamma.grad = torch.zeros_like(gamma)
     with pytest.warns(UserWarning, match=f"4 values in 2 of 2 {words}"):
         step(SGD(scales.values(), lr=0.1), scales, REG)
-
-
-def test_an_attachment_keeps_no_optimizer_alive_and_is_not_copied() -> None:
-    scales, params, optimizer = _case()
-    attach(optimizer, scales, REG)
-    other = copy.deepcopy(optimizer)
-    assert not other._optimizer_step_pre_hooks
-    gone = weakref.ref(optimizer)
-    del optimizer
-    gc.collect()
-    assert gone() is None
 
 
 def test_importing_the_step_does_not_import_dynamo() -> None:

@@ -37,8 +37,7 @@ def test_models_and_plans(tmp_path):
             assert isinstance(torch.load(path, weights_only=True), dict)
         assert "polarfast" not in sys.modules  # tensors and plain data: nothing of ours to run
         import polarfast as pf
-        from support import TESTS
-from support.export import CASES
+        from support.export import CASES
         for name, case in CASES.items():
             state, images, expected = torch.load(f"{name}.pt")
             loaded = pf.load(f"{name}.slim", lambda: case.build().double().eval())

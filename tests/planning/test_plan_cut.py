@@ -4,14 +4,13 @@ import itertools
 
 import pytest
 import torch
-from support.nets import Bottlenecks, Branches, Grouped, Residual, SqueezeExcite, chain, settle
+from support.nets import Bottlenecks, Branches, Grouped, Residual, SqueezeExcite, X, chain, settle
 from support.planning import check_sizes, make, width
 from torch import nn
 
 import polarfast as pf
 from polarfast.engine.models import build as build_model
 
-X = torch.randn(2, 3, 10, 10, dtype=torch.float64)
 NETS = [chain, Residual, Bottlenecks, Branches, Grouped, SqueezeExcite]
 LIMITS = [
     {},

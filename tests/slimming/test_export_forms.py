@@ -99,7 +99,6 @@ def test_low_precision(name, dtype):
 DISTRIBUTED = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[2])
-from support import TESTS
 from support.export import make
 from torch.nn.parallel import DistributedDataParallel
 

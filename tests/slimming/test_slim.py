@@ -10,9 +10,11 @@ from support.nets import (
     Grouped,
     Residual,
     SqueezeExcite,
+    X,
     chain,
     conv_bn,
     empty,
+    prepared,
     settle,
     zero,
 )
@@ -21,21 +23,11 @@ from torch import Tensor, nn
 import polarfast as pf
 from polarfast.engine.models import resnet, vgg16_bn
 
-X = torch.randn(3, 3, 10, 10, dtype=torch.float64)
-
-
-def make(build, residual="keep", share=0.5, seed=0):
-    torch.manual_seed(seed)
-    model = settle(build(), torch.randn(4, 3, 10, 10), seed=seed)
-    scales = pf.scaling_factors(model, X, residual=residual)
-    zero(scales, share)
-    return model, scales
-
 
 @pytest.mark.parametrize("residual", ["keep", "expand", "couple"])
 @pytest.mark.parametrize("build", [chain, Residual, Branches, Grouped, Bottlenecks, SqueezeExcite])
 def test_zero_test(build, residual):
-    model, scales = make(build, residual)
+    model, scales = prepared(build, residual)
     plan = pf.plan(model, X, scales, method="fixed", fold="none")
     slim = pf.slim(model, plan)
     assert plan.macs < plan.macs_before
@@ -45,7 +37,7 @@ def test_zero_test(build, residual):
 @pytest.mark.parametrize("residual", ["keep", "expand", "couple"])
 @pytest.mark.parametrize("build", [chain, Residual, Branches, Grouped])
 def test_exact_fold_keeps_beta(build, residual):
-    model, scales = make(build, residual)
+    model, scales = prepared(build, residual)
     plan = pf.plan(model, X, scales, method="fixed")
     slim = pf.slim(model, plan)
     assert not plan.inexact
@@ -95,7 +87,7 @@ def test_torchvision_networks(name, residual, fold):
 )
 @pytest.mark.parametrize(("kernel", "padding"), [(1, 0), (3, 0), (3, 1), (1, 1), (5, 2)])
 def test_activations(act, kernel, padding):
-    model, scales = make(lambda: chain(act, kernel, padding))
+    model, scales = prepared(lambda: chain(act, kernel, padding))
     for fold in ("exact", "none"):
         plan = pf.plan(model, X, scales, method="fixed", fold=fold)
         assert error(masked(model, plan, fold == "none"), pf.slim(model, plan)) < TOLERANCE
@@ -123,7 +115,7 @@ def test_between_a_channel_and_its_reader(pool, kernel):
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
         )  # fmt: skip
 
-    model, scales = make(build)
+    model, scales = prepared(build)
     plan = pf.plan(model, X, scales, method="fixed")
     assert not plan.inexact
     assert error(masked(model, plan, False), pf.slim(model, plan)) < TOLERANCE
@@ -145,7 +137,7 @@ def test_several_readers_of_one_channel_and_preactivation():
             out = self.one(y) + self.two(x)
             return self.fc((out[:, :, 1:-1, 1:-1] + self.three(x)).mean((2, 3)).tanh())
 
-    model, scales = make(Net)
+    model, scales = prepared(Net)
     assert list(scales) == ["stem.1.weight"] and "norm.weight" in scales.pinned
     for fold in ("exact", "none"):
         plan = pf.plan(model, X, scales, method="fixed", fold=fold)
@@ -157,7 +149,7 @@ def test_several_readers_of_one_channel_and_preactivation():
 @pytest.mark.parametrize("fold", ["exact", "bias", "none"])
 @pytest.mark.parametrize("residual", ["keep", "expand", "couple"])
 def test_emptied_branches(residual, fold):
-    model, scales = make(Residual, residual)
+    model, scales = prepared(Residual, residual)
     for names in (["first.1.weight"], [n for n in scales if n.startswith("first")]):
         empty(scales, names)
         plan = pf.plan(model, X, scales, fold=fold)
@@ -168,7 +160,7 @@ def test_emptied_branches(residual, fold):
 
 
 def test_a_constant_channel_stays_silent_in_fine_tuning():
-    model, scales = make(chain)
+    model, scales = prepared(chain)
     plan = pf.plan(model, X, scales, method="fixed")
     slim = pf.slim(model, plan).train()
     place = sorted([*plan.kept["1.weight"].tolist(), *plan.layers["1.weight"].constant])
@@ -184,7 +176,7 @@ def test_a_constant_channel_stays_silent_in_fine_tuning():
 
 
 def test_the_slim_model_is_like_the_original():
-    model, scales = make(Residual, "expand")
+    model, scales = prepared(Residual, "expand")
     model.fc.weight.requires_grad_(False)
     model.first[1].weight.requires_grad_(False)
     model.second.train()
@@ -214,7 +206,7 @@ def test_the_slim_model_is_like_the_original():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes(dtype):
-    model, scales = make(Residual, "couple")
+    model, scales = prepared(Residual, "couple")
     model = model.to(dtype)
     x = X.to(dtype)
     plan = pf.plan(model, x, pf.scaling_factors(model, x, residual="couple"))
@@ -224,7 +216,7 @@ def test_other_dtypes(dtype):
 
 
 def test_a_plan_fits_models_built_alike_and_no_others():
-    model, scales = make(Residual, "couple")
+    model, scales = prepared(Residual, "couple")
     plan = pf.plan(model, X, scales)
     twin = settle(Residual(), torch.randn(4, 3, 10, 10), seed=7)
     with torch.no_grad():
@@ -256,6 +248,6 @@ def test_a_size_fixed_in_the_code_is_refused_by_name_of_the_cure():
             assert x.shape[1] == 8
             return self.fc(x.flatten(1))
 
-    model, scales = make(Fixed)
+    model, scales = prepared(Fixed)
     with pytest.raises(pf.VerificationError, match="AssertionError.*hard-coded.*scales.select"):
         pf.slim(model, pf.plan(model, X, scales))

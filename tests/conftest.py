@@ -12,6 +12,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 torch.set_num_threads(1)
+# The processes that tests start find the tests' modules too.
+HERE = os.path.dirname(os.path.abspath(__file__))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")]))
 # Without a GPU the Triton kernels run in Triton's interpreter: read when Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -36,6 +39,7 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(0)  # nor what a test draws on those that ran before it
+    torch.set_num_threads(1)  # some recipes ask for more
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,7 +7,6 @@ name (```text, ```sh).
 
 import ast
 import importlib.util
-import os
 import subprocess
 import sys
 
@@ -51,7 +50,6 @@ def test_page(page, tmp_path):
     run = subprocess.run(
         [sys.executable, f"{page.stem}.py"],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import TESTS
 from support.export import CASES, make, original
 from torch import nn
 
@@ -17,9 +16,9 @@ X = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(1))
 
 
 def fresh(code: str, folder: Path) -> None:
-    """Run code in a new interpreter, in a folder; `CASES` and this file's names are there."""
-    start = f"import sys, torch; sys.path.insert(0, {str(TESTS)!r})\n"
-    subprocess.run([sys.executable, "-c", start + textwrap.dedent(code)], cwd=folder, check=True)
+    """Run code in a new interpreter, in a folder."""
+    code = "import sys, torch\n" + textwrap.dedent(code)
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
 
 
 def test_models_and_plans(tmp_path):

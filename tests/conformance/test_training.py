@@ -66,21 +66,12 @@ def test_files(pruner, request, tmp_path):
         offered(pruner.save, trial.pruned, reload.file(tmp_path, case.name, "model"))
         torch.save(trial.probe, reload.file(tmp_path, case.name, "inputs"))
         names.append(case.name)
-        before[case.name] = _outputs_on_one_thread(trial)
+        before[case.name] = oracles.outputs(trial.pruned.model, trial.probe)
     reload.in_fresh_process(tmp_path, config.getoption("--pruner"), names)
     for name, wanted in before.items():
         got = torch.load(reload.file(tmp_path, name, "outputs"), weights_only=True)
         assert len(got) == len(wanted), name
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), name
-
-
-def _outputs_on_one_thread(trial: checks.Trial) -> list[torch.Tensor]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return oracles.outputs(trial.pruned.model, trial.probe)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", TRAIN_ONLY)

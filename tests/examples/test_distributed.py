@@ -16,7 +16,7 @@ def torchrun(script: str, processes: int) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     started = subprocess.Popen(
         [*command, f"--nproc-per-node={processes}", str(EXAMPLES / script)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

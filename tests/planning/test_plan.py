@@ -123,6 +123,7 @@ def test_a_branch_that_disappears():
     assert kept.kept["first.4.weight"].numel() == 2
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(
     share=st.floats(0, 1),

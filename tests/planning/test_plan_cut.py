@@ -33,6 +33,7 @@ def every_plan(model, scales, **limits):
     return [pf.plan(model, X, scales, "fixed", value=bound, **limits) for bound in bounds]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", ["keep", "expand", "couple"])
 @pytest.mark.parametrize("build", NETS)
 def test_as_few_channels_go_as_it_takes(build, residual):

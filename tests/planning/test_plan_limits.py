@@ -40,6 +40,7 @@ class TwoBranches(nn.Module):
         return self.join(torch.cat([self.long(x), self.short(x)], 1)).mean((2, 3))
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(
     build=st.sampled_from(NETS),

@@ -99,6 +99,7 @@ def test_nothing_is_decided_where_all_is_continuous():
     assert [name for name, *_ in recorded.taken] == ["max"]
 
 
+@pytest.mark.slow
 def test_detectors(monkeypatch):
     models = pytest.importorskip("torchvision").models.detection
     torch.manual_seed(0)

@@ -36,6 +36,7 @@ def train_step(model: nn.Module, images: Tensor) -> list[Tensor]:
     return [param.grad for param in model.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compile(name):
     slim, images, expected = ready(name)
@@ -48,6 +49,7 @@ def test_compile(name):
         torch.testing.assert_close(found.double(), gradient, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compile_with_inductor():
     slim, images, expected = ready("emptied branch")
     with torch.no_grad():
@@ -120,6 +122,7 @@ for found, expected in zip(model.parameters(), single.parameters(), strict=True)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_an_emptied_branch(tmp_path):
     command = [sys.executable, "-c", DISTRIBUTED, str(tmp_path / "store")]
     processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]

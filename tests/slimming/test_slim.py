@@ -47,6 +47,7 @@ def test_exact_fold_keeps_beta(build, residual):
     assert error(masked(model, plan, zero_beta=False), dropped) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", ["exact", "bias", "none"])
 @pytest.mark.parametrize("name", ["resnet20", "vgg16"])
 def test_the_papers_cifar_networks(name, fold):
@@ -70,6 +71,7 @@ def test_the_papers_cifar_networks(name, fold):
     assert error(reference, slim, (3, 32, 32)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", ["exact", "none"])
 @pytest.mark.parametrize("residual", ["expand", "couple"])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])

@@ -244,6 +244,7 @@ def test_sync_batchnorm():
     assert torch.allclose(a[0], b[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_wrappers_are_looked_through(tmp_path):
     model = settle(nn.Sequential(*body(), *body(8, 6), *tail(6)), X)
     names = list(pf.scaling_factors(model, X))

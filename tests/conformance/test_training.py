@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conformance import checks, oracles, reload, training
-from conformance.models import ALL, chosen
+from conformance.models import ALL, chosen, parameters
 from conformance.pruners import MODES, NotOffered
 
 FAST = "resnet18|googlenet|mobilenet_v3_small|shufflenet_v2_x0_5|regnet_y_400mf"
@@ -22,7 +22,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     models = metafunc.config.getoption("--models")
     if "case" in metafunc.fixturenames:
         cases = chosen(FAST if models == "fast" else models)
-        metafunc.parametrize("case", cases, ids=lambda case: case.name)
+        # All tests of one network follow each other: it is built once.
+        metafunc.parametrize("case", parameters(cases), scope="module")
 
 
 def hardest(pruner, case) -> str:
@@ -56,6 +57,7 @@ def test_the_same_again(pruner, case, mode):
     offered(training.check_again, pruner, case, mode)
 
 
+@pytest.mark.slow
 def test_files(pruner, request, tmp_path):
     """All networks in one process, which has not seen them before."""
     config = request.config
@@ -74,6 +76,7 @@ def test_files(pruner, request, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAIN_ONLY)
 def test_outputs_of_train_mode(pruner, name, request):
     """Auxiliary heads are pruned with the rest: the network left in train mode (its norms and

@@ -39,6 +39,7 @@ def test_round_trip_is_bit_identical(tmp_path, residual, emptied):
     loaded.train()(X).sum().backward()
 
 
+@pytest.mark.slow
 def test_in_a_fresh_process(tmp_path):
     slim, plan = made("expand")
     pf.save(slim, plan, tmp_path / "slim.pt")

@@ -10,6 +10,8 @@ from contextlib import suppress
 import pytest
 from support.examples import EXAMPLES
 
+pytestmark = pytest.mark.slow
+
 
 def torchrun(script: str, processes: int) -> str:
     """What a script prints under torchrun."""

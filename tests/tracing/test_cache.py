@@ -12,12 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.masked import TOLERANCE, error, masked
-from support.nets import Residual, X, chain, conv_bn, prepared, settle, zero
+from support.nets import Residual, chain, conv_bn, settle, zero
 from torch import Tensor, nn
 
 import polarfast as pf
 from polarfast.slimming import slim as slimming
 from polarfast.tracing import cache as retracing
+
+X = torch.randn(3, 3, 10, 10, dtype=torch.float64)
 
 
 class Net(nn.Module):
@@ -43,6 +45,14 @@ class Net(nn.Module):
         return self.fc(F.silu(out).mean((2, 3)))
 
 
+def make(build=Net):
+    torch.manual_seed(0)
+    model = settle(build(), torch.randn(4, 3, 10, 10))
+    scales = pf.scaling_factors(model, X)
+    zero(scales)
+    return model, scales
+
+
 @pytest.fixture
 def traces(monkeypatch):
     """How often a model was traced."""
@@ -59,7 +69,7 @@ def traces(monkeypatch):
 
 @pytest.mark.parametrize("build", [Net, chain, Residual])
 def test_one_trace_and_one_fold_do(build, traces, monkeypatch):
-    model, scales = prepared(build)
+    model, scales = make(build)
     plan = pf.plan(model, X, scales.select("."), "fixed")
     wanted = pf.slim(model, pf.PruningPlan.from_json(plan.to_json()))  # knows nothing
     assert len(traces) == 2
@@ -142,7 +152,7 @@ EDITS = [
 @pytest.mark.parametrize("edit", EDITS)
 def test_edits_between_plan_and_slim(edit):
     """What is built is what a plan that knows nothing of the model before would give."""
-    model, scales = prepared(Net)
+    model, scales = make()
     plan = pf.plan(model, X, scales.select(r"^a\."), "fixed")
     edit(model)
     slim = pf.slim(model, plan, verify=False)
@@ -153,7 +163,7 @@ def test_edits_between_plan_and_slim(edit):
 
 @pytest.mark.parametrize("edit", [swapped, flagged, padded, hooked, nested, reconfigured, gated])
 def test_edits_between_scaling_factors_and_plan(edit, traces):
-    model, scales = prepared(Net)
+    model, scales = make()
     chosen = scales.select(r"^a\.")
     edit(model)
     plan = pf.plan(model, X, chosen, "fixed")
@@ -163,7 +173,7 @@ def test_edits_between_scaling_factors_and_plan(edit, traces):
 
 
 def test_a_class_that_changes(monkeypatch, traces):
-    model, scales = prepared(Net)
+    model, scales = make()
     monkeypatch.setattr(Net, "wide", False)
     pf.plan(model, X, scales, "fixed")
     monkeypatch.setattr(Net, "forward", lambda self, x: self.fc(self.b(self.a(x)).mean((2, 3))))
@@ -172,7 +182,7 @@ def test_a_class_that_changes(monkeypatch, traces):
 
 
 def test_a_buffer_that_steers(traces):
-    model, scales = prepared(Net)
+    model, scales = make()
     model.register_buffer("on", torch.zeros(1, dtype=torch.uint8))
     model.act = lambda x: torch.relu(x)[:, ::2].repeat(1, 2, 1, 1) if model.on.item() else x.relu()
     scales = pf.scaling_factors(model, X)
@@ -187,7 +197,7 @@ def test_a_buffer_that_steers(traces):
 
 
 def test_other_inputs(traces):
-    model, scales = prepared(Net)
+    model, scales = make()
     small = pf.plan(model, X, scales, "fixed")
     large = pf.plan(model, torch.randn(3, 3, 20, 20, dtype=torch.float64), scales, "fixed")
     assert len(traces) == 2 and large.macs_before > 3 * small.macs_before
@@ -197,7 +207,7 @@ def test_other_inputs(traces):
 
 
 def test_a_plan_that_was_edited():
-    model, scales = prepared(Net)
+    model, scales = make()
     plan = pf.plan(model, X, scales.select(r"^a\."), "fixed")
     plan.kept["a.1.weight"] = torch.tensor([0, 5])
     plan.layers["a.1.weight"].constant = [1]
@@ -220,7 +230,7 @@ def test_what_cannot_be_judged_is_traced_anew(traces):
     class Slots:
         slope: float = 0.0
 
-    model, scales = prepared(Net)
+    model, scales = make()
     model.config, model.more = Other(), Slots()
     scales = pf.scaling_factors(model, X)
     pf.plan(model, X, scales, "fixed")
@@ -228,7 +238,7 @@ def test_what_cannot_be_judged_is_traced_anew(traces):
 
 
 def test_it_belongs_to_this_model_in_this_process_only(traces):
-    model, scales = prepared(Net)
+    model, scales = make()
     plan = pf.plan(model, X, scales, "fixed")
     for twin in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
         assert twin.to_json() == plan.to_json() and vars(twin).keys() == vars(plan).keys()
@@ -241,7 +251,7 @@ def test_it_belongs_to_this_model_in_this_process_only(traces):
 
 
 def test_a_plan_keeps_no_model_alive():
-    model, scales = prepared(Net)
+    model, scales = make()
     plan = pf.plan(model, X, scales, "fixed")
     refs = [weakref.ref(model), weakref.ref(model.fc.weight)]
     del model, scales

@@ -27,7 +27,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def hardest(pruner, case) -> str:
-    """The hardest mode that there is: networks × modes are test_conformance's."""
+    """The hardest mode that there is: networks × modes are test_networks'."""
     return next(m for m in ("expand", *MODES) if m in pruner.modes and m in case.modes)
 
 

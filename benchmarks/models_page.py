@@ -13,8 +13,8 @@ Inception 128), and no rule in polarfast knows a network's name.
 The assertions behind the table are a test suite, which a stranger can point at another pruner: two
 methods of `conformance.pruners.Pruner` to write, three more for what a library offers beyond.
 
-    pytest tests/test_conformance.py tests/test_conformance_training.py --models all
-    pytest tests/test_conformance.py --models 'resnet.*' --pruner conformance.peers:TorchPruning
+    pytest tests/conformance --models all
+    pytest tests/conformance/test_networks.py --models 'resnet.*' --pruner conformance.peers:TorchPruning
 
 Half of the channels of every layer that takes part are removed, one of every two neighbours.
 

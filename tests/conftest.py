@@ -3,11 +3,43 @@
 import os
 
 import pytest
+from hypothesis import register_random
+
+# One thread in this process and in those that tests start: workers beside each other keep the
+# cores busy, and networks of eight channels gain nothing from a second thread.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
+torch.set_num_threads(1)
+# The processes that tests start find the tests' modules too.
+HERE = os.path.dirname(os.path.abspath(__file__))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")]))
 # Without a GPU the Triton kernels run in Triton's interpreter: read when Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+class TorchRandom:
+    """Torch's generator, which hypothesis seeds before each example: whatever a test draws from
+    it is drawn again when the example is.
+    """
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+register_random(TorchRandom)
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    torch.manual_seed(0)  # what a module draws does not depend on those imported before it
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    torch.manual_seed(0)  # nor what a test draws on those that ran before it
+    torch.set_num_threads(1)  # some recipes ask for more
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

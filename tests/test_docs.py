@@ -7,7 +7,6 @@ name (```text, ```sh).
 
 import ast
 import importlib.util
-import os
 import subprocess
 import sys
 
@@ -41,6 +40,7 @@ def imported(code: str) -> set[str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page(page, tmp_path):
     code = script(page.read_text())
@@ -51,7 +51,6 @@ def test_page(page, tmp_path):
     run = subprocess.run(
         [sys.executable, f"{page.stem}.py"],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.nets import Residual, chain, conv_bn, settle, zero
+from support.nets import Residual, chain, conv_bn, prepared
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
@@ -64,9 +64,7 @@ def test_means_are_torchs_where_batches_are_of_one_size():
 @pytest.mark.parametrize("residual", ["keep", "expand"])
 def test_slim_and_masked_original_stay_equal(build, residual):
     """What slim moved into running means, and its constant channels, come through it."""
-    model = settle(build(), DATA)
-    scales = pf.scaling_factors(model, DATA.double(), residual=residual)
-    zero(scales)
+    model, scales = prepared(build, residual, x=DATA.double())
     plan = pf.plan(model, DATA.double(), scales, "fixed")
     slim = pf.slim(model, plan)
     assert any(layer.constant for layer in plan.layers.values())

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import TESTS
 from support.export import CASES, make, original
 from torch import nn
 
@@ -17,11 +16,12 @@ X = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(1))
 
 
 def fresh(code: str, folder: Path) -> None:
-    """Run code in a new interpreter, in a folder; `CASES` and this file's names are there."""
-    start = f"import sys, torch; sys.path.insert(0, {str(TESTS)!r})\n"
-    subprocess.run([sys.executable, "-c", start + textwrap.dedent(code)], cwd=folder, check=True)
+    """Run code in a new interpreter, in a folder."""
+    code = "import sys, torch\n" + textwrap.dedent(code)
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
 
 
+@pytest.mark.slow
 def test_models_and_plans(tmp_path):
     for name in CASES:
         (slim, plan), (model, _) = make(name), original(name)
@@ -37,8 +37,7 @@ def test_models_and_plans(tmp_path):
             assert isinstance(torch.load(path, weights_only=True), dict)
         assert "polarfast" not in sys.modules  # tensors and plain data: nothing of ours to run
         import polarfast as pf
-        from support import TESTS
-from support.export import CASES
+        from support.export import CASES
         for name, case in CASES.items():
             state, images, expected = torch.load(f"{name}.pt")
             loaded = pf.load(f"{name}.slim", lambda: case.build().double().eval())
@@ -71,34 +70,41 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: torch.Ten
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["expand", "emptied branch"])
-def test_training_goes_on(name, tmp_path):
-    slim, plan = make.__wrapped__(name)
-    slim.float()
-    optimizer = optimizer_of(slim)
-    batches = X.view(4, 2, 3, 10, 10)
-    steps(slim, optimizer, batches[:2])
-    pf.save(slim, plan, tmp_path / "slim.pt")
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    steps(slim, optimizer, batches[2:])
+TRAINED = ["expand", "emptied branch"]
+
+
+@pytest.mark.slow
+def test_training_goes_on(tmp_path):
+    batches, expected = X.view(4, 2, 3, 10, 10), {}
+    for name in TRAINED:
+        slim, plan = make.__wrapped__(name)
+        slim.float()
+        optimizer = optimizer_of(slim)
+        steps(slim, optimizer, batches[:2])
+        pf.save(slim, plan, tmp_path / f"{name}.slim")
+        torch.save(optimizer.state_dict(), tmp_path / f"{name}.optimizer")
+        steps(slim, optimizer, batches[2:])
+        expected[name] = slim, optimizer
     fresh(
-        f"""
+        """
         import polarfast as pf
         from test_saving_fresh import *
-        slim = pf.load("slim.pt", CASES[{name!r}].build)
-        optimizer = optimizer_of(slim)
-        optimizer.load_state_dict(torch.load("optimizer.pt", weights_only=True))
-        steps(slim, optimizer, X.view(4, 2, 3, 10, 10)[2:])
-        torch.save([slim.state_dict(), optimizer.state_dict()], "after.pt")
+        for name in TRAINED:
+            slim = pf.load(f"{name}.slim", CASES[name].build)
+            optimizer = optimizer_of(slim)
+            optimizer.load_state_dict(torch.load(f"{name}.optimizer", weights_only=True))
+            steps(slim, optimizer, X.view(4, 2, 3, 10, 10)[2:])
+            torch.save([slim.state_dict(), optimizer.state_dict()], f"{name}.after")
         """,
         tmp_path,
     )
-    state, momenta = torch.load(tmp_path / "after.pt")
-    assert all(torch.equal(state[key], tensor) for key, tensor in slim.state_dict().items())
-    own = optimizer.state_dict()["state"]
-    assert len(own) == len(list(slim.parameters()))
-    for key, tensors in own.items():
-        assert torch.equal(momenta["state"][key]["momentum_buffer"], tensors["momentum_buffer"])
+    for name, (slim, optimizer) in expected.items():
+        state, momenta = torch.load(tmp_path / f"{name}.after")
+        assert all(torch.equal(state[key], tensor) for key, tensor in slim.state_dict().items())
+        own = optimizer.state_dict()["state"]
+        assert len(own) == len(list(slim.parameters()))
+        for key, tensors in own.items():
+            assert torch.equal(momenta["state"][key]["momentum_buffer"], tensors["momentum_buffer"])
 
 
 def test_wrappers_are_looked_through(tmp_path):

@@ -1,7 +1,7 @@
 """A conformance suite for structured pruning: networks nobody here wrote, oracles that know nothing
 of the pruner.
 
-    pytest tests/test_conformance.py tests/test_conformance_training.py
+    pytest tests/conformance
         --models all | fast | REGULAR-EXPRESSION      (default: fast)
         --pruner package.module:Class                 (default: polarfast's)
 

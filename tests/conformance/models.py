@@ -23,6 +23,7 @@ FAST = (
     "efficientnet_b0|regnet_y_400mf|shufflenet_v2_x0_5|ssdlite320_mobilenet_v3_large|"
     "timm/resnetv2_50|timm/mobilenetv4_conv_small"
 )
+SMALLEST = "shufflenet_v2_x0_5"
 
 
 @dataclass(frozen=True)
@@ -166,3 +167,9 @@ def chosen(models: str) -> list[Case]:
     if not found:
         raise ValueError(f"--models {models!r} matches none of {', '.join(ALL)}")
     return found
+
+
+def parameters(cases: list[Case]) -> list[Any]:
+    """As tests take them: all but the smallest are slow."""
+    slow = {case.name: (pytest.mark.slow,) for case in cases if case.name != SMALLEST}
+    return [pytest.param(case, id=case.name, marks=slow.get(case.name, ())) for case in cases]

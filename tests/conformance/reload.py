@@ -32,7 +32,6 @@ def in_fresh_process(folder: Path, pruner: str, names: Sequence[str]) -> None:
 
 
 def main(folder: Path, pruner: str, names: Sequence[str]) -> None:
-    torch.set_num_threads(1)
     for name in names:
         model = find(pruner).load(file(folder, name, "model"), ALL[name].build).eval()
         inputs = torch.load(file(folder, name, "inputs"), weights_only=True)

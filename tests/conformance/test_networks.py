@@ -7,7 +7,7 @@ Which networks and whose pruner: see conformance/__init__.py.
 import pytest
 
 from conformance import checks, oracles
-from conformance.models import chosen
+from conformance.models import chosen, parameters
 from conformance.pruners import FOLDS, MODES
 
 # "none" and "bias" say little more of a network once "exact" holds in all modes.
@@ -17,7 +17,8 @@ EVERY = [(mode, fold) for mode in MODES for fold in FOLDS]
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     models = metafunc.config.getoption("--models")
-    metafunc.parametrize("case", chosen(models), ids=lambda case: case.name)
+    # All tests of one network follow each other: it is built once.
+    metafunc.parametrize("case", parameters(chosen(models)), scope="module")
     if "fold" in metafunc.fixturenames:
         metafunc.parametrize(("mode", "fold"), SOME if models == "fast" else EVERY)
     else:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conformance import checks, oracles, reload, training
-from conformance.models import ALL, chosen
+from conformance.models import ALL, chosen, parameters
 from conformance.pruners import MODES, NotOffered
 
 FAST = "resnet18|googlenet|mobilenet_v3_small|shufflenet_v2_x0_5|regnet_y_400mf"
@@ -22,11 +22,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     models = metafunc.config.getoption("--models")
     if "case" in metafunc.fixturenames:
         cases = chosen(FAST if models == "fast" else models)
-        metafunc.parametrize("case", cases, ids=lambda case: case.name)
+        # All tests of one network follow each other: it is built once.
+        metafunc.parametrize("case", parameters(cases), scope="module")
 
 
 def hardest(pruner, case) -> str:
-    """The hardest mode that there is: networks × modes are test_conformance's."""
+    """The hardest mode that there is: networks × modes are test_networks'."""
     return next(m for m in ("expand", *MODES) if m in pruner.modes and m in case.modes)
 
 
@@ -56,6 +57,7 @@ def test_the_same_again(pruner, case, mode):
     offered(training.check_again, pruner, case, mode)
 
 
+@pytest.mark.slow
 def test_files(pruner, request, tmp_path):
     """All networks in one process, which has not seen them before."""
     config = request.config
@@ -66,7 +68,7 @@ def test_files(pruner, request, tmp_path):
         offered(pruner.save, trial.pruned, reload.file(tmp_path, case.name, "model"))
         torch.save(trial.probe, reload.file(tmp_path, case.name, "inputs"))
         names.append(case.name)
-        before[case.name] = _outputs_on_one_thread(trial)
+        before[case.name] = oracles.outputs(trial.pruned.model, trial.probe)
     reload.in_fresh_process(tmp_path, config.getoption("--pruner"), names)
     for name, wanted in before.items():
         got = torch.load(reload.file(tmp_path, name, "outputs"), weights_only=True)
@@ -74,15 +76,7 @@ def test_files(pruner, request, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), name
 
 
-def _outputs_on_one_thread(trial: checks.Trial) -> list[torch.Tensor]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return oracles.outputs(trial.pruned.model, trial.probe)
-    finally:
-        torch.set_num_threads(threads)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAIN_ONLY)
 def test_outputs_of_train_mode(pruner, name, request):
     """Auxiliary heads are pruned with the rest: the network left in train mode (its norms and

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.engine import (
     PATIENCE,
     TINY,
@@ -168,7 +167,6 @@ def test_stopped_within_epochs(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     """By a signal after steps 3, 4 (of 4 in an epoch) and 9 of each stage."""
     recipe = VARIANTS[name]
     monkeypatch.setattr(loop, "SHOW_SECONDS", 0.0)
-    torch.set_num_threads(1)
     go_on(recipe, tmp_path / "whole")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

@@ -37,11 +37,6 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def data_name(name: str) -> str:
     return load_recipe(name).data.name
 

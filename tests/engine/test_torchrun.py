@@ -48,7 +48,6 @@ def torchrun(recipe: Recipe, folder: Path, *options: str) -> Iterator["subproces
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
         yield process

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,14 +25,6 @@ from polarfast.errors import ArgumentError
 STAGE = Stage(epochs=3, lr=0.05, warmup=0.5)
 PLAIN = replace(TINY, train=STAGE)  # 4 steps of 24 images an epoch
 SEED = 11
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

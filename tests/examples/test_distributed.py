@@ -10,13 +10,15 @@ from contextlib import suppress
 import pytest
 from support.examples import EXAMPLES
 
+pytestmark = pytest.mark.slow
+
 
 def torchrun(script: str, processes: int) -> str:
     """What a script prints under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     started = subprocess.Popen(
         [*command, f"--nproc-per-node={processes}", str(EXAMPLES / script)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,6 +1,9 @@
 """The examples run and do what they say."""
 
+import pytest
 from support.examples import example
+
+pytestmark = pytest.mark.slow
 
 
 def test_plain_loop() -> None:

@@ -39,10 +39,11 @@ def fresh_accelerator() -> Iterator[None]:
     state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, arguments",
     [
-        ("lightning_module", {}),
+        ("lightning_module", {"precision": "32-true"}),  # in bfloat16 a CPU takes long
         ("timm_optimizer", {"name": "lamb"}),
         ("timm_optimizer", {"name": "lookahead_adamw"}),
         ("accelerate_loop", {}),
@@ -71,6 +72,7 @@ def constant(optimizer: Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate_follows_the_formula(precision: str, fresh_accelerator: None) -> None:
     code, batches = example("accelerate_loop"), digits(2 * STEPS)
@@ -110,6 +112,7 @@ def test_accelerate_restores_a_state_with_what_is_attached(
     assert torch.equal(factors(scales), straight)
 
 
+@pytest.mark.slow
 def test_accelerate_with_a_scaler_that_skips_steps(fresh_accelerator: None) -> None:
     """Accelerate takes float16 on a GPU only; its optimizer takes a scaler anywhere."""
     code, batches = example("accelerate_loop"), digits(STEPS + 2)
@@ -196,6 +199,7 @@ def hf_trainer(code: ModuleType, folder: Path, epochs: int, attach: bool = True)
     return trainer, scales
 
 
+@pytest.mark.slow
 def test_hf_trainer_follows_the_formula_and_resumes(
     tmp_path: Path, fresh_accelerator: None
 ) -> None:

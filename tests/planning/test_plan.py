@@ -11,10 +11,11 @@ from support.nets import (
     Branches,
     Grouped,
     Residual,
+    X,
     chain,
     conv_bn,
     empty,
-    settle,
+    prepared,
     zero,
 )
 from torch import nn
@@ -22,22 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import polarfast as pf
 
-X = torch.randn(2, 3, 10, 10, dtype=torch.float64)
 NETS = [chain, Residual, Bottlenecks, Branches, Grouped]
-
-
-def make(build, residual="keep", share=0.5):
-    model = settle(build(), torch.randn(4, 3, 10, 10))
-    scales = pf.scaling_factors(model, X, residual=residual)
-    zero(scales, share)
-    return model, scales
 
 
 @pytest.mark.parametrize("fold", ["exact", "bias", "none"])
 @pytest.mark.parametrize("residual", ["keep", "expand", "couple"])
 @pytest.mark.parametrize("build", NETS)
 def test_predicted_sizes_are_those_of_the_built_model(build, residual, fold):
-    model, scales = make(build, residual)
+    model, scales = prepared(build, residual)
     plan = pf.plan(model, X, scales, fold=fold)
     slim = pf.slim(model, plan)
     with FlopCounterMode(display=False) as counter:
@@ -49,7 +42,7 @@ def test_predicted_sizes_are_those_of_the_built_model(build, residual, fold):
 
 
 def test_valley_thresholds_decide():
-    model, scales = make(chain)
+    model, scales = prepared(chain)
     plan = pf.plan(model, X, scales)
     found = pf.thresholds(scales)
     for name, gamma in scales.items():
@@ -59,7 +52,7 @@ def test_valley_thresholds_decide():
 
 
 def test_fixed_and_percentile():
-    model, scales = make(chain)
+    model, scales = prepared(chain)
     plan = pf.plan(model, X, scales, method="fixed", value=0.7)
     for name, gamma in scales.items():
         assert torch.equal(plan.kept[name], (gamma > 0.7).nonzero().flatten())
@@ -68,8 +61,7 @@ def test_fixed_and_percentile():
 
 
 def test_an_unpolarized_network_loses_nothing_and_no_valley_is_told():
-    model = settle(chain(), torch.randn(4, 3, 10, 10))
-    scales = pf.scaling_factors(model, X)
+    model, scales = prepared(chain, share=0)
     plan = pf.plan(model, X, scales)
     assert plan.macs == plan.macs_before and plan.flops_reduction == 0
     wide = torch.nn.Sequential(
@@ -88,8 +80,7 @@ def test_an_unpolarized_network_loses_nothing_and_no_valley_is_told():
 
 @pytest.mark.parametrize("build", [chain, Branches])
 def test_the_last_channel_of_a_chain_stays(build):
-    model = settle(build(), torch.randn(4, 3, 10, 10))
-    scales = pf.scaling_factors(model, X)
+    model, scales = prepared(build, share=0)
     with torch.no_grad():
         for gamma in scales.values():
             gamma.zero_()[3] = 0.005  # the strongest, under the threshold too
@@ -105,8 +96,7 @@ def test_the_last_channel_of_a_chain_stays(build):
 
 
 def test_of_parallel_branches_one_may_go_but_not_all():
-    model = settle(Branches(), torch.randn(4, 3, 10, 10))
-    scales = pf.scaling_factors(model, X)
+    model, scales = prepared(Branches, share=0)
     empty(scales, ["left.1.weight"])
     plan = pf.plan(model, X, scales)
     assert plan.kept["left.1.weight"].numel() == 0 and plan.kept["right.2.weight"].numel() == 6
@@ -116,7 +106,7 @@ def test_of_parallel_branches_one_may_go_but_not_all():
 
 
 def test_a_branch_that_disappears():
-    model, scales = make(Residual, "expand")
+    model, scales = prepared(Residual, "expand")
     empty(scales, ["first.4.weight"])
     plan = pf.plan(model, X, scales)
     # What only the emptied convolution read goes with it, whatever its γ.
@@ -133,6 +123,7 @@ def test_a_branch_that_disappears():
     assert kept.kept["first.4.weight"].numel() == 2
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(
     share=st.floats(0, 1),
@@ -142,8 +133,7 @@ def test_a_branch_that_disappears():
     seed=st.integers(0, 99),
 )
 def test_limits_hold_and_only_add_back(share, round_to, min_channels, residual, seed):
-    model = settle(Residual(), torch.randn(4, 3, 10, 10), seed=seed)
-    scales = pf.scaling_factors(model, X, residual=residual)
+    model, scales = prepared(Residual, residual, share=0, seed=seed)
     zero(scales, share, seed)
     free = pf.plan(model, X, scales)
     plan = pf.plan(model, X, scales, round_to=round_to, min_channels=min_channels)
@@ -195,7 +185,7 @@ def test_valleys_without_a_gap_are_noted():
 
 @pytest.mark.parametrize("residual", ["keep", "expand", "couple"])
 def test_json_round_trip(residual):
-    model, scales = make(Residual, residual)
+    model, scales = prepared(Residual, residual)
     plan = pf.plan(model, X, scales)
     text = plan.to_json()
     again = pf.PruningPlan.from_json(text)
@@ -211,7 +201,7 @@ def test_json_round_trip(residual):
 
 
 def test_damaged_plans_are_refused():
-    model, scales = make(chain)
+    model, scales = prepared(chain)
     text = pf.plan(model, X, scales).to_json()
     with pytest.raises(pf.PlanError, match="not a pruning plan"):
         pf.PruningPlan.from_json("hello")
@@ -228,7 +218,7 @@ def test_damaged_plans_are_refused():
 
 
 def test_arguments_are_checked():
-    model, scales = make(chain)
+    model, scales = prepared(chain)
     with pytest.raises(pf.ArgumentError, match="round_to=0"):
         pf.plan(model, X, scales, round_to=0)
     with pytest.raises(pf.ArgumentError, match="min_channels=-1"):
@@ -236,6 +226,6 @@ def test_arguments_are_checked():
     with pytest.raises(pf.ArgumentError, match="fold='all'"):
         pf.plan(model, X, scales, fold="all")
     with pytest.raises(pf.PlanError, match="not a parameter of this model"):
-        pf.plan(make(chain)[0], X, scales)
+        pf.plan(prepared(chain)[0], X, scales)
     with pytest.raises(pf.ArgumentError, match="method"):
         pf.plan(model, X, scales, method="median")

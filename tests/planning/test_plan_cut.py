@@ -4,14 +4,13 @@ import itertools
 
 import pytest
 import torch
-from support.nets import Bottlenecks, Branches, Grouped, Residual, SqueezeExcite, chain, settle
+from support.nets import Bottlenecks, Branches, Grouped, Residual, SqueezeExcite, X, chain, settle
 from support.planning import check_sizes, make, width
 from torch import nn
 
 import polarfast as pf
 from polarfast.engine.models import build as build_model
 
-X = torch.randn(2, 3, 10, 10, dtype=torch.float64)
 NETS = [chain, Residual, Bottlenecks, Branches, Grouped, SqueezeExcite]
 LIMITS = [
     {},
@@ -34,6 +33,7 @@ def every_plan(model, scales, **limits):
     return [pf.plan(model, X, scales, "fixed", value=bound, **limits) for bound in bounds]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", ["keep", "expand", "couple"])
 @pytest.mark.parametrize("build", NETS)
 def test_as_few_channels_go_as_it_takes(build, residual):

@@ -12,16 +12,16 @@ from support.nets import (
     Grouped,
     Residual,
     SqueezeExcite,
+    X,
     chain,
     conv_bn,
-    settle,
+    prepared,
 )
 from support.planning import check_sizes, make, width
 from torch import nn
 
 import polarfast as pf
 
-X = torch.randn(2, 3, 10, 10, dtype=torch.float64)
 NETS = [chain, Residual, Bottlenecks, Branches, Grouped, SqueezeExcite]
 
 
@@ -40,6 +40,7 @@ class TwoBranches(nn.Module):
         return self.join(torch.cat([self.long(x), self.short(x)], 1)).mean((2, 3))
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(
     build=st.sampled_from(NETS),
@@ -124,8 +125,7 @@ def test_layers_that_no_multiple_fits_are_noted():
 
 
 def test_what_fed_an_emptied_branch_comes_back_with_it():
-    model = settle(TwoBranches(), torch.randn(4, 3, 10, 10))
-    scales = pf.scaling_factors(model, X)
+    model, scales = prepared(TwoBranches, share=0)
     with torch.no_grad():
         scales["long.4.weight"].zero_()
         model.long[4].bias.fill_(1.0)  # seen through the padding: a constant channel

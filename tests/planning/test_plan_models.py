@@ -6,6 +6,8 @@ from support.planning import check_sizes, width
 
 import polarfast as pf
 
+pytestmark = pytest.mark.slow
+
 torchvision = pytest.importorskip("torchvision")
 X = torch.randn(1, 3, 64, 64)
 

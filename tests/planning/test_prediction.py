@@ -12,7 +12,7 @@ from support.nets import (
     SqueezeExcite,
     chain,
     empty,
-    settle,
+    prepared,
     zero,
 )
 from torch import nn
@@ -35,8 +35,7 @@ NETS = {
 
 
 def make(name, residual="keep", dtype=torch.float32):
-    model = settle(NETS[name](), torch.randn(4, 3, 12, 12)).to(dtype)
-    return model, pf.scaling_factors(model, X.to(dtype), residual=residual)
+    return prepared(NETS[name], residual, share=0, dtype=dtype, x=X)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from polarfast.errors import ArgumentError, ScalingFactorError, ThresholdError
-from polarfast.planning.thresholds import thresholds
+from polarfast.planning.thresholds import Ranking, thresholds
 from polarfast.scaling.factors import ScalingFactors
 
 
@@ -81,7 +81,7 @@ def test_valley_of_other_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_values_above_one_are_not_counted_and_harmless() -> None:
-    values = [*_bimodal(50, 0).tolist(), 1.5, 7.0]
+    values = [*_bimodal(50, 0).tolist(), 0.0, 1.5, 7.0]
     assert thresholds(_scales(values))["g0"] == _valley(values)
 
 
@@ -143,3 +143,46 @@ def test_wrong_arguments() -> None:
             thresholds(scales, "percentile", share)
     with pytest.raises(ScalingFactorError, match="no scaling factors"):
         thresholds(ScalingFactors({}))
+
+
+LAYERS = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=6), min_size=1, max_size=4)
+
+
+@given(LAYERS, st.lists(st.one_of(st.none(), st.integers(0, 4)), min_size=4, max_size=4), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_ranking(layers: list[list[int]], valleys: list[int | None], data: st.DataObject) -> None:
+    """Weakest first; of equals each layer gives the same share at any time, its last ones first."""
+    compared = {f"g{i}": torch.tensor(layer).float() for i, layer in enumerate(layers)}
+    bounds = data.draw(st.sampled_from([None, dict(zip(compared, valleys, strict=False))]))
+    ranking = Ranking(compared, bounds)
+
+    def is_above(name: str, score: float) -> bool:
+        return bounds is not None and (bounds[name] is None or score > bounds[name])
+
+    channels = []
+    for name, values in compared.items():
+        for i, score in enumerate(values.tolist()):
+            equal = [j for j, other in enumerate(values.tolist()) if other == score]
+            share = (len(equal) - equal.index(i)) / len(equal)
+            key = (is_above(name, score), score, share)
+            channels.append((int(ranking.places[name][i]), key, name, score))
+    channels.sort()
+    assert [place for place, *_ in channels] == list(range(1, ranking.count + 1))
+    keys = [key for _, key, *_ in channels]
+    assert keys == sorted(keys)
+
+    for count in range(ranking.count + 1):
+        go, stay = channels[:count], channels[count:]
+        places, found = ranking.bounds(count), ranking.thresholds(count)
+        for place, _, name, score in channels:
+            gone = places[name] is not None and place <= places[name]
+            assert gone == (place <= count)
+            assert not gone or score <= found[name]
+        # What stays at or under the threshold equals the last that went, and is counted.
+        limits = {name: -1.0 if bound is None else bound for name, bound in found.items()}
+        under = [(name, score) for _, _, name, score in stay if score <= limits[name]]
+        assert all(score == go[-1][3] for _, score in under)
+        names = [name for name, _ in under]
+        assert ranking.ties(count) == {name: names.count(name) for name in compared}
+        names = [name for _, key, name, _ in go if key[0]]
+        assert ranking.above_valleys(count) == {name: names.count(name) for name in compared}

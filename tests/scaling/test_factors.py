@@ -1,6 +1,7 @@
 """Which γ take part, by the paper's rules, on the paper's networks."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -63,10 +64,13 @@ def test_resnet50_and_mobilenet():
 
     model = models.mobilenet_v2()
     scales = pf.scaling_factors(model, image, residual="expand")
-    convs = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
-    for name in scales:
-        before = name.replace("1.weight", "0").removesuffix(".weight")
-        assert before not in convs or convs[before].groups == 1, "a depthwise norm takes part"
+    modules = list(model.named_modules())
+    depthwise = {
+        f"{norm}.weight"
+        for (_, conv), (norm, _) in itertools.pairwise(modules)
+        if isinstance(conv, torch.nn.Conv2d) and conv.groups > 1
+    }
+    assert len(depthwise) == 17 and not depthwise & set(scales)
     assert "features.2.conv.0.1.weight" in scales  # an expansion
     assert "features.3.conv.3.weight" in scales  # a projection that ends a branch
     assert "features.2.conv.1.1.weight" in scales.pinned

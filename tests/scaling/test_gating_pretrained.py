@@ -109,6 +109,7 @@ def test_parameters_replaced_after_the_first_step_are_noticed_with_the_next_opti
     one_step(model, scales.rebind(model))
 
 
+@pytest.mark.slow
 def test_a_trained_network_is_gated_polarized_pruned_and_fine_tuned(capsys):
     pytest.importorskip("sklearn")
     found = example("pretrained_start").main()

@@ -36,6 +36,7 @@ def test_zero_gates_are_exact(build, residual):
         assert plan.params_before == sum(p.numel() for p in build().parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", ["keep", "expand", "couple"])
 def test_mobilenet_with_beta_is_exact(residual, tmp_path):
     models = pytest.importorskip("torchvision").models
@@ -115,6 +116,7 @@ def test_gates_fold_without_pruning(build):
     build().load_state_dict(slim.state_dict())
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     build=st.sampled_from([chain, Residual, Branches, Grouped, bare]),

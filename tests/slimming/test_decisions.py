@@ -4,13 +4,12 @@ import pytest
 import torch
 from support.hard_nets import Net, body, tail
 from support.masked import masked
-from support.nets import conv_bn, settle, zero
+from support.nets import X, conv_bn, prepared, zero
 from torch import Tensor, nn
 
 import polarfast as pf
+from polarfast.slimming import slim as slimming
 from polarfast.slimming.verify import Decisions
-
-X = torch.randn(2, 3, 10, 10, dtype=torch.float64)
 
 
 def ranked(n: nn.Module, x: Tensor) -> Tensor:
@@ -32,10 +31,7 @@ def detector() -> nn.Module:
 
 
 def test_the_slim_model_is_given_the_original_choice():
-    torch.manual_seed(0)
-    model = settle(detector(), X)
-    scales = pf.scaling_factors(model, X)
-    zero(scales)
+    model, scales = prepared(detector)
     plan = pf.plan(model, X, scales, "fixed")
     slim = pf.slim(model, plan)
     reference = masked(model, plan, False)
@@ -83,11 +79,9 @@ def test_decisions_are_taken_over_and_values_are_not(decide):
     ],
 )  # fmt: skip
 def test_no_decision_hides_what_it_was_taken_from(decide):
-    torch.manual_seed(0)
-    model = Net(lambda n, x: decide(n.b(n.a(x))), a=body(3, 8), b=nn.Conv2d(8, 4, 1))
-    model = settle(model, X)
-    scales = pf.scaling_factors(model, X)
-    zero(scales)
+    model, scales = prepared(
+        lambda: Net(lambda n, x: decide(n.b(n.a(x))), a=body(3, 8), b=nn.Conv2d(8, 4, 1))
+    )
     plan = pf.plan(model, X, scales, "fixed")
     slim = pf.slim(model, plan)
     assert pf.verify(model, slim, plan, X).exact
@@ -105,7 +99,8 @@ def test_nothing_is_decided_where_all_is_continuous():
     assert [name for name, *_ in recorded.taken] == ["max"]
 
 
-def test_detectors():
+@pytest.mark.slow
+def test_detectors(monkeypatch):
     models = pytest.importorskip("torchvision").models.detection
     torch.manual_seed(0)
     model = models.ssdlite320_mobilenet_v3_large(
@@ -121,24 +116,14 @@ def test_detectors():
     plan = pf.plan(model, x, scales, "fixed")
     slim = pf.slim(model, plan)  # compared on the original's choice of boxes
     assert plan.macs < plan.macs_before and len(slim(*x)[0]["boxes"]) > 0
-    with pytest.raises(pf.VerificationError, match="not what the plan says"):
-        broken(model, plan)
+    write = slimming.write_edits
 
-
-def broken(model: nn.Module, plan: pf.PruningPlan) -> nn.Module:
-    """As `slim`, of a model whose first head changes while it is built."""
-    from polarfast.slimming import slim as slimming
-
-    original = slimming.write_edits
-
-    def wrong(*args, **kwargs):
-        edits = original(*args, **kwargs)
+    def wrong(*args):
+        edits = write(*args)
         name = "head.classification_head.module_list.0.1.bias"
         edits.tensors[name] = model.get_parameter(name).double() + 0.01
         return edits
 
-    slimming.write_edits = wrong
-    try:
-        return pf.slim(model, plan)
-    finally:
-        slimming.write_edits = original
+    monkeypatch.setattr(slimming, "write_edits", wrong)
+    with pytest.raises(pf.VerificationError, match="not what the plan says"):
+        pf.slim(model, plan)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from support.export import CASES, distance, make
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.filterwarnings("ignore")  # of deprecations inside the exporters
 @pytest.mark.parametrize("name", CASES)

@@ -4,24 +4,20 @@ import re
 
 import pytest
 import torch
-from support.nets import Bottlenecks, chain, settle, zero
+from support.nets import Bottlenecks, X, chain, prepared
 from torch import Tensor
 
 import polarfast as pf
 from polarfast.slimming import slim as slimming
 
-X = torch.randn(2, 3, 10, 10, dtype=torch.float64)
 
-
-def make(build=chain):
-    model = settle(build(), torch.randn(4, 3, 10, 10))
-    scales = pf.scaling_factors(model, X)
-    zero(scales)
+def planned(build=chain):
+    model, scales = prepared(build)
     return model, pf.plan(model, X, scales, method="fixed")
 
 
 def test_a_right_model_is_exact():
-    model, plan = make()
+    model, plan = planned()
     report = pf.verify(model, pf.slim(model, plan), plan, X)
     assert report.exact and report.rel_error < 1e-12 and report.variation > 0
     assert report.rel_error == report.max_abs_diff / report.variation
@@ -30,7 +26,7 @@ def test_a_right_model_is_exact():
 
 @pytest.mark.parametrize("name", ["0.weight", "1.bias", "1.running_mean", "3.weight", "10.bias"])
 def test_any_wrong_number_is_found(name):
-    model, plan = make()
+    model, plan = planned()
     slim = pf.slim(model, plan)
     with torch.no_grad():
         slim.state_dict()[name].view(-1)[0] += 1e-4
@@ -56,7 +52,7 @@ def test_an_untrained_network_does_not_pass_vacuously():
 
 
 def test_a_network_that_diverged_is_named():
-    model, plan = make()
+    model, plan = planned()
     with torch.no_grad():
         model[0].weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(pf.VerificationError, match="NaN or inf.*diverged"):
@@ -64,7 +60,7 @@ def test_a_network_that_diverged_is_named():
 
 
 def test_slim_raises_on_a_wrong_result(monkeypatch):
-    model, plan = make()
+    model, plan = planned()
     write = slimming.write_edits
 
     def wrong(*args):
@@ -86,7 +82,7 @@ def test_what_cannot_be_exact_is_named():
             x = self.stem(x)
             return self.fc((x + self.block(x)).relu().mean((2, 3)))
 
-    model, plan = make(Bent)
+    model, plan = planned(Bent)
     slim = pf.slim(model, plan)
     report = pf.verify(model, slim, plan, X)
     assert list(report.notes) == ["block.6.weight"]

@@ -70,6 +70,7 @@ def sgd(model):
     return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "residual", "cut", "schedule", "lam", "knows"),
     [
@@ -192,6 +193,7 @@ def test_a_resumed_training_is_the_same_to_the_bit():
         again.load_state_dict({**half.state_dict(), "cut": 0.3})
 
 
+@pytest.mark.slow
 def test_t_stays_within_theorem_3_2_and_can_be_read():
     model, scales = make()
     optimizer = sgd(model)
@@ -207,6 +209,7 @@ def test_t_stays_within_theorem_3_2_and_can_be_read():
     assert seen[0][0] < seen[10][0] < 2e-3 * 1.01 and max(lam for lam, _ in seen) <= 0.06 + 1e-9
 
 
+@pytest.mark.slow
 def test_a_chain_keeps_its_last_channels():
     """The share is near the most that can be cut; every layer keeps a γ that is not 0."""
     model, scales = make(plain, "keep")

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 import torch
@@ -242,16 +241,22 @@ def test_a_torn_header_is_written_anew(tmp_path, length):
     assert path.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_finished_trials_are_not_run_again(tmp_path):
     script = textwrap.dedent(
         """
         import sys, time
         import polarfast as pf
 
+        trials = []
+
         def train(lam, t):
             print(lam, t, flush=True)
+            trials.append((lam, t))
             for epoch in range(12):
-                time.sleep(0.02)
+                if epoch == 6 and len(trials) == 2 and "wait" in sys.argv:
+                    print("in the middle", flush=True)
+                    time.sleep(600)
                 yield max(0.0, min(0.95, 0.9 * lam / (lam + 2e-5) + 0.4 * (t - 1.2)))
 
         print(pf.search(train, cut=0.42, journal=sys.argv[1]).trials, flush=True)
@@ -261,10 +266,10 @@ def test_killed_and_restarted_finished_trials_are_not_run_again(tmp_path):
     command = [sys.executable, "-c", script, str(journal)]
     started: list[str] = []
     for _ in range(2):  # each dies in the middle of its second trial
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([*command, "wait"], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        seen = [process.stdout.readline(), process.stdout.readline()]
-        time.sleep(0.05)
+        *seen, middle = [process.stdout.readline() for _ in range(3)]
+        assert middle == "in the middle\n"
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         started += seen

@@ -146,9 +146,8 @@ def close(first: dict[str, Tensor], second: dict[str, Tensor], limit: float = 1e
 
 
 def _server() -> Any:
-    os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["engine_cases", *HEAVY])
+    context.set_forkserver_preload(["support.engine", *HEAVY])
     return context
 
 

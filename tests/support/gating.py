@@ -4,17 +4,8 @@ import torch
 from torch import nn
 
 import polarfast as pf
-from support.nets import (
-    Bottlenecks,
-    Branches,
-    Grouped,
-    Residual,
-    SqueezeExcite,
-    chain,
-    settle,
-)
+from support.nets import Bottlenecks, Branches, Grouped, Residual, SqueezeExcite, X, chain, settle
 
-X = torch.randn(3, 3, 10, 10, dtype=torch.float64)
 NETS = [chain, Residual, Branches, Grouped, Bottlenecks, SqueezeExcite]
 
 

@@ -1,9 +1,11 @@
 """The oracle of every slim model: the original network with its removed channels masked."""
 
 import copy
+from functools import partial
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import polarfast as pf
 
@@ -36,3 +38,27 @@ def error(
     with torch.no_grad():
         a, b = reference(x.clone()), slim.eval()(x.clone())
     return float((a - b).abs().max() / ((a.amax(0) - a.amin(0)).max() + floor * a.abs().max()))
+
+
+def continued(model: nn.Module, plan: pf.PruningPlan, readers: dict[str, str]) -> nn.Module:
+    """In place: removed channels go on in the zero padding around an image, as fold="bias" has it.
+
+    Args:
+        model: a masked network.
+        plan: what is removed of it.
+        readers: convolution -> the norm that writes what it reads.
+    """
+    for name, norm in readers.items():
+        kept = plan.kept.get(f"{norm}.weight")
+        conv = model.get_submodule(name)
+        if kept is not None and conv.padding != (0, 0):
+            gone = torch.ones(conv.in_channels, 1, 1, dtype=torch.bool)
+            gone[kept] = False
+            conv.register_forward_pre_hook(partial(_pad, gone=gone, border=conv.padding[0]))
+            conv.padding = (0, 0)
+    return model
+
+
+def _pad(conv: nn.Module, args: tuple[Tensor], gone: Tensor, border: int) -> Tensor:
+    (x,), sides = args, [border] * 4
+    return torch.where(gone, F.pad(x, sides, mode="replicate"), F.pad(x, sides))

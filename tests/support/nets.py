@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import polarfast as pf
+
+#: Example images of these networks.
+X = torch.randn(3, 3, 10, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -144,3 +148,20 @@ def empty(scales: dict, names: Iterable[str]) -> None:
     """Set all γ of the named layers to 0."""
     for name in names:
         scales[name].zero_()
+
+
+def prepared(
+    build: Callable[[], nn.Module],
+    residual: str = "keep",
+    *,
+    share: float = 0.5,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    x: Tensor = X,
+) -> tuple[nn.Module, pf.ScalingFactors]:
+    """A network as trained, and its scaling factors, a share of every layer's at 0."""
+    torch.manual_seed(seed)
+    model = settle(build(), torch.randn(4, *x.shape[1:]), seed=seed).to(dtype)
+    scales = pf.scaling_factors(model, x.to(dtype), residual=residual)
+    zero(scales, share)
+    return model, scales

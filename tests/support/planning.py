@@ -5,15 +5,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import polarfast as pf
 
-from .nets import settle
-
-X = torch.randn(2, 3, 10, 10, dtype=torch.float64)
+from .nets import prepared
 
 
 def make(build, residual="keep", seed=0):
     """γ anywhere in (0, 1), all of them different; β on both sides of 0."""
-    model = settle(build(), torch.randn(4, 3, 10, 10), seed=seed)
-    scales = pf.scaling_factors(model, X, residual=residual)
+    model, scales = prepared(build, residual, share=0, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for gamma in scales.values():

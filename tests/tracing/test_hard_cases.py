@@ -6,27 +6,17 @@ import pytest
 import torch
 from support.hard_nets import EXACT, INEXACT, Net, Scaled, body, tail
 from support.masked import TOLERANCE, error, masked
-from support.nets import conv_bn, settle, zero
+from support.nets import Residual, X, conv_bn, empty, prepared, settle, zero
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import polarfast as pf
 
-X = torch.randn(3, 3, 10, 10, dtype=torch.float64)
-
-
-def make(build):
-    torch.manual_seed(0)
-    model = settle(build(), torch.rand(4, 3, 10, 10))
-    scales = pf.scaling_factors(model, X)
-    zero(scales)
-    return model, scales
-
 
 @pytest.mark.parametrize("fold", ["exact", "none"])
 @pytest.mark.parametrize("name", [*EXACT, *INEXACT])
 def test_slim_is_what_the_plan_says(name, fold):
-    model, scales = make({**EXACT, **INEXACT}[name])
+    model, scales = prepared({**EXACT, **INEXACT}[name])
     plan = pf.plan(model, X, scales, "fixed", fold=fold)
     slim = pf.slim(model, plan)  # raises if it is not what the plan says
     assert plan.inexact == slim.polarfast_info.inexact == pf.verify(model, slim, plan, X).notes
@@ -44,7 +34,7 @@ def test_one_inexact_reader_hides_nothing(monkeypatch):
     """The check compares with what was claimed for it, and everything else must be equal."""
     from polarfast.slimming import slim as slimming
 
-    model, scales = make(INEXACT["squeeze-excite behind an exact reader"])
+    model, scales = prepared(INEXACT["squeeze-excite behind an exact reader"])
     plan = pf.plan(model, X, scales, "fixed")
     write = slimming.write_edits
 
@@ -60,7 +50,7 @@ def test_one_inexact_reader_hides_nothing(monkeypatch):
 
 def test_a_gate_that_hardly_moves_is_named_too():
     """What it multiplies changes with every fold before it that is not exact."""
-    model, scales = make(
+    model, scales = prepared(
         lambda: Net(
             lambda n, x: n.end(n.two(n.one(n.a(x)))),
             a=body(),
@@ -88,7 +78,7 @@ class Excite(nn.Module):
 
 
 def test_inputs_and_ambient_modes_are_left_alone():
-    model, scales = make(EXACT["input changed in place"])
+    model, scales = prepared(EXACT["input changed in place"])
     x = X.clone()
     pf.slim(model, pf.plan(model, x, scales, "fixed"))
     assert torch.equal(x, X)
@@ -134,7 +124,7 @@ def test_outputs_in_objects_are_outputs():
 
 
 def test_files_hold_buffers_outside_the_state_dict(tmp_path):
-    model, scales = make(Scaled)
+    model, scales = prepared(Scaled)
     plan = pf.plan(model, X, scales, "fixed")
     slim = pf.slim(model, plan)
     pf.save(slim, plan, tmp_path / "slim.pt")
@@ -143,9 +133,9 @@ def test_files_hold_buffers_outside_the_state_dict(tmp_path):
 
 
 def test_slim_models_can_be_slimmed_again(tmp_path):
-    model = settle(nn.Sequential(*conv_bn(3, 16), nn.ReLU(), *conv_bn(16, 8), *tail(8)), X)
-    first = pf.scaling_factors(model, X, residual="expand")
-    zero(first)
+    model, first = prepared(
+        lambda: nn.Sequential(*conv_bn(3, 16), nn.ReLU(), *conv_bn(16, 8), *tail(8)), "expand"
+    )
     slim = pf.slim(model, pf.plan(model, X, first, "fixed"))
     again = pf.scaling_factors(slim, X, residual="expand")
     zero(again, seed=5)
@@ -172,10 +162,7 @@ def test_adam_with_a_parameter_of_one_element_and_named_groups():
 
 
 def test_layers_left_out_by_the_user_are_left_alone():
-    from support.nets import Residual, empty
-
-    model = settle(Residual(), X)
-    scales = pf.scaling_factors(model, X, residual="expand")
+    model, scales = prepared(Residual, "expand", share=0)
     chosen = scales.select("first.4")
     empty(chosen, ["first.4.weight"])
     plan = pf.plan(model, X, chosen)
@@ -211,7 +198,7 @@ def test_a_network_with_a_dtype_of_its_own_is_told_what_to_do():
 
 
 def test_default_dtype_and_device_of_the_user(tmp_path):
-    model, scales = make(EXACT["conv, activation, norm"])
+    model, scales = prepared(EXACT["conv, activation, norm"])
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")  # whatever is made without a device cannot be computed with
     try:

@@ -8,14 +8,12 @@ import torch
 import torch.nn.functional as F
 from support.hard_nets import Net, body, tail
 from support.masked import TOLERANCE, error, masked
-from support.nets import conv_bn, settle, zero
+from support.nets import X, conv_bn, prepared
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import polarfast as pf
 from polarfast.tracing.sizes import Size
-
-X = torch.randn(3, 3, 10, 10, dtype=torch.float64)
 
 
 def net(forward, **modules) -> Net:
@@ -153,18 +151,10 @@ NETS = {
 }  # fmt: skip
 
 
-def make(build):
-    torch.manual_seed(0)
-    model = settle(build(), torch.rand(4, 3, 10, 10))
-    scales = pf.scaling_factors(model, X)
-    zero(scales)
-    return model, scales
-
-
 @pytest.mark.parametrize("fold", ["exact", "none"])
 @pytest.mark.parametrize("name", NETS)
 def test_slim_equals_the_masked_network(name, fold):
-    model, scales = make(NETS[name])
+    model, scales = prepared(NETS[name])
     assert "a.1.weight" in scales
     if "huffle" in name and "pixel" not in name:  # the same place in each group goes together
         with torch.no_grad():
@@ -186,7 +176,7 @@ def test_slim_equals_the_masked_network(name, fold):
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 def test_groups_lose_as_many_channels_each_but_not_the_same(optimizer):
-    model, scales = make(NETS["groups"])
+    model, scales = prepared(NETS["groups"])
     settings = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
     trained = optimizer(model.parameters(), lr=0.0, **settings)
     model(X).sum().backward()

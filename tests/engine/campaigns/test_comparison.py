@@ -86,6 +86,7 @@ def test_training_is_shared_only_within_a_chain_and_only_where_it_is_the_same() 
     found = chains(TINY, list(METHODS), [0.5, 0.7], 2, {"deephoyer": 3e-3})
     names = [trial.name for chain in found for trial in chain]
     assert len(names) == len(set(names)) == 2 * (1 + 2 * len(METHODS))
+    assert any(trial.trained is not None for chain in found for trial in chain)
     for chain in found:
         seen: dict[str, Trial] = {}
         for trial in chain:

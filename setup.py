@@ -36,9 +36,7 @@ FLAGS = [
     "-fno-trapping-math",
     "-fvisibility=hidden",
 ]
-SOURCES = (
-    "schemas simd strides coefficients polarize valley gather put_back table module"
-).split()
+SOURCES = ("schemas simd strides coefficients polarize valley gather put_back table module").split()
 
 
 class Build(cpp_extension.BuildExtension):

@@ -225,8 +225,8 @@ class Polarization(Regularizer):
         return self.t * gamma.abs() - (gamma - mean).abs()
 
 
-class L1(Regularizer):
-    """λ·Σ_i w·|γ_i|: network slimming (ICCV 2017, arXiv 1708.06519). Not clamped by default.
+class _Rival(Regularizer):
+    """What network slimming and DeepHoyer have in common: no t, and no clamp unless it is given.
 
     Args:
         lam: λ ≥ 0, strength.
@@ -238,8 +238,6 @@ class L1(Regularizer):
         ArgumentError: an argument is out of its range; the message names it.
     """
 
-    kind = Kind.L1
-
     def __init__(
         self,
         lam: float,
@@ -248,37 +246,28 @@ class L1(Regularizer):
         weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(lam, upper=upper, clamp=clamp, weights=weights)
+
+
+class L1(_Rival):
+    """λ·Σ_i w·|γ_i|: network slimming (ICCV 2017, arXiv 1708.06519). λ ≥ 0 is `lam`; γ are clamped
+    to [0, `upper`] only if that is given; `clamp` and `weights` are as in `Polarization`.
+    """
+
+    kind = Kind.L1
 
     def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
         norms = torch.stack([gamma.abs().sum() for gamma in layers])
         return (norms * norms.new_tensor(weights)).sum()
 
 
-class DeepHoyer(Regularizer):
-    """λ·Σ_l w_l·‖γ_l‖₁²/‖γ_l‖₂² (ICLR 2020, arXiv 1908.09979). Not clamped by default.
+class DeepHoyer(_Rival):
+    """λ·Σ_l w_l·‖γ_l‖₁²/‖γ_l‖₂² (ICLR 2020, arXiv 1908.09979). λ ≥ 0 is `lam`; γ are clamped to
+    [0, `upper`] only if that is given; `clamp` and `weights` are as in `Polarization`.
 
     A layer whose γ are all 0 contributes 0, and so does its subgradient.
-
-    Args:
-        lam: λ ≥ 0, strength.
-        upper: clamp γ to [0, upper] after each optimizer step; None: no clamp.
-        clamp: as in `Polarization`.
-        weights: as in `Polarization`.
-
-    Raises:
-        ArgumentError: an argument is out of its range; the message names it.
     """
 
     kind = Kind.DEEPHOYER
-
-    def __init__(
-        self,
-        lam: float,
-        upper: float | None = None,
-        clamp: str = "scales",
-        weights: Mapping[str, float] | None = None,
-    ) -> None:
-        super().__init__(lam, upper=upper, clamp=clamp, weights=weights)
 
     def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
         norms = torch.stack([gamma.abs().sum() for gamma in layers])

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 import polarfast as pf
 
-from . import pruning
-from .data import DataSource
+from .data.source import DataSource
 from .distributed import Workers
-from .recipe import Recipe, to_yaml
+from .recipe import Pruning, Recipe, to_yaml
 from .run import Run
 from .trainer import autocast
 
@@ -62,14 +61,14 @@ def estimate(model: nn.Module, data: DataSource, recipe: Recipe, world: int = 1)
     return Estimate(
         steps_per_epoch=data.train_size // recipe.batch_size,
         params=params,
-        state_bytes=_state_bytes(params, recipe, world),
+        state_bytes=_training_bytes(params, recipe, world),
         activation_bytes=kept * shard // count,
         images_per_second=world * count / seconds,
         timed=count,
     )
 
 
-def _state_bytes(params: int, recipe: Recipe, world: int) -> int:
+def _training_bytes(params: int, recipe: Recipe, world: int) -> int:
     """In float32: weights and gradients, and momentum and averaged weights where there are any."""
     copies = 2 + (recipe.momentum > 0) + (recipe.ema > 0)
     sharded = world if recipe.hardware.parallel == "fsdp" else 1
@@ -131,9 +130,7 @@ def _dry_run(run: Run, console: Console) -> None:
     if recipe.hardware.channels_last:
         model.to(memory_format=torch.channels_last)
     console.print(to_yaml(recipe), markup=False, highlight=False)
-    plan = pruning.make_plan(
-        model.eval(), run.networks.example, scales, pruning.KEEP_EVERYTHING, recipe.seed
-    )
+    plan = run.networks.plan(model.eval(), scales, Pruning(method="none"))
     console.print(_model_table(model, scales, plan))
     cost = estimate(model.train(), data, recipe, run.workers.world)
     console.print(_cost_table(cost, run))

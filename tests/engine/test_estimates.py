@@ -12,7 +12,7 @@ from support.engine import TINY, on
 from torch import nn
 
 from polarfast.engine import models
-from polarfast.engine.data import load
+from polarfast.engine.data.source import load
 from polarfast.engine.estimates import dry_run, estimate
 from polarfast.engine.recipe import Recipe
 from polarfast.errors import ArgumentError

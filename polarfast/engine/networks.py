@@ -79,12 +79,6 @@ class Networks:
         others = {name: gate for name, gate in gates.others.items() if name.endswith(".gate")}
         return pf.ScalingFactors(gates, pinned=gates.pinned, others=others, residual=gates.residual)
 
-    def _gated(self, model: nn.Module) -> nn.Module:
-        sparsity = self.recipe.sparsity
-        if sparsity.gates:
-            pf.add_gates(model, self.example, where=sparsity.gates, residual=sparsity.residual)
-        return model
-
     def regularizer(
         self, model: nn.Module, scales: pf.ScalingFactors, steps: int
     ) -> pf.Regularizer | None:
@@ -146,6 +140,12 @@ class Networks:
             scores = _scores(scales, pruning.method, self.recipe.seed)
             return pf.plan(model, self.example, scales, cut=pruning.cut, scores=scores, **limits)
         return pf.plan(model, self.example, scales, pruning.method, value=pruning.value, **limits)
+
+    def _gated(self, model: nn.Module) -> nn.Module:
+        sparsity = self.recipe.sparsity
+        if sparsity.gates:
+            pf.add_gates(model, self.example, where=sparsity.gates, residual=sparsity.residual)
+        return model
 
 
 def _limits(pruning: Pruning) -> dict[str, Any]:

@@ -117,9 +117,7 @@ class Run:
                 f"'{self.recipe.weights}'; to keep them: --sparsity.init None"
             )
         if self.recipe.pruning.cut is not None and self._trainer_state is None:
-            self.networks.plan(
-                model, scales
-            )  # out of reach? Better refused now than after training
+            self.networks.plan(model, scales)  # a share out of reach is refused before training
         predict = self.networks.predictor(model, scales)
         steps = self.steps_per_epoch * self.recipe.train.epochs
         regularizer = self.networks.regularizer(model, scales, steps)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from polarfast.engine.campaigns.trials import DENSE, method_recipe
+from polarfast.engine.campaigns.rivals import DENSE, method_recipe
 from polarfast.engine.distributed import Workers
 from polarfast.engine.recipe import Recipe, load_recipe
 from polarfast.engine.run import Run

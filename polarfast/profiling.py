@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,258 +30,14 @@ from .planning.pruning_plan import PruningPlan
 from .sharding import refuse_sharded
 from .slimming.slim import slim as build_slim
 
-
-def median_latencies(
-    models: Sequence[nn.Module], inputs: Any, seconds: float = 1.0, least: int = 10
-) -> list[float]:
-    """Median time of a forward pass of each model in eval mode, in ms.
-
-    The models take turns, so that whatever else the machine does slows all of them alike.
-
-    Args:
-        inputs: a tensor, a tuple of positional or a dict of keyword inputs, on the models' device.
-        seconds: measured for about this long in all, but
-        least: at least this many passes of each.
-    """
-    times: list[list[float]] = [[] for _ in models]
-    with in_eval_mode(models), torch.inference_mode():
-        for model in models:
-            for _ in range(3):
-                timed(model, inputs)
-        deadline = time.perf_counter() + seconds
-        while time.perf_counter() < deadline or len(times[0]) < least:
-            for model, passes in zip(models, times, strict=True):
-                passes.append(timed(model, inputs))
-    return [statistics.median(passes) for passes in times]
-
-
-def timed(model: nn.Module, inputs: Any) -> float:
-    """Time of one call, in ms, until the device is done."""
-    args, kwargs = copied_inputs(inputs)
-    device = next((t.device for t in tensors_of(inputs) if t.is_cuda), None)
-    if device is not None:
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    model(*args, **kwargs)
-    if device is not None:
-        torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - start)
-
-
-@contextmanager
-def in_eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
-    """The models in eval mode; then every module's own mode again."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-class Clock:
-    """Time spent in modules during a forward pass, from hooks; calls of one module are added up.
-
-    On GPUs it is the device's time, from events; on CPUs the process's wall clock.
-    """
-
-    def __init__(self, modules: dict[str, nn.Module], on_gpu: bool) -> None:
-        self._on_gpu = on_gpu
-        self._marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in modules}
-        self._starts: dict[str, Any] = {}
-        self._handles = []
-        for name, module in modules.items():
-            # The last of all hooks before, the first of all behind: theirs is not the layer's time.
-            before, after = self._before(name), self._after(name)
-            self._handles.append(module.register_forward_pre_hook(before))
-            self._handles.append(module.register_forward_hook(after, prepend=True))
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _before(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            self._starts[name] = self._now()
-
-        return hook
-
-    def _after(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._marks[name].append((self._starts[name], self._now()))
-
-        return hook
-
-    def read(self) -> dict[str, float]:
-        """Module name -> ms since the last reading."""
-        found = {}
-        for name, marks in self._marks.items():
-            if self._on_gpu:
-                for _, end in marks:
-                    end.synchronize()
-                found[name] = sum(start.elapsed_time(end) for start, end in marks)
-            else:
-                found[name] = 1000 * sum(end - start for start, end in marks)
-            marks.clear()
-        return found
-
-    def remove(self) -> None:
-        """Take the hooks off again."""
-        for handle in self._handles:
-            handle.remove()
-
-
-def device_name(device: torch.device) -> str:
-    """What latencies are measured on, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"a CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
-
-
-if TYPE_CHECKING:
-    pass
-
+#: Layers that are timed as a whole, whatever is inside them.
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase)
 #: A layer is pointed out if it saves less than this part of the time that its share promises,
 MET = 0.5
 #: and what it loses is at least this part of the slim model's time.
 MATTERS = 0.01
 #: Widths that fill the vector units of most machines are multiples of it.
 STEP = 8
-
-
-def short(layer: LayerTime, total_ms: float) -> bool:
-    """Whether a layer is not as much faster as it should be, and that counts."""
-    promised = (1 - layer.share) * layer.ms_before
-    saved = layer.ms_before - layer.ms
-    return saved < MET * promised and layer.lost_ms > MATTERS * total_ms
-
-
-def hints(layers: Sequence[LayerTime], ms_before: float, ms: float, share: float) -> list[str]:
-    """What could be done, the largest loss first.
-
-    Args:
-        layers: those that pruning changed.
-        ms_before, ms: time of the whole model, before and after.
-        share: the share of multiply-accumulates that is left.
-    """
-    found: list[tuple[float, str]] = []
-    flagged = [layer for layer in layers if short(layer, ms)]
-    put_back = [layer for layer in flagged if layer.put_back]
-    computing = [layer for layer in flagged if layer.macs_before]
-    odd = [layer for layer in computing if _odd(layer)]
-    rest = [layer for layer in computing if layer not in odd]
-    if put_back:
-        text = (
-            "their outputs have the full width again, which is memory traffic: "
-            "residual='keep' or 'couple', or torch.compile, which fuses it with the addition"
-        )
-        found.append((_lost(put_back), f"{_named(put_back, 'norm', 'put channels back')}: {text}"))
-    if odd:
-        text = f"widths that are no multiples of {STEP}: plan with round_to={STEP} or more"
-        found.append((_lost(odd), f"{_named(odd, 'layer', 'gain little')}: {text}"))
-    if rest:
-        text = (
-            "their widths are not the reason; memory traffic or the cost of a call may be: larger "
-            "batches, or other layers to prune"
-        )
-        found.append((_lost(rest), f"{_named(rest, 'layer', 'gain little')}: {text}"))
-    outside = ms - sum(layer.ms for layer in layers)
-    if ms_before - ms < MET * (1 - share) * ms_before and outside > ms / 2:
-        text = f"{outside:.3g} of {ms:.3g} ms are spent outside the layers that were pruned"
-        found.append((outside, text))
-    return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
-
-
-def _odd(layer: LayerTime) -> bool:
-    """Whether pruning left it with a width that fills no vectors."""
-    widths = zip(layer.channels_before, layer.channels, strict=True)
-    return any(now != before and now % STEP for before, now in widths)
-
-
-def _lost(layers: Sequence[LayerTime]) -> float:
-    return sum(layer.lost_ms for layer in layers)
-
-
-def _named(layers: Sequence[LayerTime], noun: str, verb: str) -> str:
-    worst = sorted(layers, key=lambda layer: -layer.lost_ms)
-    names = ", ".join(layer.name for layer in worst[:3]) + (" …" if len(worst) > 3 else "")
-    plural = "s" if len(layers) > 1 else ""
-    return f"{len(layers)} {noun}{plural} that {verb} ({names}) lose {_lost(layers):.2g} ms"
-
-
-def table(profile: Profile) -> str:
-    """A profile as people read it: layers with multiply-accumulates and norms that put channels
-    back, line by line; then all others, and the whole.
-    """
-    shown = [layer for layer in profile.layers if layer.macs_before or layer.put_back]
-    others = [layer for layer in profile.layers if layer not in shown]
-    width = max([len(layer.name) for layer in shown] + [len("other changed layers")])
-    head = f"{'layer':<{width}}  {'channels':>22}  {'expected':>8} {'measured':>8}"
-    lines = [f"{head}  {'ms before':>9} {'ms':>9}"]
-    for layer in shown:
-        note = "  not faster accordingly" if short(layer, profile.ms) else ""
-        channels = f"{_widths(layer.channels_before)} → {_widths(layer.channels)}"
-        expected = 1 / layer.share if layer.share else float("inf")
-        lines.append(_line(layer.name, width, channels, expected, layer.ms_before, layer.ms) + note)
-    if others:
-        before, after = (sum(ms) for ms in zip(*((x.ms_before, x.ms) for x in others), strict=True))
-        lines.append(_line("other changed layers", width, "", None, before, after))
-    outside = [
-        whole - sum(parts)
-        for whole, parts in (
-            (profile.ms_before, [x.ms_before for x in profile.layers]),
-            (profile.ms, [x.ms for x in profile.layers]),
-        )
-    ]
-    lines.append(_line("all the rest", width, "", None, *outside))
-    whole = (profile.expected, profile.ms_before, profile.ms)
-    lines.append(_line("whole model", width, "", *whole))
-    lines.append(
-        f"{profile.macs_before:,} → {profile.macs:,} MACs; medians in eval mode on "
-        f"{profile.device}, {profile.threads} CPU thread(s), inputs {_input_shapes(profile.inputs)}"
-    )
-    return "\n".join([*lines, *(f"hint: {hint}" for hint in profile.hints)])
-
-
-def _line(
-    name: str, width: int, channels: str, expected: float | None, before: float, after: float
-) -> str:
-    promised = "" if expected is None else f"{expected:.2f}×"
-    measured = f"{before / after:.2f}×" if before > 0 and after > 0 else "—"
-    speedups = f"{promised:>8} {measured:>8}"
-    return f"{name:<{width}}  {channels:>22}  {speedups}  {before:>9.3f} {after:>9.3f}"
-
-
-def _widths(channels: Sequence[int]) -> str:
-    return "×".join(map(str, channels))
-
-
-def _input_shapes(spec: object) -> str:
-    """The shapes in a description of inputs."""
-    found: list[str] = []
-
-    def walk(part: object) -> None:
-        if isinstance(part, dict):
-            if "shape" in part:
-                found.append("×".join(map(str, part["shape"])))
-                return
-            for child in part.values():
-                walk(child)
-        elif isinstance(part, list):
-            for child in part:
-                walk(child)
-
-    walk(spec)
-    return ", ".join(found)
-
-
-#: Layers that are timed as a whole, whatever is inside them.
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase)
 
 
 @dataclass(frozen=True)
@@ -412,6 +168,37 @@ def profile(
     )
 
 
+def median_latencies(
+    models: Sequence[nn.Module], inputs: Any, seconds: float = 1.0, least: int = 10
+) -> list[float]:
+    """Median time of a forward pass of each model in eval mode, in ms.
+
+    The models take turns, so that whatever else the machine does slows all of them alike.
+
+    Args:
+        inputs: a tensor, a tuple of positional or a dict of keyword inputs, on the models' device.
+        seconds: measured for about this long in all, but
+        least: at least this many passes of each.
+    """
+    times: list[list[float]] = [[] for _ in models]
+    with _in_eval_mode(models), torch.inference_mode():
+        for model in models:
+            for _ in range(3):
+                _timed(model, inputs)
+        deadline = time.perf_counter() + seconds
+        while time.perf_counter() < deadline or len(times[0]) < least:
+            for model, passes in zip(models, times, strict=True):
+                passes.append(_timed(model, inputs))
+    return [statistics.median(passes) for passes in times]
+
+
+def device_name(device: torch.device) -> str:
+    """What latencies are measured on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"a CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+
+
 def _units(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> the layers, none inside another."""
     found: dict[str, nn.Module] = {}
@@ -451,7 +238,7 @@ def _macs(model: nn.Module, inputs: Any) -> dict[str, int]:
     """Layer name -> multiply-accumulates of one forward pass; "" for the whole model."""
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, where there is one
 
-    with in_eval_mode([model]), FlopCounterMode(display=False) as counter:
+    with _in_eval_mode([model]), FlopCounterMode(display=False) as counter:
         call_model(model, inputs)
     found = {"": counter.get_total_flops() // 2}
     for name, flops in counter.get_flop_counts().items():
@@ -474,8 +261,8 @@ def _layer_times(
     current = torch.cuda.device(device) if on_gpu else nullcontext()
     try:
         for model in models:
-            clocks.append(Clock({name: model.get_submodule(name) for name in names}, on_gpu))
-        with in_eval_mode(models), current:
+            clocks.append(_Clock({name: model.get_submodule(name) for name in names}, on_gpu))
+        with _in_eval_mode(models), current:
             deadline, rounds = time.perf_counter() + seconds, 0
             while time.perf_counter() < deadline or rounds < 6:
                 for model, clock, times in zip(models, clocks, found, strict=True):
@@ -524,3 +311,210 @@ def _channels(module: nn.Module) -> list[int]:
         if all(isinstance(getattr(module, name, None), int) for name in names):
             return [getattr(module, name) for name in names]
     return [tensor.shape[0] for tensor in module.parameters()][:1]
+
+
+class _Clock:
+    """Time spent in modules during a forward pass, from hooks; calls of one module are added up.
+
+    On GPUs it is the device's time, from events; on CPUs the process's wall clock.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+        self._marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in modules}
+        self._starts: dict[str, Any] = {}
+        self._handles = []
+        for name, module in modules.items():
+            # The last of all hooks before, the first of all behind: theirs is not the layer's time.
+            before, after = self._before(name), self._after(name)
+            self._handles.append(module.register_forward_pre_hook(before))
+            self._handles.append(module.register_forward_hook(after, prepend=True))
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _before(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            self._starts[name] = self._now()
+
+        return hook
+
+    def _after(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._marks[name].append((self._starts[name], self._now()))
+
+        return hook
+
+    def read(self) -> dict[str, float]:
+        """Module name -> ms since the last reading."""
+        found = {}
+        for name, marks in self._marks.items():
+            if self._on_gpu:
+                for _, end in marks:
+                    end.synchronize()
+                found[name] = sum(start.elapsed_time(end) for start, end in marks)
+            else:
+                found[name] = 1000 * sum(end - start for start, end in marks)
+            marks.clear()
+        return found
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _timed(model: nn.Module, inputs: Any) -> float:
+    """Time of one call, in ms, until the device is done."""
+    args, kwargs = copied_inputs(inputs)
+    device = next((t.device for t in tensors_of(inputs) if t.is_cuda), None)
+    if device is not None:
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    model(*args, **kwargs)
+    if device is not None:
+        torch.cuda.synchronize(device)
+    return 1000 * (time.perf_counter() - start)
+
+
+@contextmanager
+def _in_eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
+    """The models in eval mode; then every module's own mode again."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def hints(layers: Sequence[LayerTime], ms_before: float, ms: float, share: float) -> list[str]:
+    """What could be done, the largest loss first.
+
+    Args:
+        layers: those that pruning changed.
+        ms_before, ms: time of the whole model, before and after.
+        share: the share of multiply-accumulates that is left.
+    """
+    found: list[tuple[float, str]] = []
+    flagged = [layer for layer in layers if short(layer, ms)]
+    put_back = [layer for layer in flagged if layer.put_back]
+    computing = [layer for layer in flagged if layer.macs_before]
+    odd = [layer for layer in computing if _odd(layer)]
+    rest = [layer for layer in computing if layer not in odd]
+    if put_back:
+        text = (
+            "their outputs have the full width again, which is memory traffic: "
+            "residual='keep' or 'couple', or torch.compile, which fuses it with the addition"
+        )
+        found.append((_lost(put_back), f"{_named(put_back, 'norm', 'put channels back')}: {text}"))
+    if odd:
+        text = f"widths that are no multiples of {STEP}: plan with round_to={STEP} or more"
+        found.append((_lost(odd), f"{_named(odd, 'layer', 'gain little')}: {text}"))
+    if rest:
+        text = (
+            "their widths are not the reason; memory traffic or the cost of a call may be: larger "
+            "batches, or other layers to prune"
+        )
+        found.append((_lost(rest), f"{_named(rest, 'layer', 'gain little')}: {text}"))
+    outside = ms - sum(layer.ms for layer in layers)
+    if ms_before - ms < MET * (1 - share) * ms_before and outside > ms / 2:
+        text = f"{outside:.3g} of {ms:.3g} ms are spent outside the layers that were pruned"
+        found.append((outside, text))
+    return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
+
+
+def short(layer: LayerTime, total_ms: float) -> bool:
+    """Whether a layer is not as much faster as it should be, and that counts."""
+    promised = (1 - layer.share) * layer.ms_before
+    saved = layer.ms_before - layer.ms
+    return saved < MET * promised and layer.lost_ms > MATTERS * total_ms
+
+
+def _odd(layer: LayerTime) -> bool:
+    """Whether pruning left it with a width that fills no vectors."""
+    widths = zip(layer.channels_before, layer.channels, strict=True)
+    return any(now != before and now % STEP for before, now in widths)
+
+
+def _lost(layers: Sequence[LayerTime]) -> float:
+    return sum(layer.lost_ms for layer in layers)
+
+
+def _named(layers: Sequence[LayerTime], noun: str, verb: str) -> str:
+    worst = sorted(layers, key=lambda layer: -layer.lost_ms)
+    names = ", ".join(layer.name for layer in worst[:3]) + (" …" if len(worst) > 3 else "")
+    plural = "s" if len(layers) > 1 else ""
+    return f"{len(layers)} {noun}{plural} that {verb} ({names}) lose {_lost(layers):.2g} ms"
+
+
+def table(profile: Profile) -> str:
+    """A profile as people read it: layers with multiply-accumulates and norms that put channels
+    back, line by line; then all others, and the whole.
+    """
+    shown = [layer for layer in profile.layers if layer.macs_before or layer.put_back]
+    others = [layer for layer in profile.layers if layer not in shown]
+    width = max([len(layer.name) for layer in shown] + [len("other changed layers")])
+    head = f"{'layer':<{width}}  {'channels':>22}  {'expected':>8} {'measured':>8}"
+    lines = [f"{head}  {'ms before':>9} {'ms':>9}"]
+    for layer in shown:
+        note = "  not faster accordingly" if short(layer, profile.ms) else ""
+        channels = f"{_widths(layer.channels_before)} → {_widths(layer.channels)}"
+        expected = 1 / layer.share if layer.share else float("inf")
+        lines.append(_line(layer.name, width, channels, expected, layer.ms_before, layer.ms) + note)
+    if others:
+        before, after = (sum(ms) for ms in zip(*((x.ms_before, x.ms) for x in others), strict=True))
+        lines.append(_line("other changed layers", width, "", None, before, after))
+    outside = [
+        whole - sum(parts)
+        for whole, parts in (
+            (profile.ms_before, [x.ms_before for x in profile.layers]),
+            (profile.ms, [x.ms for x in profile.layers]),
+        )
+    ]
+    lines.append(_line("all the rest", width, "", None, *outside))
+    whole = (profile.expected, profile.ms_before, profile.ms)
+    lines.append(_line("whole model", width, "", *whole))
+    lines.append(
+        f"{profile.macs_before:,} → {profile.macs:,} MACs; medians in eval mode on "
+        f"{profile.device}, {profile.threads} CPU thread(s), inputs {_input_shapes(profile.inputs)}"
+    )
+    return "\n".join([*lines, *(f"hint: {hint}" for hint in profile.hints)])
+
+
+def _line(
+    name: str, width: int, channels: str, expected: float | None, before: float, after: float
+) -> str:
+    promised = "" if expected is None else f"{expected:.2f}×"
+    measured = f"{before / after:.2f}×" if before > 0 and after > 0 else "—"
+    speedups = f"{promised:>8} {measured:>8}"
+    return f"{name:<{width}}  {channels:>22}  {speedups}  {before:>9.3f} {after:>9.3f}"
+
+
+def _widths(channels: Sequence[int]) -> str:
+    return "×".join(map(str, channels))
+
+
+def _input_shapes(spec: object) -> str:
+    """The shapes in a description of inputs."""
+    found: list[str] = []
+
+    def walk(part: object) -> None:
+        if isinstance(part, dict):
+            if "shape" in part:
+                found.append("×".join(map(str, part["shape"])))
+                return
+            for child in part.values():
+                walk(child)
+        elif isinstance(part, list):
+            for child in part:
+                walk(child)
+
+    walk(spec)
+    return ", ".join(found)

@@ -107,6 +107,11 @@ def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Mod
     return model
 
 
+def load_plan(path: str | os.PathLike[str]) -> PruningPlan:
+    """The plan in a file written by `save`."""
+    return PruningPlan.from_json(_read(path)["plan"])
+
+
 def _tensors(slim: nn.Module, structure: Structure) -> dict[str, torch.Tensor]:
     """The state dict, and buffers outside it (not persistent) whose shape has changed."""
     tensors = dict(slim.state_dict())
@@ -118,11 +123,6 @@ def _tensors(slim: nn.Module, structure: Structure) -> dict[str, torch.Tensor]:
 
 def _not_in_state(name: str, state: dict[str, Any], structure: Structure) -> bool:
     return name not in state and name in structure.shapes
-
-
-def load_plan(path: str | os.PathLike[str]) -> PruningPlan:
-    """The plan in a file written by `save`."""
-    return PruningPlan.from_json(_read(path)["plan"])
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .errors import FileFormatError
 
 
@@ -52,6 +50,8 @@ def read_tensors(path: str | os.PathLike[str], hint: str) -> Any:
         FileFormatError: the file is damaged, or holds more than tensors and plain data.
         FileNotFoundError: there is no such file.
     """
+    import torch  # here alone: the command line's options need none of it
+
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -71,6 +71,28 @@ def test_info_without_the_extra() -> None:
         assert re.search(rf"^{name}", result.stdout, re.MULTILINE), name
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["prunee"], 2),
+        (["run", "--help"], 0),
+        (["search", "demo", "--help"], 0),
+        (["compare", "demo", "--cutz", "3"], 2),
+        (["run", "nowhere"], 1),
+    ],
+)
+def test_help_and_wrong_options_do_not_wait_for_torch(arguments: list[str], status: int) -> None:
+    code = (
+        "import sys; from polarfast.cli import main\n"
+        f"try: status = main({arguments!r})\n"
+        "except SystemExit as stop: status = stop.code\n"
+        "sys.exit('torch' if 'torch' in sys.modules else status)"
+    )
+    result = run(code=code)
+    assert result.returncode == status, result.stderr
+
+
 def test_missing_extra_is_one_sentence() -> None:
     result = run(code=WITHOUT_EXTRA.format(hidden=["tyro", "sklearn"], arguments=["demo"]))
     assert result.returncode == 1 and result.stdout == ""

@@ -1,4 +1,7 @@
-"""The commands of the command line, each with its options as a dataclass."""
+"""The commands of the command line, each with its options as a dataclass.
+
+Nothing here needs torch until a command is carried out: help and wrong options answer at once.
+"""
 
 import dataclasses
 import signal
@@ -6,55 +9,69 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
 
-from .campaigns import commands as many
-from .distributed import speaks
+from ..errors import ArgumentError
+from ..steering.search import Stability
+from .campaigns.rivals import METHODS
 from .interrupts import Interrupted
-from .launch import launch, progress
-from .recipe import Recipe, load_recipe, recipe_names
+from .recipe import PHASES, Recipe, load_recipe, recipe_names
 
-Stages = tuple[str, ...]
-ALL: Stages = ("train", "prune", "finetune")
+Options = TypeVar("Options")
 
 
 def execute(name: str, arguments: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
-    if name in ALL:
-        return _recipe_command(name, arguments, lambda options: run(options, (name,)))
-    commands: dict[str, Callable[[str, Sequence[str]], int]] = {
-        "demo": lambda name, arguments: demo(_parse(DemoOptions, name, arguments)),
-        "run": lambda name, arguments: _recipe_command(name, arguments, run),
-        "compare": lambda name, arguments: _recipe_command(
-            name, arguments, lambda options: _many(options, many.compare), many.CompareOptions
-        ),
-        "sweep": lambda name, arguments: _recipe_command(
-            name, arguments, lambda options: _many(options, many.sweep), many.SweepOptions
-        ),
-        "search": lambda name, arguments: _recipe_command(
-            name, arguments, lambda options: _many(options, many.search), many.SearchOptions
-        ),
-        "report": lambda name, arguments: _report(_parse(many.ReportOptions, name, arguments)),
+    if name in PHASES:
+        return _recipe_command(name, arguments, RunOptions, lambda options: run(options, (name,)))
+    if name == "demo":
+        return demo(_parse(DemoOptions, name, arguments))
+    if name == "report":
+        return report(_parse(ReportOptions, name, arguments))
+    if name == "run":
+        return _recipe_command(name, arguments, RunOptions, run)
+    many: dict[str, tuple[Any, Callable[[Any, Console], None]]] = {
+        "compare": (CompareOptions, compare),
+        "sweep": (SweepOptions, sweep),
+        "search": (SearchOptions, search),
     }
-    return commands[name](name, arguments)
+    kind, work = many[name]
+    return _recipe_command(name, arguments, kind, lambda options: _resumable(options, work))
 
 
-def _many(options: Any, work: Callable[[Any, Console], None]) -> int:
-    """Work on many runs, each of which goes on where it was stopped."""
-    try:
-        work(options, Console())
-        return 0
-    except Interrupted as stop:
-        print(f"\nS{str(stop)[1:]}; every run has its checkpoint: the same command goes on.")
-        return 128 + stop.number
+def _recipe_command(
+    name: str, arguments: Sequence[str], kind: Any, command: Callable[[Any], int]
+) -> int:
+    """A command whose first argument is a recipe and whose options are the recipe's settings."""
+    if not arguments or arguments[0].startswith("-"):
+        asked = bool(arguments) and arguments[0] in ("-h", "--help")
+        print(
+            f"usage: polarfast {name} RECIPE [options]; polarfast {name} RECIPE --help shows them\n"
+            f"RECIPE: a .yaml file, or one of {', '.join(recipe_names())}",
+            file=sys.stdout if asked else sys.stderr,
+        )
+        return 0 if asked else 2
+    chosen, *rest = arguments
+    recipe = load_recipe(chosen)
+    folder = Path(chosen).stem if kind is RunOptions else f"{name}-{Path(chosen).stem}"
+    default = kind(recipe=recipe, out=Path("runs") / folder)
+    return command(_parse(kind, f"{name} {chosen}", rest, default))
 
 
-def _report(options: many.ReportOptions) -> int:
-    many.report(options, Console())
-    return 0
+def _parse(
+    kind: type[Options], name: str, arguments: Sequence[str], default: Options | None = None
+) -> Options:
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(
+        kind,
+        prog=f"polarfast {name}",
+        args=list(arguments),
+        config=(tyro.conf.FlagCreatePairsOff,),
+        **given,
+    )
 
 
 @dataclass(frozen=True)
@@ -87,10 +104,7 @@ def demo(options: DemoOptions) -> int:
     recipe = load_recipe("demo-quick" if options.quick else "demo")
     hardware = dataclasses.replace(recipe.hardware, device=options.device, threads=options.threads)
     recipe = dataclasses.replace(recipe, seed=options.seed, hardware=hardware)
-    return _guarded(
-        options.out,
-        lambda: launch(recipe, options.out, Console(), resume=options.resume, again=True),
-    )
+    return _launch(recipe, options.out, PHASES, options.resume, again=True)
 
 
 @dataclass(frozen=True)
@@ -110,58 +124,215 @@ class RunOptions:
     dry_run: bool = False
 
 
-def run(options: RunOptions, phases: Stages = ALL) -> int:
-    """All stages of a recipe, or some."""
+def run(options: RunOptions, phases: tuple[str, ...] = PHASES) -> int:
+    """All phases of a recipe, or some."""
     if options.dry_run:
         from .estimates import dry_run
 
         dry_run(options.recipe, Console())
         return 0
-    return _guarded(
-        options.out,
-        lambda: launch(options.recipe, options.out, Console(), phases, options.resume),
-    )
+    return _launch(options.recipe, options.out, phases, options.resume)
 
 
-def _recipe_command(
-    name: str, arguments: Sequence[str], command: Callable[[Any], int], kind: type = RunOptions
+def _launch(
+    recipe: Recipe, folder: Path, phases: tuple[str, ...], resume: bool, again: bool = False
 ) -> int:
-    """A command whose first argument is a recipe and whose options are the recipe's settings."""
-    if not arguments or arguments[0].startswith("-"):
-        asked = bool(arguments) and arguments[0] in ("-h", "--help")
-        print(
-            f"usage: polarfast {name} RECIPE [options]; polarfast {name} RECIPE --help shows them\n"
-            f"RECIPE: a .yaml file, or one of {', '.join(recipe_names())}",
-            file=sys.stdout if asked else sys.stderr,
-        )
-        return 0 if asked else 2
-    chosen, *rest = arguments
-    recipe = load_recipe(chosen)
-    folder = Path(chosen).stem if kind is RunOptions else f"{name}-{Path(chosen).stem}"
-    default = kind(recipe=recipe, out=Path("runs") / folder)
-    return command(_parse(kind, f"{name} {chosen}", rest, default))
-
-
-def _parse(kind: Any, name: str, arguments: Sequence[str], default: Any = None) -> Any:
-    given = {} if default is None else {"default": default}
-    return tyro.cli(
-        kind,
-        prog=f"polarfast {name}",
-        args=list(arguments),
-        config=(tyro.conf.FlagCreatePairsOff,),
-        **given,
-    )
-
-
-def _guarded(folder: Path, work: Callable[[], object]) -> int:
     """Do it; if a signal stops it, say how to go on."""
+    from .distributed import speaks
+    from .launch import launch, progress
+
     try:
-        work()
+        launch(recipe, folder, Console(), phases, resume, again)
         return 0
     except (Interrupted, KeyboardInterrupt) as stop:
         if speaks():
             what = f"S{str(stop)[1:]}" if isinstance(stop, Interrupted) else "Interrupted"
             done = progress(folder)
-            again = "; run the same command again to go on" if done else ""
-            print(f"\n{what} {done or 'before the first checkpoint'}{again}.")
+            going_on = "; run the same command again to go on" if done else ""
+            print(f"\n{what} {done or 'before the first checkpoint'}{going_on}.")
         return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
+
+
+def _resumable(options: Any, work: Callable[[Any, Console], None]) -> int:
+    """Work on many runs, each of which goes on where it was stopped."""
+    try:
+        work(options, Console())
+        return 0
+    except Interrupted as stop:
+        print(f"\nS{str(stop)[1:]}; every run has its checkpoint: the same command goes on.")
+        return 128 + stop.number
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Polarization and its rivals under the same budget, as the paper's Table 3, and plots.
+
+    Attributes:
+        recipe: schedule, data and model for all; every setting.
+        out: folder of all runs; by default runs/compare-RECIPE.
+        methods: which to compare, beside the dense network.
+        cuts: shares of the MACs to cut.
+        seeds: how many runs of each.
+        lams: METHOD=λ where a method's differs from the recipe's.
+        jobs: runs at a time.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    out: Path
+    methods: tuple[str, ...] = tuple(METHODS)
+    cuts: tuple[float, ...] = (0.5, 0.7)
+    seeds: int = 3
+    lams: tuple[str, ...] = ()
+    jobs: int = 1
+
+
+def compare(options: CompareOptions, console: Console) -> None:
+    """Run what is missing; print and write the table and the plot."""
+    from .campaigns import comparison
+    from .folder import write_text
+
+    recipe, out, lams = options.recipe, options.out, dict(map(_strength, options.lams))
+    rows = comparison.compare(
+        recipe,
+        options.methods,
+        options.cuts,
+        options.seeds,
+        lams,
+        out,
+        options.jobs,
+        _noter(console),
+    )
+    title = f"{recipe.model} on {recipe.data.title}"
+    used = {method: lam for method, lam in lams.items() if method in options.methods}
+    caption = comparison.caption(recipe, options.seeds, used)
+    console.print(comparison.table(rows, title, caption))
+    write_text(out / "compare.md", comparison.markdown(rows, title, caption))
+    comparison.plot(rows, out / "compare.png", title)
+    console.print(f"Table and plot are in {out}/compare.*", highlight=False)
+
+
+def _strength(pair: str) -> tuple[str, float]:
+    method, _, number = pair.partition("=")
+    try:
+        return method, float(number)
+    except ValueError:
+        raise ArgumentError(f"lams: '{pair}' must read METHOD=λ, e.g. deephoyer=1e-3") from None
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """The effect of λ and of t on the share cut and on accuracy (Fig. 3).
+
+    Attributes:
+        recipe: the point around which λ and t vary; every setting.
+        out: folder of all runs; by default runs/sweep-RECIPE.
+        lams: values of λ, at the recipe's t.
+        ts: values of t, at the recipe's λ.
+        seeds: runs of each setting.
+        jobs: runs at a time.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    out: Path
+    lams: tuple[float, ...] = ()
+    ts: tuple[float, ...] = ()
+    seeds: int = 1
+    jobs: int = 1
+
+
+def sweep(options: SweepOptions, console: Console) -> None:
+    """Run what is missing; print and write the table and the plot."""
+    from .campaigns import sweeping
+
+    recipe, out = options.recipe, options.out
+    note = _noter(console)
+    points = sweeping.sweep(
+        recipe, options.lams, options.ts, options.seeds, out, options.jobs, note
+    )
+    console.print(sweeping.table(points, f"{recipe.model} on {recipe.data.title}"))
+    console.print(f"Table and plot are in {out}/sweep.*", highlight=False)
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """λ and t for a share of the MACs to cut: Algorithm 1, each trial a sparsity training.
+
+    A trial is left off as soon as its share is stable. Finished trials are kept in a journal.
+
+    Attributes:
+        recipe: what is trained; every setting.
+        out: folder of the trials; by default runs/search-RECIPE.
+        cut: share of the MACs to cut.
+        tol: δ, how far from it the result may be.
+        max_trials: give up after so many.
+        lam_high: where the search for λ begins to halve.
+        window: a trial's share is stable when the last WINDOW epochs span at most SPREAD.
+        spread: see window.
+        warm_epochs: train so long without a regularizer first, once, and start every trial there.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    out: Path
+    cut: float = 0.5
+    tol: float = 0.05
+    max_trials: int = 20
+    lam_high: float = 2e-4
+    window: int = Stability.window
+    spread: float = Stability.spread
+    warm_epochs: int = 0
+
+
+def search(options: SearchOptions, console: Console) -> None:
+    """Search, print the trials, and say how to go on."""
+    from .campaigns import seeking
+    from .folder import NAMES
+
+    result = seeking.seek(
+        options.recipe,
+        options.cut,
+        options.out,
+        _noter(console),
+        options.warm_epochs,
+        tol=options.tol,
+        max_trials=options.max_trials,
+        lam_high=options.lam_high,
+        t=options.recipe.sparsity.t,
+        stability=Stability(options.window, options.spread),
+    )
+    console.print(seeking.table(result, options.cut))
+    warm = options.out / seeking.WARM / NAMES["dense"]
+    start = f" --weights {warm} --sparsity.init None" if options.warm_epochs else ""
+    console.print(
+        f"λ = {result.lam:g}, t = {result.t:g} cut {100 * result.cut:.1f} %. Now train in full: "
+        f"polarfast run RECIPE --sparsity.lam {result.lam!r} --sparsity.t {result.t!r}{start}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _noter(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """One self-contained HTML page on one or several runs, side by side.
+
+    Attributes:
+        runs: folders of runs, finished or not.
+        out: the page; by default report.html in the first run's folder.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    out: Path | None = None
+
+
+def report(options: ReportOptions) -> int:
+    """Write the page and say where it is."""
+    from .report import write_report
+
+    if not options.runs:
+        raise ArgumentError("report: give at least one folder of a run, e.g. runs/demo")
+    out = options.out or options.runs[0] / "report.html"
+    Console().print(f"Report: {write_report(options.runs, out)}", highlight=False)
+    return 0

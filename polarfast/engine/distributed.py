@@ -19,27 +19,6 @@ from ..errors import ArgumentError
 from ..layers import convert_sync_batchnorm
 from .recipe import Hardware, Recipe
 
-
-@contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Inside the block torch uses deterministic algorithms only, or raises; undone after it."""
-    if not wanted:
-        yield
-        return
-    # Read by cuBLAS when it first starts; without it torch refuses its matrix products.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
-    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark = torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=only_warned)
-        torch.backends.cudnn.benchmark = benchmark
-
-
 T = TypeVar("T")
 JOINING = timedelta(minutes=5)  # until all processes are there
 PATIENCE = timedelta(hours=2)  # others wait while rank 0 plans, verifies and writes
@@ -302,3 +281,23 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
     """Parameter names in the optimizer's order, which is that of its state dict's numbers."""
     name_of = {id(param): name for name, param in model.named_parameters()}
     return [name_of[id(param)] for group in optimizer.param_groups for param in group["params"]]
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside the block torch uses deterministic algorithms only, or raises; undone after it."""
+    if not wanted:
+        yield
+        return
+    # Read by cuBLAS when it first starts; without it torch refuses its matrix products.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warned)
+        torch.backends.cudnn.benchmark = benchmark

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 import polarfast as pf
 
-from . import pruning
-from .data import DataSource
+from .data.source import DataSource
 from .distributed import Workers
-from .recipe import Recipe, to_yaml
+from .recipe import Pruning, Recipe, to_yaml
 from .run import Run
 from .trainer import autocast
 
@@ -27,13 +26,12 @@ class Estimate:
     """What the sparsity training of a recipe costs in each process.
 
     Attributes:
-        steps_per_epoch: optimizer steps. params: count.
+        params: count.
         state_bytes: weights, gradients, momentum, averages. activation_bytes: kept for one
             backward pass.
         images_per_second: measured on ``timed`` images a pass, augmentation and loading left out.
     """
 
-    steps_per_epoch: int
     params: int
     state_bytes: int
     activation_bytes: int
@@ -60,16 +58,15 @@ def estimate(model: nn.Module, data: DataSource, recipe: Recipe, world: int = 1)
     )
     params = sum(param.numel() for param in model.parameters())
     return Estimate(
-        steps_per_epoch=data.train_size // recipe.batch_size,
         params=params,
-        state_bytes=_state_bytes(params, recipe, world),
+        state_bytes=_training_bytes(params, recipe, world),
         activation_bytes=kept * shard // count,
         images_per_second=world * count / seconds,
         timed=count,
     )
 
 
-def _state_bytes(params: int, recipe: Recipe, world: int) -> int:
+def _training_bytes(params: int, recipe: Recipe, world: int) -> int:
     """In float32: weights and gradients, and momentum and averaged weights where there are any."""
     copies = 2 + (recipe.momentum > 0) + (recipe.ema > 0)
     sharded = world if recipe.hardware.parallel == "fsdp" else 1
@@ -131,9 +128,9 @@ def _dry_run(run: Run, console: Console) -> None:
     if recipe.hardware.channels_last:
         model.to(memory_format=torch.channels_last)
     console.print(to_yaml(recipe), markup=False, highlight=False)
-    plan = pruning.make_plan(
-        model.eval(), run.networks.example, scales, pruning.KEEP_EVERYTHING, recipe.seed
-    )
+    # Only a share to cut can be out of reach; thresholds say nothing before training.
+    pruning = recipe.pruning if recipe.pruning.cut is not None else Pruning(method="none")
+    plan = run.networks.plan(model.eval(), scales, pruning)
     console.print(_model_table(model, scales, plan))
     cost = estimate(model.train(), data, recipe, run.workers.world)
     console.print(_cost_table(cost, run))
@@ -164,8 +161,8 @@ def _cost_table(cost: Estimate, run: Run) -> Table:
     table = Table(title="What it costs", title_justify="left", show_header=False)
     stages = (("train", recipe.train), ("finetune", recipe.finetune))
     for name, stage in stages:
-        steps = cost.steps_per_epoch * stage.epochs
-        table.add_row(f"{name}: steps", f"{stage.epochs} x {cost.steps_per_epoch:,} = {steps:,}")
+        steps = run.steps_per_epoch * stage.epochs
+        table.add_row(f"{name}: steps", f"{stage.epochs} x {run.steps_per_epoch:,} = {steps:,}")
     table.add_row("images", f"{data.train_size:,} to train, {data.test_size:,} to test")
     table.add_row("weights, gradients, optimizer", f"{cost.state_bytes / 2**20:,.0f} MiB a process")
     table.add_row("activations", f"{cost.activation_bytes / 2**20:,.0f} MiB a process")

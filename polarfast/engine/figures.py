@@ -14,12 +14,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..storage import write_atomically
+from .histograms import BINS, layer_name, ridges
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#D0D0D0"
 DPI = 200
-BINS = 100  # of the histogram, as for the thresholds
-RIDGE_BINS = 50
-RIDGES = 16
 ROOT_TICKS = (1, 5, 20, 50, 100, 200, 350, 500, 1000, 2000, 3500, 5000, 10000, 20000, 35000)
 
 
@@ -72,29 +70,26 @@ def _mark_thresholds(axes: Axes, values: Sequence[float]) -> None:
     axes.axvline(middle, color="black", linestyle="--", linewidth=1.2, label=label)
 
 
-def gamma_over_epochs(path: Path, histograms: Sequence[Tensor], epochs: Sequence[int]) -> None:
+def gamma_over_epochs(path: Path, histograms: Sequence[Tensor]) -> None:
     """Histograms of all γ, one ridge for each of some epochs, the first at the back (Fig. 4).
 
     Args:
-        histograms: counts in equal bins over [0, 1], one of each epoch.
-        epochs: the numbers of those epochs.
+        histograms: counts in 100 bins over [0, 1], one of each epoch.
     """
-    # Closer together at the start, where the factors part.
-    places = np.linspace(0, 1, RIDGES) ** 1.7 * (len(histograms) - 1)
-    chosen = np.unique(places.round().astype(int))
-    rows = np.sqrt(np.array([histograms[i].reshape(RIDGE_BINS, -1).sum(1).numpy() for i in chosen]))
+    epochs, counts = ridges(histograms)
+    rows = np.sqrt(counts.numpy())
     heights = rows / rows.max() * 4.2
     figure, axes = _figure(6.0, 5.0)
-    edges = np.linspace(0, 1, RIDGE_BINS + 1)
-    colours = colormaps["cividis"](np.linspace(0.0, 0.92, len(chosen)))
-    for row, (index, colour) in enumerate(zip(chosen, colours, strict=True)):
-        base = len(chosen) - 1 - row
+    edges = np.linspace(0, 1, rows.shape[1] + 1)
+    colours = colormaps["cividis"](np.linspace(0.0, 0.92, len(epochs)))
+    for row, (epoch, colour) in enumerate(zip(epochs, colours, strict=True)):
+        base = len(epochs) - 1 - row
         outline = base + heights[row]
         axes.stairs(outline, edges, baseline=base, fill=True, color=colour, zorder=row + 1)
         axes.stairs(outline, edges, baseline=None, color="white", linewidth=0.6, zorder=row + 1)
         axes.hlines(base, 0, 1, color=colour, linewidth=0.8, zorder=row + 1)
-        axes.text(1.015, base, str(epochs[index]), va="center", fontsize=7.5)
-    axes.text(1.015, len(chosen), "epoch", va="center", fontsize=7.5)
+        axes.text(1.015, base, str(epoch), va="center", fontsize=7.5)
+    axes.text(1.015, len(epochs), "epoch", va="center", fontsize=7.5)
     axes.set(xlim=(0, 1), ylim=(-0.2, None), yticks=[])
     axes.set(xlabel="scaling factor γ", ylabel="channels (square-root scale)")
     axes.spines["left"].set_visible(False)
@@ -103,7 +98,7 @@ def gamma_over_epochs(path: Path, histograms: Sequence[Tensor], epochs: Sequence
 
 def channels_kept(path: Path, kept: Mapping[str, int], widths: Mapping[str, int]) -> None:
     """Channels that stay in each layer, in front of the layer's full width."""
-    names = [name.removesuffix(".weight") for name in widths]
+    names = list(map(layer_name, widths))
     full = list(widths.values())
     left = [kept[name] for name in widths]
     figure, axes = _figure(max(6.0, 0.36 * len(names)), 3.4)

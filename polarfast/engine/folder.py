@@ -15,6 +15,10 @@ import polarfast as pf
 from ..errors import ArgumentError, FileFormatError
 from ..storage import read_tensors, remove_partial, write_atomically
 
+_log = logging.getLogger(__name__)
+
+FORMAT = 2  # of checkpoints
+FOLDER = "checkpoints"
 NAMES = {
     "recipe": "recipe.yaml",
     "metrics": "metrics.jsonl",
@@ -115,11 +119,6 @@ class Artifacts:
         if not path.is_file():
             raise ArgumentError(f"'{path}' is not there: run the stages before this one first")
         return path
-
-
-FORMAT = 2
-FOLDER = "checkpoints"
-_log = logging.getLogger(__name__)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -41,6 +41,10 @@ class StopSignals(AbstractContextManager["StopSignals"]):
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def interruption(self) -> Interrupted:
+        """What to raise; another process may be the one that was asked to stop."""
+        return Interrupted(self.received or signal.SIGTERM)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt

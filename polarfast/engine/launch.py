@@ -15,7 +15,7 @@ from ..profiling import device_name, median_latencies
 from . import figures
 from .distributed import Workers
 from .folder import Checkpoints, write_text
-from .recipe import Recipe, differing_settings, recipe_from_dict, to_yaml
+from .recipe import PHASES, Recipe, differing_settings, recipe_from_dict, to_yaml
 from .results import BATCHES, Pair, Results, results_table
 from .run import DONE, Run
 from .watching import JsonLog, Observer, TensorBoardLog, make_display
@@ -27,7 +27,7 @@ def launch(
     recipe: Recipe,
     folder: Path,
     console: Console,
-    phases: tuple[str, ...] = ("train", "prune", "finetune"),
+    phases: tuple[str, ...] = PHASES,
     resume: bool = False,
     again: bool = False,
 ) -> Results | None:
@@ -237,7 +237,7 @@ def measure(run: Run) -> Results:
         accuracy_finetuned=run.facts["accuracy_finetuned"],
         macs=Pair(plan.macs_before, plan.macs),
         params=Pair(plan.params_before, plan.params),
-        file_bytes=Pair(_state_bytes(dense), run.files.path("slim").stat().st_size),
+        file_bytes=Pair(_saved_bytes(dense), run.files.path("slim").stat().st_size),
         latency_ms=latency,
         threads=torch.get_num_threads(),
         verified_error=run.facts["verified_error"],
@@ -246,7 +246,7 @@ def measure(run: Run) -> Results:
     )
 
 
-def _state_bytes(model: torch.nn.Module) -> int:
+def _saved_bytes(model: torch.nn.Module) -> int:
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     return buffer.tell()
@@ -262,8 +262,7 @@ def draw(run: Run) -> None:
     figures.gamma_histogram(folder / "gamma_histogram.png", scales, plan.kept, limits)
     if run.gammas:
         every = [counts.sum(0) for counts in run.gammas]
-        epochs = range(1, len(every) + 1)
-        figures.gamma_over_epochs(folder / "gamma_over_epochs.png", every, epochs)
+        figures.gamma_over_epochs(folder / "gamma_over_epochs.png", every)
     figures.channels_kept(
         folder / "channels_kept.png",
         {name: len(plan.kept[name]) for name in scales},

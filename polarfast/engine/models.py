@@ -1,6 +1,4 @@
-"""The paper's CIFAR networks, and the networks of a run: as training starts from them, as it left
-them, and slim.
-"""
+"""Networks by name: the paper's for CIFAR, and torchvision's; weights to start from."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,14 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import polarfast as pf
-
 from ..errors import ArgumentError
 from ..storage import read_tensors
-from . import models, pruning
-from .data import DataSource
-from .folder import Artifacts
-from .recipe import Recipe
+
+TORCHVISION = "torchvision/"
+VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
 class BasicBlock(nn.Module):
@@ -85,9 +80,6 @@ class CifarResNet(nn.Module):
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
-VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-
-
 class Vgg16(nn.Module):
     """VGG-16 with BatchNorm and one hidden linear layer, for 32x32 images.
 
@@ -144,9 +136,6 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-TORCHVISION = "torchvision/"
-
-
 def build(name: str, classes: int, in_channels: int) -> nn.Module:
     """The network called ``name`` in recipes and on the command line, with fresh weights.
 
@@ -169,14 +158,14 @@ def build(name: str, classes: int, in_channels: int) -> nn.Module:
 
 
 def _torchvision(name: str, classes: int, in_channels: int) -> nn.Module:
-    from torchvision.models import get_model, list_models
+    from torchvision import models
 
     if in_channels != 3:
         raise ArgumentError(f"model '{name}' takes colour images, not {in_channels} channel(s)")
     try:
-        return get_model(name.removeprefix(TORCHVISION), weights=None, num_classes=classes)
+        return models.get_model(name.removeprefix(TORCHVISION), weights=None, num_classes=classes)
     except ValueError:
-        known = ", ".join(list_models(module=__import__("torchvision").models)[:6])
+        known = ", ".join(models.list_models(module=models)[:6])
         raise ArgumentError(
             f"model '{name}' is not one of torchvision's classifiers ({known}, ...)"
         ) from None
@@ -202,75 +191,3 @@ def load_weights(model: nn.Module, path: str) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ArgumentError(f"weights='{path}' do not fit the model: {error}") from error
-
-
-class Networks:
-    """Builds and reads a run's networks, all on one device.
-
-    Args:
-        recipe: which network, and what becomes of its scaling factors.
-        data: its images' channels, number of classes, and an example.
-        files: where a run writes them.
-    """
-
-    def __init__(
-        self, recipe: Recipe, data: DataSource, files: Artifacts, device: torch.device
-    ) -> None:
-        self.recipe, self.data, self.files, self.device = recipe, data, files, device
-
-    @property
-    def example(self) -> Tensor:
-        """One test image, to trace with and to count the MACs of."""
-        return self.data.example()
-
-    def build(self) -> nn.Module:
-        """The dense network, without gates, with freshly drawn weights, on the CPU."""
-        return models.build(self.recipe.model, self.data.classes, self.data.image_shape[0])
-
-    def fresh(self) -> tuple[nn.Module, pf.ScalingFactors]:
-        """The network as training starts from it; the same weights in every process."""
-        torch.manual_seed(self.recipe.seed)
-        model = self.build()
-        if self.recipe.weights:
-            models.load_weights(model, self.recipe.weights)
-        model = self._gated(model.to(self.device))
-        scales = self.scales(model)
-        if self.recipe.sparsity.init is not None:
-            pf.init_scales(scales, self.recipe.sparsity.init)
-        return model, scales
-
-    def dense(self) -> nn.Module:
-        """The dense network as training left it, with its gates if it has any."""
-        model = self._gated(self.build().to(self.device))
-        model.load_state_dict(self.files.read("dense", self.device))
-        return model
-
-    def plain_dense(self) -> nn.Module:
-        """The dense network as training left it, its gates folded away."""
-        model = self.dense().eval()
-        if not self.recipe.sparsity.gates:
-            return model
-        scales, everything = self.scales(model), pruning.KEEP_EVERYTHING
-        plan = pruning.make_plan(model, self.example, scales, everything, self.recipe.seed)
-        return pf.slim(model, plan)
-
-    def slim(self, name: str = "slim") -> nn.Module:
-        """The slim network: fine-tuned, or as it was right after pruning ("pruned")."""
-        return pf.load(self.files.path(name), build=self.build).to(self.device)
-
-    def scales(self, model: nn.Module) -> pf.ScalingFactors:
-        """The scaling factors of a dense network that may be pruned; its gates, if it has any."""
-        sparsity = self.recipe.sparsity
-        scales = pf.scaling_factors(model, self.example, residual=sparsity.residual)
-        if not sparsity.gates:
-            return scales
-        gates = scales.select(r"\.gate$")
-        # The γ of layers without a gate are no gates: clamp="all" must leave them alone.
-        others = {name: gate for name, gate in gates.others.items() if name.endswith(".gate")}
-        return pf.ScalingFactors(gates, pinned=gates.pinned, others=others, residual=gates.residual)
-
-    def _gated(self, model: nn.Module) -> nn.Module:
-        sparsity = self.recipe.sparsity
-        if sparsity.gates:
-            pf.add_gates(model, self.example, where=sparsity.gates, residual=sparsity.residual)
-        return model

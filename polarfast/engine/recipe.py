@@ -13,8 +13,9 @@ from typing import Any, Literal
 import yaml
 
 from ..errors import ArgumentError
-from .data import Data
+from .data.settings import Data
 
+PHASES = ("train", "prune", "finetune")
 Schedule = Literal["cosine", "step", "constant"]
 Method = Literal["valley", "fixed", "percentile", "uniform", "random", "none"]
 #: Methods that choose by a share of the MACs to cut, not by where γ stand.

@@ -1,13 +1,15 @@
 """What a run comes to: the figures, and the table that a person shows a colleague."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, FileFormatError
 
 BATCHES = (1, 64)  # of the measured latencies
 
@@ -23,6 +25,13 @@ class Pair:
     def cut(self) -> float:
         """Share by which the slim model has less."""
         return 1 - self.slim / self.dense
+
+    @property
+    def faster(self) -> str:
+        """Of a time: how much faster the slim model is, or slower."""
+        if self.slim > self.dense:
+            return f"{self.slim / self.dense:.2f}× slower"
+        return f"{self.dense / self.slim:.2f}× faster"
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,12 @@ class Results:
     seconds: float
     device: str = ""
 
+    @property
+    def measured_on(self) -> str:
+        """Device and threads of the latency."""
+        threads = f"{self.threads} thread" + "s" * (self.threads > 1)
+        return f"{self.device or 'device not recorded'}, {threads}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, for JSON."""
         return dataclasses.asdict(self)
@@ -78,6 +93,18 @@ class Results:
             ) from error
 
 
+def read_results(path: Path) -> Results:
+    """The figures in a run's folder.
+
+    Raises:
+        FileFormatError: the file is damaged.
+    """
+    try:
+        return Results.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:  # not JSON, or not such figures
+        raise FileFormatError(f"'{path}': {error}") from error
+
+
 def results_table(results: Results, title: str) -> Table:
     """Dense beside slim, one quantity a row."""
     table = Table(title=title, title_style="bold", title_justify="left")
@@ -101,14 +128,11 @@ def results_table(results: Results, title: str) -> Table:
         table.add_row(name, form(pair.dense), form(pair.slim), f"{-100 * pair.cut:+.1f} %")
     table.add_section()
     for batch, pair in results.latency_ms.items():
-        faster = f"{pair.dense / pair.slim:.2f}x faster"
-        if pair.slim > pair.dense:
-            faster = f"{pair.slim / pair.dense:.2f}x slower"
-        table.add_row(f"latency, batch {batch}", _ms(pair.dense), _ms(pair.slim), faster)
-    threads = f"{results.threads} thread" + "s" * (results.threads > 1)
+        name = f"latency, batch {batch}"
+        table.add_row(name, _ms(pair.dense), _ms(pair.slim), pair.faster)
     table.caption = (
-        f"dense: after sparsity training; latency: median on {results.device or 'this machine'}, "
-        f"{threads}; right after pruning the slim model equals the dense one with its small γ at "
+        f"dense: after sparsity training; latency: median on {results.measured_on}; "
+        "right after pruning the slim model equals the dense one with its small γ at "
         f"0, to a relative {results.verified_error:.0e}; {results.seconds:.0f} s in all"
     )
     table.caption_justify = "left"

@@ -1,6 +1,5 @@
 """A recipe carried out in a folder, resumable at any moment: train, prune, fine-tune."""
 
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,19 +10,17 @@ from torch import nn
 
 import polarfast as pf
 
-from . import distributed as parallel
-from . import pruning
-from .data import DataSource, load
+from . import distributed
+from .data.source import DataSource, load
 from .distributed import Workers, deterministic
 from .folder import FORMAT, Artifacts, Checkpoints
-from .interrupts import Interrupted, StopSignals
-from .models import Networks
-from .recipe import Recipe, Stage
-from .seeds import mix
+from .interrupts import StopSignals
+from .networks import Networks
+from .recipe import PHASES, Recipe, Stage
+from .seeds import seed_at
 from .trainer import StageLoop, Trainer, evaluate, steps_per_epoch
 from .watching import Observer
 
-PHASES = ("train", "prune", "finetune")
 DONE = "done"
 
 
@@ -38,6 +35,7 @@ class Run:
 
     Attributes:
         phase: the phase that goes on or comes next, or ``DONE``.
+        steps_per_epoch: optimizer steps.
         history: one dict of numbers for each finished epoch.
         gammas: counts of γ by epoch, layer and bin; facts: what became known on the way.
         networks: the networks, as they were or are now.
@@ -68,7 +66,8 @@ class Run:
         self._signals = StopSignals()
         self.data = data or load(recipe.data, workers.device)
         self.networks = Networks(recipe, self.data, self.files, workers.device)
-        steps_per_epoch(self.data, recipe, workers)  # refused before anything is written
+        # What does not fit is refused before anything is written.
+        self.steps_per_epoch = steps_per_epoch(self.data, recipe, workers)
         step = self._trainer_state["step"] if self._trainer_state else 0
         workers.check_same((self.phase, step, len(self.history)), f"checkpoint in '{folder}'")
 
@@ -87,7 +86,7 @@ class Run:
             while self.phase != DONE and self.phases.index(self.phase) <= last:
                 work[self.phase]()
                 if self.workers.agree(self._signals.received):
-                    raise Interrupted(self._signals.received or signal.SIGTERM)
+                    raise self._signals.interruption()
 
     def _train(self) -> None:
         if self.phases[0] == "prune":
@@ -117,12 +116,12 @@ class Run:
                 f"sparsity.init={sparsity.init:g} overwrites the scaling factors of "
                 f"'{self.recipe.weights}'; to keep them: --sparsity.init None"
             )
-        predict = pruning.predictor(model, self.networks.example, scales, self.recipe.pruning)
-        steps = self.data.train_size // self.recipe.batch_size * self.recipe.train.epochs
-        regularizer = pruning.regularizer(
-            model, self.networks.example, scales, sparsity, self.recipe.pruning, steps
-        )
-        model = parallel.prepare(model, self.recipe, self.workers)
+        if self.recipe.pruning.cut is not None and self._trainer_state is None:
+            self.networks.plan(model, scales)  # a share out of reach is refused before training
+        predict = self.networks.predictor(model, scales)
+        steps = self.steps_per_epoch * self.recipe.train.epochs
+        regularizer = self.networks.regularizer(model, scales, steps)
+        model = distributed.prepare(model, self.recipe, self.workers)
         scales = scales.rebind(model)
         chosen = scales.select(sparsity.regularize) if sparsity.regularize else scales
         trainer = self._trainer(model, self.recipe.train, chosen, regularizer)
@@ -140,7 +139,7 @@ class Run:
 
     def _train_slim(self, stage: Stage, name: str, result: str, fact: str) -> None:
         """A stage of the slim network, which ends in the file ``result``."""
-        model = parallel.prepare(self.networks.slim("pruned"), self.recipe, self.workers)
+        model = distributed.prepare(self.networks.slim("pruned"), self.recipe, self.workers)
         trainer = self._trainer(model, stage)
         for _ in self._stage(trainer, name):
             pass
@@ -155,7 +154,7 @@ class Run:
     def _result(self, trainer: Trainer) -> dict[str, Any]:
         """The weights that a stage results in; every process must ask."""
         with trainer.averaged():
-            state = parallel.model_state(trainer.model, self.recipe)
+            state = distributed.model_state(trainer.model, self.recipe)
             return {name: tensor.clone() for name, tensor in state.items()}
 
     def _prune(self) -> None:
@@ -170,8 +169,7 @@ class Run:
     def _cut(self, model: nn.Module) -> None:
         model.eval()
         scales = self.networks.scales(model)
-        settings = self.recipe.pruning
-        plan = pruning.make_plan(model, self.networks.example, scales, settings, self.recipe.seed)
+        plan = self.networks.plan(model, scales)
         slim = pf.slim(model, plan, verify=True)
         report = pf.verify(model, slim, plan, self.data.example(64))
         self.facts["verified_error"] = float(report.rel_error)
@@ -197,7 +195,7 @@ class Run:
         scales: pf.ScalingFactors | None = None,
         regularizer: pf.Regularizer | None = None,
     ) -> Trainer:
-        seed = mix(self.recipe.seed, PHASES.index(self.phase))
+        seed = seed_at(self.recipe.seed, PHASES.index(self.phase))
         if regularizer is None:
             scales = None
         trainer = Trainer(

@@ -5,15 +5,16 @@ and the place: a run goes on after an interruption, or on another number of proc
 nothing had happened.
 """
 
-_MASK = (1 << 64) - 1
+from .data.plan import WORD, splitmix
 
 
-def mix(*numbers: int) -> int:
-    """A seed in [0, 2**63) from whole numbers; close numbers give unrelated seeds (splitmix64)."""
+def seed_at(*place: int) -> int:
+    """A seed in [0, 2**63) from whole numbers; close numbers give unrelated seeds.
+
+    Not ``data.plan.mix``: numbers are joined by exclusive or here and added there. Either one for
+    both would change what every recipe draws, and what unfinished runs go on with.
+    """
     state = 0
-    for number in numbers:
-        state = (state ^ (number & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
-        state ^= state >> 31
+    for number in place:
+        state = splitmix(state ^ (number & WORD))
     return state >> 1

@@ -1,10 +1,7 @@
-"""One stage of a run: its steps and epochs, averaged weights, accuracy, what is told and logged,
-checkpoints, and stopping when asked.
-"""
+"""One stage of a run: :class:`Trainer` does its steps, :class:`StageLoop` carries it to its end."""
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,124 +17,24 @@ import polarfast as pf
 
 from ..errors import ArgumentError
 from ..sharding import whole
-from . import distributed as parallel
-from .data import DataSource, EpochPlan
+from . import distributed
+from .data.plan import EpochPlan
+from .data.source import DataSource
 from .distributed import Workers
-from .interrupts import Interrupted, StopSignals
+from .histograms import Gammas
+from .interrupts import StopSignals
 from .recipe import Recipe, Stage
-from .seeds import mix
-from .watching import Epoch, Gammas, Observer, Step
-
-
-def learning_rate(stage: Stage, step: int, steps_per_epoch: int) -> float:
-    """The rate of step number ``step`` (from 0) of a stage."""
-    steps = steps_per_epoch * stage.epochs
-    warmup = round(stage.warmup * steps_per_epoch)
-    if step < warmup:
-        return stage.lr * (step + 1) / warmup
-    if stage.schedule == "constant":
-        return stage.lr
-    if stage.schedule == "step":
-        begun = [epoch for epoch in stage.rates if epoch * steps_per_epoch <= step]
-        return stage.rates[max(begun)] if begun else stage.lr
-    return stage.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-
-BATCH_PIXELS = 2**23  # over all channels: 56 images of ImageNet's size
-LARGEST_BATCH = 500
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The forward pass's context for a recipe's ``precision``."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, data: DataSource, workers: Workers, precision: str = "fp32"
-) -> float:
-    """Share of the test images that the model, in eval mode, classifies rightly, in percent.
-
-    Every process takes its share of the images, and as many forward passes as the others, since
-    a sharded model's forward pass is a joint one.
-    """
-    was_training = model.training
-    model.eval()
-    # Bad images that are skipped while streaming are missing from both.
-    right, seen = torch.zeros(2, dtype=torch.int64, device=workers.device)
-    share = -(-data.test_size // workers.world)
-    batch = min(LARGEST_BATCH, max(1, BATCH_PIXELS // math.prod(data.image_shape)))
-    passes = -(-share // batch)
-    with autocast(workers.device, precision):
-        for images, labels in data.test(batch, workers.rank, workers.world):
-            right += (model(images).argmax(1) == labels).sum()
-            seen += len(labels)
-            passes -= 1
-        for _ in range(passes):
-            model(data.example())
-    model.train(was_training)
-    right, seen = workers.total(torch.stack((right, seen)))
-    return 100 * float(right / seen)
-
-
-class Average:
-    """The moving average of all floating-point parameters and buffers of a model.
-
-    Unlike ``torch.optim.swa_utils.AveragedModel`` it copies no module, which FSDP2 does not allow.
-
-    Args:
-        model: whose tensors are followed; they may be DTensors.
-        decay: weight of the past in each update.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._model = model
-        self._update = get_ema_multi_avg_fn(decay)
-        self.tensors = [tensor.detach().clone() for tensor in self._current()]
-
-    def buffers(self) -> list[Tensor]:
-        """The averages of the buffers."""
-        count = sum(buffer.is_floating_point() for buffer in self._model.buffers())
-        return self.tensors[len(self.tensors) - count :]
-
-    def take(self) -> None:
-        """Make the model's present values the averages."""
-        _copy(self.tensors, self._current())
-
-    def _current(self) -> list[Tensor]:
-        every = [*self._model.parameters(), *self._model.buffers()]
-        return [_local(tensor) for tensor in every if tensor.is_floating_point()]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the model as it is now."""
-        self._update(self.tensors, self._current(), 0)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The model holds the averages inside the block, and its own values again after it."""
-        current = self._current()
-        own = [tensor.detach().clone() for tensor in current]
-        _copy(current, self.tensors)
-        try:
-            yield
-        finally:
-            _copy(current, own)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-@torch.no_grad()
-def _copy(into: list[Tensor], values: list[Tensor]) -> None:
-    for target, value in zip(into, values, strict=True):
-        target.copy_(value)
-
+from .seeds import seed_at
+from .watching import Epoch, Observer, Step
 
 _log = logging.getLogger(__name__)
+
+# Of evaluation: at most so many images at once, and so many pixels over all channels (56 images of
+# ImageNet's size).
+LARGEST_BATCH, BATCH_PIXELS = 500, 2**23
+AGREE_EVERY = 8  # steps between agreements of several processes on whether to save or stop
+SHOW_SECONDS = 0.3  # between two reports of steps
+_SAVE, _STOP = 1, 2
 
 
 class Trainer:
@@ -148,7 +45,7 @@ class Trainer:
     shards, do the same work.
 
     Args:
-        model: prepared by ``parallel.prepare``.
+        model: prepared by ``distributed.prepare``.
         stage: epochs and learning rates. seed: of this stage.
         scales, regularizer: both for sparsity training, neither for plain training.
 
@@ -184,7 +81,7 @@ class Trainer:
         fp16 = recipe.precision == "fp16"
         self.scaler = torch.amp.GradScaler(workers.device.type, enabled=fp16)
         self.average = Average(model, recipe.ema) if recipe.ema else None
-        self._wrapped = parallel.wrap(model, recipe, workers)
+        self._wrapped = distributed.wrap(model, recipe, workers)
         self.step = 0
         self.loss = torch.zeros((), dtype=torch.float64, device=workers.device)
 
@@ -210,7 +107,7 @@ class Trainer:
         if done == 0:
             self.loss.zero_()
         plan = EpochPlan(
-            seed=mix(self.seed, self.epoch),
+            seed=seed_at(self.seed, self.epoch),
             batch_size=self.recipe.batch_size,
             shards=self.workers.world * count,
             first_shard=self.workers.rank * count,
@@ -234,7 +131,7 @@ class Trainer:
         """Of the test images, percent, of the averaged weights if there are any."""
         with self.averaged():
             right = evaluate(self.model, self.data, self.workers, self.recipe.precision)
-            parallel.settle(self.model)  # else the parameters stay what they are in this block
+            distributed.settle(self.model)  # else the parameters stay what they are in this block
         return right
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -247,7 +144,7 @@ class Trainer:
             group["lr"] = learning_rate(self.stage, self.step, self.steps_per_epoch)
         self.optimizer.zero_grad(set_to_none=True)
         for index, (images, labels) in enumerate(shards):
-            torch.manual_seed(mix(self.seed, self.step, self.workers.rank * count + index))
+            torch.manual_seed(seed_at(self.seed, self.step, self.workers.rank * count + index))
             with self._joint(last=index == count - 1):
                 with autocast(self.workers.device, self.recipe.precision):
                     logits = self._wrapped(images)
@@ -287,11 +184,11 @@ class Trainer:
         averages = None
         if self.average:
             with self.averaged():
-                averages = parallel.model_state(self.model, self.recipe)
+                averages = distributed.model_state(self.model, self.recipe)
                 averages = {name: tensor.clone() for name, tensor in averages.items()}
         return {
-            "model": parallel.model_state(self.model, self.recipe),
-            "optimizer": parallel.optimizer_state(self.model, self.optimizer, self.recipe),
+            "model": distributed.model_state(self.model, self.recipe),
+            "optimizer": distributed.optimizer_state(self.model, self.optimizer, self.recipe),
             "scaler": self.scaler.state_dict(),
             "average": averages,
             "regularizer": self.regularizer.state_dict() if self.regularizer else {},
@@ -304,10 +201,12 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, on as many processes or on another number."""
         if self.average:
-            parallel.load_model_state(self.model, state["average"], self.recipe)
+            distributed.load_model_state(self.model, state["average"], self.recipe)
             self.average.take()
-        parallel.load_model_state(self.model, state["model"], self.recipe)
-        parallel.load_optimizer_state(self.model, self.optimizer, state["optimizer"], self.recipe)
+        distributed.load_model_state(self.model, state["model"], self.recipe)
+        distributed.load_optimizer_state(
+            self.model, self.optimizer, state["optimizer"], self.recipe
+        )
         self.scaler.load_state_dict(state["scaler"])
         if self.regularizer:
             self.regularizer.load_state_dict(state["regularizer"])
@@ -333,6 +232,29 @@ class Trainer:
         return [*self.model.buffers(), *(self.average.buffers() if self.average else ())]
 
 
+class _unsynchronized(AbstractContextManager[None]):
+    """FSDP2's counterpart of ``no_sync``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+
+    def __enter__(self) -> None:
+        self._model.set_requires_gradient_sync(False)
+
+    def __exit__(self, *_: object) -> None:
+        self._model.set_requires_gradient_sync(True)
+
+
+def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    params = [param for param in model.parameters() if param.requires_grad]
+    if recipe.decay_norms:
+        return [{"params": params}]
+    return [
+        {"params": [param for param in params if param.dim() > 1]},
+        {"params": [param for param in params if param.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
 def steps_per_epoch(data: DataSource, recipe: Recipe, workers: Workers) -> int:
     """Optimizer steps of an epoch; the images that fill no batch are left out.
 
@@ -353,32 +275,18 @@ def steps_per_epoch(data: DataSource, recipe: Recipe, workers: Workers) -> int:
     return steps
 
 
-def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    params = [param for param in model.parameters() if param.requires_grad]
-    if recipe.decay_norms:
-        return [{"params": params}]
-    return [
-        {"params": [param for param in params if param.dim() > 1]},
-        {"params": [param for param in params if param.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
-class _unsynchronized(AbstractContextManager[None]):
-    """FSDP2's counterpart of ``no_sync``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model: Any = model
-
-    def __enter__(self) -> None:
-        self._model.set_requires_gradient_sync(False)
-
-    def __exit__(self, *_: object) -> None:
-        self._model.set_requires_gradient_sync(True)
-
-
-_SAVE, _STOP = 1, 2
-AGREE_EVERY = 8  # steps between agreements of several processes on whether to save or stop
-SHOW_SECONDS = 0.3  # between two reports of steps
+def learning_rate(stage: Stage, step: int, steps_per_epoch: int) -> float:
+    """The rate of step number ``step`` (from 0) of a stage."""
+    steps = steps_per_epoch * stage.epochs
+    warmup = round(stage.warmup * steps_per_epoch)
+    if step < warmup:
+        return stage.lr * (step + 1) / warmup
+    if stage.schedule == "constant":
+        return stage.lr
+    if stage.schedule == "step":
+        begun = [epoch for epoch in stage.rates if epoch * steps_per_epoch <= step]
+        return stage.rates[max(begun)] if begun else stage.lr
+    return stage.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 class StageLoop:
@@ -436,7 +344,7 @@ class StageLoop:
             self._epoch_done(time.perf_counter() - start, trainer.step - first)
             # Now the checkpoint is there, so stopping costs nothing.
             if trainer.workers.agree(bool(self._signals.received)):
-                raise Interrupted(self._signals.received or signal.SIGTERM)
+                raise self._signals.interruption()
             yield
         if self.last is None:  # interrupted after the last epoch
             self.last = self._gammas()
@@ -454,7 +362,7 @@ class StageLoop:
         if wanted:
             self._checkpoint(False)
         if wanted == _STOP:
-            raise Interrupted(self._signals.received or signal.SIGTERM)
+            raise self._signals.interruption()
 
     def _checkpoint(self, best: bool) -> None:
         self._save(best)
@@ -524,3 +432,93 @@ class StageLoop:
             lam=regularizer.lam if regularizer else 0.0,
             t=regularizer.t if regularizer else 0.0,
         )
+
+
+class Average:
+    """The moving average of all floating-point parameters and buffers of a model.
+
+    Unlike ``torch.optim.swa_utils.AveragedModel`` it copies no module, which FSDP2 does not allow.
+
+    Args:
+        model: whose tensors are followed; they may be DTensors.
+        decay: weight of the past in each update.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._model = model
+        self._update = get_ema_multi_avg_fn(decay)
+        self.tensors = [tensor.detach().clone() for tensor in self._current()]
+
+    def buffers(self) -> list[Tensor]:
+        """The averages of the buffers."""
+        count = sum(buffer.is_floating_point() for buffer in self._model.buffers())
+        return self.tensors[len(self.tensors) - count :]
+
+    def take(self) -> None:
+        """Make the model's present values the averages."""
+        _copy(self.tensors, self._current())
+
+    def _current(self) -> list[Tensor]:
+        every = [*self._model.parameters(), *self._model.buffers()]
+        return [_local(tensor) for tensor in every if tensor.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the model as it is now."""
+        self._update(self.tensors, self._current(), 0)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model holds the averages inside the block, and its own values again after it."""
+        current = self._current()
+        own = [tensor.detach().clone() for tensor in current]
+        _copy(current, self.tensors)
+        try:
+            yield
+        finally:
+            _copy(current, own)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@torch.no_grad()
+def _copy(into: list[Tensor], values: list[Tensor]) -> None:
+    for target, value in zip(into, values, strict=True):
+        target.copy_(value)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: DataSource, workers: Workers, precision: str = "fp32"
+) -> float:
+    """Share of the test images that the model, in eval mode, classifies rightly, in percent.
+
+    Every process takes its share of the images, and as many forward passes as the others, since
+    a sharded model's forward pass is a joint one.
+    """
+    was_training = model.training
+    model.eval()
+    # Bad images that are skipped while streaming are missing from both.
+    right, seen = torch.zeros(2, dtype=torch.int64, device=workers.device)
+    share = -(-data.test_size // workers.world)
+    batch = min(LARGEST_BATCH, max(1, BATCH_PIXELS // math.prod(data.image_shape)))
+    passes = -(-share // batch)
+    with autocast(workers.device, precision):
+        for images, labels in data.test(batch, workers.rank, workers.world):
+            right += (model(images).argmax(1) == labels).sum()
+            seen += len(labels)
+            passes -= 1
+        for _ in range(passes):
+            model(data.example())
+    model.train(was_training)
+    right, seen = workers.total(torch.stack((right, seen)))
+    return 100 * float(right / seen)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The forward pass's context for a recipe's ``precision``."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")

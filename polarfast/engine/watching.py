@@ -5,7 +5,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console, Group
@@ -22,41 +22,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-BINS = 100
+from .histograms import BINS, Gammas
 
-
-@dataclass(frozen=True)
-class Gammas:
-    """Where the scaling factors stand.
-
-    Attributes:
-        values: name of the scaling factor -> its γ, float32 [C], on the CPU.
-        cut: share of the MACs that pruning now would cut.
-        lam: the regularizer's λ at this moment; t: its t.
-    """
-
-    values: dict[str, Tensor]
-    cut: float
-    lam: float
-    t: float
-
-    @property
-    def histogram(self) -> Tensor:
-        """Counts of all |γ| in 100 bins over [0, 1], int32 [100]; what is over 1 is in the last."""
-        return self.histograms.sum(0, dtype=torch.int32)
-
-    @property
-    def histograms(self) -> Tensor:
-        """:attr:`histogram` of each layer, int32 [L, 100], in the order of ``values``."""
-        rows = [torch.histc(g.abs().clamp(max=1.0), BINS, 0.0, 1.0) for g in self.values.values()]
-        return torch.stack(rows).int() if rows else torch.zeros((0, BINS), dtype=torch.int32)
-
-    @property
-    def at_zero(self) -> float:
-        """Share of the γ below 0.01."""
-        every = sum(gamma.numel() for gamma in self.values.values())
-        zeros = sum(int((gamma.abs() < 1 / BINS).sum()) for gamma in self.values.values())
-        return zeros / max(every, 1)
+LEVELS = " ▁▂▃▄▅▆▇█"
+LOG_EVERY_SECONDS = 5.0
+LOG_STEPS_EVERY_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -122,8 +92,10 @@ class Epoch:
         return values
 
 
-class Observer(Protocol):
-    """Watches a run. Calls come in order, from one process, outside of any measured time."""
+class Observer:
+    """Watches a run; this one does nothing. Calls come in order, from one process, outside of any
+    measured time.
+    """
 
     def stage_started(self, stage: str, done: int, steps: int, epochs: int) -> None:
         """A stage begins, or goes on after ``done`` of its ``steps`` optimizer steps."""
@@ -139,11 +111,6 @@ class Observer(Protocol):
 
     def close(self) -> None:
         """The run ended, well or not."""
-
-
-LEVELS = " ▁▂▃▄▅▆▇█"
-LOG_EVERY_SECONDS = 5.0
-LOG_STEPS_EVERY_SECONDS = 60.0
 
 
 def sparkline(histogram: Tensor, width: int = 25) -> str:
@@ -193,7 +160,7 @@ def step_line(step: Step) -> str:
     return f"{line}  lr {step.lr:.3g}  {_speed(step.images_per_second)}"
 
 
-class LogDisplay:
+class LogDisplay(Observer):
     """Plain lines: notes, and an epoch every few seconds, the first and the last always.
 
     Epochs that take minutes get a line every minute.
@@ -220,15 +187,12 @@ class LogDisplay:
     def note(self, text: str) -> None:
         self._print(text)
 
-    def close(self) -> None:
-        pass
-
     def _print(self, text: str) -> None:
         self._last_line = time.monotonic()
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-class LiveDisplay:
+class LiveDisplay(Observer):
     """A bar with the time left of the stage and, under it, the figures of the last step and epoch.
 
     The bar counts optimizer steps, so that it moves and knows the time left within an epoch too.
@@ -324,7 +288,7 @@ def _speed(images_per_second: float) -> str:
     return f"{images_per_second:,.0f} img/s"
 
 
-class TensorBoardLog:
+class TensorBoardLog(Observer):
     """Scalars of every epoch and histograms of γ, as TensorBoard event files.
 
     The step of every event is the number of the epoch within the run.
@@ -338,12 +302,6 @@ class TensorBoardLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=done + 1)
-
-    def stage_started(self, stage: str, done: int, steps: int, epochs: int) -> None:
-        pass
-
-    def step_finished(self, step: Step) -> None:
-        pass
 
     def epoch_finished(self, epoch: Epoch) -> None:
         scalars = {
@@ -362,21 +320,18 @@ class TensorBoardLog:
             self._writer.add_scalar(name, value, epoch.index)
         self._writer.flush()
 
-    def note(self, text: str) -> None:
-        pass
-
     def close(self) -> None:
         self._writer.close()
 
     def _histograms(self, gammas: Gammas, index: int) -> None:
         self._writer.add_histogram(
-            "gamma", torch.cat(list(gammas.values.values())), index, bins=100
+            "gamma", torch.cat(list(gammas.values.values())), index, bins=BINS
         )
         for name, values in gammas.values.items():
-            self._writer.add_histogram(f"gamma_of/{name}", values, index, bins=100)
+            self._writer.add_histogram(f"gamma_of/{name}", values, index, bins=BINS)
 
 
-class JsonLog:
+class JsonLog(Observer):
     """One line of JSON an epoch; a number that is not finite becomes null.
 
     Args:
@@ -389,17 +344,8 @@ class JsonLog:
         for values in history:
             self._write(values)
 
-    def stage_started(self, stage: str, done: int, steps: int, epochs: int) -> None:
-        pass
-
-    def step_finished(self, step: Step) -> None:
-        pass
-
     def epoch_finished(self, epoch: Epoch) -> None:
         self._write(epoch.to_dict())
-
-    def note(self, text: str) -> None:
-        pass
 
     def close(self) -> None:
         self._file.close()

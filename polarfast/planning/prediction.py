@@ -106,20 +106,6 @@ class CutPredictor:
         factors = self.scales if scores is None and _plain(first) else as_factors(compared)
         return self._compare(compared, thresholds(factors, self.method, self.value))
 
-    def percentile_for(self, cut: float, scores: Mapping[str, Tensor] | None = None) -> float:
-        """The `value` for method="percentile" whose plan comes closest to cutting this share.
-
-        Args:
-            cut: share of MACs, in [0, 1).
-            scores: as in `plan`.
-
-        Raises:
-            ArgumentError: `cut` is out of its range, or `scores` do not fit.
-        """
-        if not 0.0 <= cut < 1.0:
-            raise ArgumentError(f"cut={cut!r}: give a share of the MACs, in [0, 1)")
-        return self.count_for(cut, self.look(scores)) / self.scales.numel()
-
     def rebind(self, scales: ScalingFactors) -> None:
         """Follow parameters that were replaced in the same model since, as `fully_shard` and
         `load_state_dict(assign=True)` do. Once they are sharded, all processes must rebind and

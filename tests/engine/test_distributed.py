@@ -26,11 +26,12 @@ from support.engine import (
 from torch import Tensor
 
 from polarfast.engine import models
-from polarfast.engine.data import EpochPlan, load
+from polarfast.engine.data.plan import EpochPlan
+from polarfast.engine.data.source import load
 from polarfast.engine.folder import Checkpoints, load_checkpoint
 from polarfast.engine.launch import find_state
 from polarfast.engine.recipe import Recipe
-from polarfast.engine.seeds import mix
+from polarfast.engine.seeds import seed_at
 from polarfast.engine.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
@@ -86,7 +87,7 @@ def test_statistics_are_the_mean_of_all_processes(tmp_path: Path) -> None:
     state = of_ranks(tmp_path / "run", 3)[0]
 
     data = load(recipe.data, torch.device("cpu"))
-    plan = EpochPlan(mix(mix(recipe.seed, 0), 0), 99, shards=3, shard_count=3)
+    plan = EpochPlan(seed_at(seed_at(recipe.seed, 0), 0), 99, shards=3, shard_count=3)
     torch.manual_seed(recipe.seed)
     model = models.build("resnet8", 10, 1)
     seen: list[Tensor] = []

@@ -19,7 +19,7 @@ def test_all_three(tmp_path: Path) -> None:
     thresholds = {"a.weight": 0.01, "b.weight": None}
     figures.gamma_histogram(tmp_path / "1.png", scales, kept, thresholds)
     histograms = [torch.histc(torch.rand(50), 100, 0, 1).int() for _ in range(30)]
-    figures.gamma_over_epochs(tmp_path / "2.png", histograms, range(1, 31))
+    figures.gamma_over_epochs(tmp_path / "2.png", histograms)
     figures.channels_kept(
         tmp_path / "3.png", {"a.weight": 1, "b.weight": 0}, {"a.weight": 3, "b.weight": 500}
     )
@@ -29,7 +29,7 @@ def test_all_three(tmp_path: Path) -> None:
 
 
 def test_one_epoch_and_no_threshold(tmp_path: Path) -> None:
-    figures.gamma_over_epochs(tmp_path / "e.png", [torch.ones(100)], [1])
+    figures.gamma_over_epochs(tmp_path / "e.png", [torch.ones(100)])
     scales, kept = {"a": torch.full((4,), 0.5)}, {"a": torch.arange(4)}
     figures.gamma_histogram(tmp_path / "h.png", scales, kept, {"a": None})
     assert png_size(tmp_path / "e.png") and png_size(tmp_path / "h.png")

@@ -8,8 +8,7 @@ import pytest
 import torch
 from support.engine import TINY, on
 
-from polarfast.engine import distributed as parallel
-from polarfast.engine import models
+from polarfast.engine import distributed, models
 from polarfast.engine.distributed import Workers, deterministic
 from polarfast.errors import ArgumentError
 
@@ -51,7 +50,7 @@ def test_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
     workers: Any = SimpleNamespace(device=torch.device("cpu"), distributed=True, world=2)
     with pytest.raises(ArgumentError, match=message):
-        parallel.prepare(models.build("resnet8", 10, 1), replace(TINY, **changes), workers)
+        distributed.prepare(models.build("resnet8", 10, 1), replace(TINY, **changes), workers)
 
 
 def test_sharded_only_under_torchrun() -> None:

@@ -13,9 +13,9 @@ from support.image_sets import write_cifar10, write_cifar100, write_folder, writ
 
 import polarfast as pf
 from polarfast import cli
-from polarfast.engine.data import load
+from polarfast.engine.data.source import load
 from polarfast.engine.folder import Artifacts
-from polarfast.engine.models import Networks
+from polarfast.engine.networks import Networks
 from polarfast.engine.recipe import Recipe, load_recipe, recipe_names, to_yaml
 from polarfast.engine.trainer import learning_rate
 

@@ -61,7 +61,7 @@ def test_table_shows_every_figure() -> None:
     text = shown(RESULTS)
     for part in (
         "93.50 %", "93.25 %", "-0.25 points", "+0.25 points", "125.00 M", "-47.2 %", "850.0 k",
-        "1.25x slower", "1.60x faster", "2 threads", "Some CPU", "3e-12",
+        "1.25× slower", "1.60× faster", "2 threads", "Some CPU", "3e-12",
     ):  # fmt: skip
         assert part in text
 

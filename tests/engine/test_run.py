@@ -20,7 +20,7 @@ from polarfast.engine.interrupts import Interrupted
 from polarfast.engine.launch import find_state, launch, progress
 from polarfast.engine.recipe import Pruning, Recipe, Sparsity, Stage
 from polarfast.engine.run import Run
-from polarfast.errors import ArgumentError, FileFormatError
+from polarfast.errors import ArgumentError, FileFormatError, PlanError
 
 
 def shown(
@@ -295,3 +295,12 @@ def test_gammas_shown_are_those_that_would_be_pruned(tmp_path: Path) -> None:
     dense = torch.load(tmp_path / "run" / "dense.pt", weights_only=True)
     last = torch.load(tmp_path / "run" / "gammas.pt", weights_only=True)["values_last"]
     assert all(torch.equal(values, dense[name]) for name, values in last.items())
+
+
+def test_share_out_of_reach_is_refused_before_training(tmp_path: Path) -> None:
+    sparsity = replace(TINY.sparsity, residual="keep")
+    recipe = replace(TINY, sparsity=sparsity, pruning=Pruning(method="percentile", cut=0.999))
+    watcher = Watcher()
+    with pytest.raises(PlanError, match="cut=0.999 of the MACs is out of reach"):
+        go_on(recipe, tmp_path / "run", [watcher])
+    assert not watcher.told and find_state(tmp_path / "run", recipe) is None

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import polarfast as pf
-from polarfast.engine import distributed as parallel
-from polarfast.engine import models
-from polarfast.engine.data import Data, DataSource, EpochPlan, load
+from polarfast.engine import distributed, models
+from polarfast.engine.data.plan import EpochPlan
+from polarfast.engine.data.settings import Data
+from polarfast.engine.data.source import DataSource, load
 from polarfast.engine.distributed import Workers
 from polarfast.engine.recipe import Recipe, Stage
-from polarfast.engine.seeds import mix
+from polarfast.engine.seeds import seed_at
 from polarfast.engine.trainer import Trainer, evaluate
 from polarfast.errors import ArgumentError
 
@@ -44,7 +45,7 @@ def trainer_of(
     if regularizer is not None:
         scales = pf.scaling_factors(model, digits.example(), residual="expand")
         pf.init_scales(scales, 0.5)
-    model = parallel.prepare(model, recipe, workers)
+    model = distributed.prepare(model, recipe, workers)
     return Trainer(model, digits, recipe, STAGE, SEED, workers, scales, regularizer)
 
 
@@ -58,7 +59,7 @@ def train(trainer: Trainer, epochs: int = STAGE.epochs) -> list[float]:
 
 
 def batches(digits: DataSource, epoch: int, shards: int = 1) -> list[tuple[Tensor, Tensor]]:
-    plan = EpochPlan(mix(SEED, epoch), 24, shards=shards, shard_count=shards)
+    plan = EpochPlan(seed_at(SEED, epoch), 24, shards=shards, shard_count=shards)
     return list(digits.train(plan))
 
 

@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 
 from polarfast.engine import watching as module
+from polarfast.engine.histograms import Gammas
 from polarfast.engine.watching import (
     Epoch,
-    Gammas,
     LiveDisplay,
     LogDisplay,
     Step,

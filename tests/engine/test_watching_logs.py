@@ -9,7 +9,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from polarfast.engine.watching import Epoch, Gammas, JsonLog, TensorBoardLog
+from polarfast.engine.histograms import Gammas
+from polarfast.engine.watching import Epoch, JsonLog, TensorBoardLog
 
 
 def epoch(index: int, loss: float = 0.5, with_gammas: bool = True) -> Epoch:

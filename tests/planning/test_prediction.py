@@ -160,28 +160,6 @@ def test_scores_that_do_not_fit_are_refused():
             predictor.cut(scores)
 
 
-@pytest.mark.parametrize("cut", [0.0, 0.3, 0.5, 0.7])
-def test_percentile_for_a_share_of_macs(cut):
-    model, scales = make("resnet20", "expand")
-    with torch.no_grad():
-        for seed, gamma in enumerate(scales.values()):
-            gamma.copy_(torch.rand(gamma.shape, generator=torch.Generator().manual_seed(seed)))
-    predictor = pf.CutPredictor(model, X, scales)
-    value = predictor.percentile_for(cut)
-
-    def off(percentile):
-        plan = pf.plan(model, X, scales, "percentile", value=percentile)
-        return abs(plan.flops_reduction - cut)
-
-    # No share of the channels within 3 of the one found does better.
-    n = scales.numel()
-    around = range(max(round(value * n) - 3, 0), round(value * n) + 4)
-    assert off(value) <= min(off(count / n) for count in around) + 1e-12
-    assert off(value) < 0.01
-    with pytest.raises(pf.ArgumentError, match="cut=1"):
-        predictor.percentile_for(1.0)
-
-
 @pytest.mark.parametrize("name", ["residual", "bottlenecks", "squeeze-excite"])
 def test_counts_for_a_share_of_macs_with_a_usual_one(name):
     model, scales = make(name, "expand")

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polarfast.engine.data import Data, DataSource, EpochPlan, load
+from polarfast.engine.data.plan import EpochPlan
+from polarfast.engine.data.settings import Data
+from polarfast.engine.data.source import DataSource, load
 
 CPU = torch.device("cpu")
 

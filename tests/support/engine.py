@@ -20,11 +20,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from polarfast.engine import distributed as parallel
+from polarfast.engine import distributed
 from polarfast.engine import launch as launching
 from polarfast.engine import trainer as loop
-from polarfast.engine.data import Data
+from polarfast.engine.data.settings import Data
 from polarfast.engine.distributed import Workers
+from polarfast.engine.interrupts import Interrupted
 from polarfast.engine.launch import find_state
 from polarfast.engine.recipe import Hardware, Recipe, Sparsity, Stage
 from polarfast.engine.run import Run
@@ -219,13 +220,13 @@ def trained(recipe: Recipe, folder: Path, environment: Mapping[str, str], steps:
     os.environ.update(environment)
     torch.set_num_threads(1)
     models: list[torch.nn.Module] = []
-    prepare = parallel.prepare
+    prepare = distributed.prepare
 
     def prepare_and_note(*arguments: Any) -> torch.nn.Module:
         models.append(prepare(*arguments))
         return models[0]
 
-    parallel.prepare = prepare_and_note
+    distributed.prepare = prepare_and_note
     workers = Workers(recipe.hardware)
     run = Run(recipe, folder, workers, find_state(folder, recipe))
     workers.wait()
@@ -234,7 +235,7 @@ def trained(recipe: Recipe, folder: Path, environment: Mapping[str, str], steps:
         run.observers = [Watcher(at_step=lambda step: _stop_at(step, steps))]
     try:
         run.execute("train")
-    except loop.Interrupted:
+    except Interrupted:
         assert steps
     state = {name: _whole(value) for name, value in models[0].state_dict().items()}
     torch.save(state, f"{folder}-{workers.rank}.pt")

@@ -15,24 +15,18 @@ from torch import nn
 
 from ...errors import ArgumentError
 from ...profiling import device_name, median_latencies
-from ..data import load as load_data
+from ..data.source import load
 from ..distributed import Workers
 from ..figures import save, subplots
 from ..folder import NAMES, write_text
 from ..launch import find_state
 from ..recipe import Recipe
+from ..results import read_results
 from ..run import Run
-from .trials import DENSE, METHODS, Trial, chains, run_all
+from .rivals import DENSE, METHODS, method_recipe
+from .trials import Trial, run_all
 
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± standard deviation of the sample."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
+LATENCY_BATCH, LATENCY_SECONDS = 64, 60.0
 #: Colour (Okabe-Ito) and marker of each method, so that neither is needed alone.
 STYLES = {
     DENSE: ("#000000", "*"),
@@ -53,25 +47,143 @@ HEADINGS = (
 )
 
 
-def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """The paper's Table 3, one row a method and cut."""
-    base = {o.seed: o.accuracy for row in rows if row.method == DENSE for o in row.outcomes}
-    lines: list[tuple[str, ...]] = []
-    for row in rows:
-        drops = [o.accuracy - base[o.seed] for o in row.outcomes]
-        pruned = row.method not in (DENSE, "uniform")
-        lines.append(
-            (
-                METHODS.get(row.method, "dense, as many epochs"),
-                "" if row.asked is None else f"{100 * row.asked:g} %",
-                spread([100 * cut for cut in row.values("cut")], 1),
-                spread(row.values("pruned")) if pruned else "",
-                spread(row.values("accuracy")),
-                spread(drops) if row.method != DENSE else "",
-                spread(row.values("latency")),
-            )
+@dataclass(frozen=True)
+class Outcome:
+    """What one run came to: percent, shares, ms."""
+
+    method: str
+    asked: float | None
+    seed: int
+    pruned: float
+    accuracy: float
+    cut: float
+    macs: float
+    latency: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one cut: lists over the seeds, in the same order."""
+
+    method: str
+    asked: float | None
+    outcomes: tuple[Outcome, ...]
+
+    def values(self, name: str) -> list[float]:
+        """One quantity, of every seed."""
+        return [getattr(outcome, name) for outcome in self.outcomes]
+
+
+def compare(
+    recipe: Recipe,
+    methods: Sequence[str],
+    cuts: Sequence[float],
+    seeds: int,
+    lams: Mapping[str, float],
+    folder: Path,
+    jobs: int,
+    note: Callable[[str], None],
+) -> list[Row]:
+    """Run what is not finished, measure all networks together, and write ``compare.json``.
+
+    Raises:
+        ArgumentError: an unknown method, a cut outside (0, 1), fewer than one seed.
+        Interrupted, PolarfastError: see ``run_all``.
+    """
+    if seeds < 1 or not methods or not cuts:
+        raise ArgumentError("give at least one of methods, of cuts, and of seeds")
+    todo = chains(recipe, methods, cuts, seeds, lams)
+    run_all(todo, folder, jobs, note)
+    trials = [trial for chain in todo for trial in chain]
+    rows = _rows(trials, folder, note)
+    content = [dataclasses.asdict(row) for row in rows]
+    write_text(folder / "compare.json", json.dumps(content, indent=2) + "\n")
+    return rows
+
+
+def chains(
+    recipe: Recipe,
+    methods: Sequence[str],
+    cuts: Sequence[float],
+    seeds: int,
+    lams: Mapping[str, float],
+) -> list[list[Trial]]:
+    """All trials; those of a chain share one sparsity training where it does not depend on the cut.
+
+    The dense network shares its training with random choice.
+
+    Raises:
+        ArgumentError: a method that is not known, or something given twice.
+    """
+    for method in lams:
+        method_recipe(recipe, method, 0.5)  # refuses what is not known
+    if DENSE in methods:
+        raise ArgumentError(f"methods: '{DENSE}' is compared with all others anyway; leave it out")
+    for name, given in (("methods", methods), ("cuts", cuts)):
+        if len(set(given)) < len(given):
+            raise ArgumentError(f"{name}: {', '.join(map(str, given))}: one of them is given twice")
+    found = []
+    for seed in range(recipe.seed, recipe.seed + seeds):
+        seeded = dataclasses.replace(recipe, seed=seed)
+        first = Trial(f"{DENSE}-seed{seed}", method_recipe(seeded, DENSE, 0.5))
+        plain = [first]
+        for method in methods:
+            trials: list[Trial] = []
+            for cut in cuts:
+                changed = method_recipe(seeded, method, cut, lams.get(method))
+                name = f"{method}-{100 * cut:g}-seed{seed}"
+                alone = method in ("polarization", "uniform") or not trials
+                trials.append(Trial(name, changed, None if alone else trials[0].name))
+            if method == "random":
+                plain += [dataclasses.replace(trial, trained=first.name) for trial in trials]
+            elif method in ("polarization", "uniform"):
+                found += [[trial] for trial in trials]
+            else:
+                found.append(trials)
+        found.append(plain)
+    return found
+
+
+def _rows(trials: Sequence[Trial], folder: Path, note: Callable[[str], None]) -> list[Row]:
+    note(f"Measuring the latency of {len(trials)} networks, taking turns")
+    latencies = _latencies(trials, folder)
+    grouped: dict[tuple[str, float | None], list[Outcome]] = {}
+    for trial, latency in zip(trials, latencies, strict=True):
+        method = trial.name.rpartition("-seed")[0]
+        asked = None
+        if method != DENSE:
+            method, _, percent = method.rpartition("-")
+            asked = float(percent) / 100
+        results = read_results(folder / trial.name / NAMES["results"])
+        outcome = Outcome(
+            method,
+            asked,
+            trial.recipe.seed,
+            results.accuracy_pruned,
+            results.accuracy_finetuned,
+            results.macs.cut,
+            results.macs.slim,
+            latency,
         )
-    return lines
+        grouped.setdefault((method, asked), []).append(outcome)
+    order = [DENSE, *METHODS]
+    keys = sorted(grouped, key=lambda key: (key[1] or 0.0, order.index(key[0])))
+    return [Row(*key, tuple(sorted(grouped[key], key=lambda o: o.seed))) for key in keys]
+
+
+def _latencies(trials: Sequence[Trial], folder: Path) -> list[float]:
+    """Median ms of a batch, measured in turns, so that all see the same machine."""
+    networks: list[nn.Module] = []
+    recipe = trials[0].recipe
+    torch.set_num_threads(recipe.hardware.threads)
+    workers = Workers(recipe.hardware)
+    data = load(recipe.data, workers.device)
+    for trial in trials:
+        state = find_state(folder / trial.name, trial.recipe)
+        run = Run(trial.recipe, folder / trial.name, workers, state, data)
+        networks.append(run.networks.slim())
+    images = data.example(LATENCY_BATCH)
+    return median_latencies(networks, images, seconds=LATENCY_SECONDS)
 
 
 def table(rows: Sequence[Row], title: str, caption: str) -> Table:
@@ -145,105 +257,34 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     save(figure, path)
 
 
+def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The paper's Table 3, one row a method and cut."""
+    base = {o.seed: o.accuracy for row in rows if row.method == DENSE for o in row.outcomes}
+    lines: list[tuple[str, ...]] = []
+    for row in rows:
+        drops = [o.accuracy - base[o.seed] for o in row.outcomes]
+        pruned = row.method not in (DENSE, "uniform")
+        lines.append(
+            (
+                METHODS.get(row.method, "dense, as many epochs"),
+                "" if row.asked is None else f"{100 * row.asked:g} %",
+                spread([100 * cut for cut in row.values("cut")], 1),
+                spread(row.values("pruned")) if pruned else "",
+                spread(row.values("accuracy")),
+                spread(drops) if row.method != DENSE else "",
+                spread(row.values("latency")),
+            )
+        )
+    return lines
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation of the sample."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
 def _deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-LATENCY_BATCH, LATENCY_SECONDS = 64, 60.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one run came to: percent, shares, ms."""
-
-    method: str
-    asked: float | None
-    seed: int
-    pruned: float
-    accuracy: float
-    cut: float
-    macs: float
-    latency: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method at one cut: lists over the seeds, in the same order."""
-
-    method: str
-    asked: float | None
-    outcomes: tuple[Outcome, ...]
-
-    def values(self, name: str) -> list[float]:
-        """One quantity, of every seed."""
-        return [getattr(outcome, name) for outcome in self.outcomes]
-
-
-def compare(
-    recipe: Recipe,
-    methods: Sequence[str],
-    cuts: Sequence[float],
-    seeds: int,
-    lams: Mapping[str, float],
-    folder: Path,
-    jobs: int,
-    note: Callable[[str], None],
-) -> list[Row]:
-    """Run what is not finished, measure all networks together, and write ``compare.*``.
-
-    Raises:
-        ArgumentError: an unknown method, a cut outside (0, 1), fewer than one seed.
-        Interrupted, PolarfastError: see ``run_all``.
-    """
-    if seeds < 1 or not methods or not cuts:
-        raise ArgumentError("give at least one of methods, of cuts, and of seeds")
-    todo = chains(recipe, methods, cuts, seeds, lams)
-    run_all(todo, folder, jobs, note)
-    trials = [trial for chain in todo for trial in chain]
-    rows = _rows(trials, folder, note)
-    content = [dataclasses.asdict(row) for row in rows]
-    write_text(folder / "compare.json", json.dumps(content, indent=2) + "\n")
-    return rows
-
-
-def _rows(trials: Sequence[Trial], folder: Path, note: Callable[[str], None]) -> list[Row]:
-    note(f"Measuring the latency of {len(trials)} networks, taking turns")
-    latencies = _latencies(trials, folder)
-    grouped: dict[tuple[str, float | None], list[Outcome]] = {}
-    for trial, latency in zip(trials, latencies, strict=True):
-        method = trial.name.rpartition("-seed")[0]
-        asked = None
-        if method != DENSE:
-            method, _, percent = method.rpartition("-")
-            asked = float(percent) / 100
-        results = json.loads((folder / trial.name / NAMES["results"]).read_text("utf-8"))
-        macs = results["macs"]
-        outcome = Outcome(
-            method,
-            asked,
-            trial.recipe.seed,
-            results["accuracy_pruned"],
-            results["accuracy_finetuned"],
-            1 - macs["slim"] / macs["dense"],
-            macs["slim"],
-            latency,
-        )
-        grouped.setdefault((method, asked), []).append(outcome)
-    order = [DENSE, *METHODS]
-    keys = sorted(grouped, key=lambda key: (key[1] or 0.0, order.index(key[0])))
-    return [Row(*key, tuple(sorted(grouped[key], key=lambda o: o.seed))) for key in keys]
-
-
-def _latencies(trials: Sequence[Trial], folder: Path) -> list[float]:
-    """Median ms of a batch, measured in turns, so that all see the same machine."""
-    networks: list[nn.Module] = []
-    recipe = trials[0].recipe
-    torch.set_num_threads(recipe.hardware.threads)
-    workers = Workers(recipe.hardware)
-    data = load_data(recipe.data, workers.device)
-    for trial in trials:
-        state = find_state(folder / trial.name, trial.recipe)
-        run = Run(trial.recipe, folder / trial.name, workers, state, data)
-        networks.append(run.networks.slim())
-    images = data.example(LATENCY_BATCH)
-    return median_latencies(networks, images, seconds=LATENCY_SECONDS)

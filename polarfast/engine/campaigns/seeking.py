@@ -11,7 +11,7 @@ from rich.table import Table
 import polarfast as pf
 
 from ...errors import ArgumentError
-from ..data import DataSource, load
+from ..data.source import DataSource, load
 from ..distributed import Workers
 from ..folder import write_text
 from ..launch import find_state

@@ -13,6 +13,7 @@ from ...errors import ArgumentError
 from ..figures import BLUE, ORANGE, save, subplots
 from ..folder import NAMES, write_text
 from ..recipe import Recipe
+from ..results import read_results
 from .trials import Trial, run_all
 
 
@@ -67,10 +68,9 @@ def _trial(recipe: Recipe, lam: float, t: float, seed: int) -> Trial:
 def _point(recipe: Recipe, lam: float, t: float, seeds: int, folder: Path) -> Point:
     values = []
     for seed in range(seeds):
-        path = folder / _trial(recipe, lam, t, seed).name / NAMES["results"]
-        results = json.loads(path.read_text(encoding="utf-8"))
-        share = 1 - results["macs"]["slim"] / results["macs"]["dense"]
-        values.append((share, results["accuracy_dense"], results["accuracy_finetuned"]))
+        results = read_results(folder / _trial(recipe, lam, t, seed).name / NAMES["results"])
+        assert results.accuracy_dense is not None  # a sweep is of polarization
+        values.append((results.macs.cut, results.accuracy_dense, results.accuracy_finetuned))
     cuts, dense, finetuned = zip(*values, strict=True)
     return Point(lam, t, cuts, dense, finetuned)
 

@@ -11,6 +11,10 @@ from torch import Tensor
 from ...errors import ArgumentError
 from .settings import Data
 
+Transform = Callable[[Tensor], Tensor]
+# ImageNet's usual test: the shorter side to 256 for a crop of 224.
+TEST_RESIZE = 256 / 224
+
 
 @dataclass(frozen=True)
 class Moves:
@@ -53,11 +57,6 @@ def move(images: Tensor, pixels: int, moves: Moves) -> Tensor:
         flipped = moves.flipped.to(images.device).view(-1, 1, 1, 1)
         images = torch.where(flipped, images.flip(3), images)
     return images
-
-
-Transform = Callable[[Tensor], Tensor]
-# ImageNet's usual test: the shorter side to 256 for a crop of 224.
-TEST_RESIZE = 256 / 224
 
 
 def as_stored(image: Tensor) -> Tensor:
@@ -118,10 +117,13 @@ def _bytes(mean: Sequence[float], std: Sequence[float]) -> Normalization:
     return Normalization(tuple(255 * m for m in mean), tuple(255 * s for s in std))
 
 
-CIFAR10 = _bytes((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-CIFAR100 = _bytes((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
-MNIST = _bytes((0.1307,), (0.3081,))
-FASHION_MNIST = _bytes((0.2860,), (0.3530,))
+#: Data set -> the constants in common use.
+NORMALIZATIONS = {
+    "cifar10": _bytes((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": _bytes((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "mnist": _bytes((0.1307,), (0.3081,)),
+    "fashion-mnist": _bytes((0.2860,), (0.3530,)),
+}
 IMAGENET = _bytes((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 

@@ -20,7 +20,7 @@ from ...errors import ArgumentError
 from .batches import TEST_RESIZE
 from .decode import FileImages
 from .settings import Data
-from .stream import Batch, Problem, Queue, seeded
+from .workers import Batch, Problem, Queue, seeded
 
 
 def require() -> None:
@@ -109,7 +109,7 @@ class EncodedReader(Dataset[Any]):
 
 
 class DaliQueue:
-    """Like :class:`~polarfast.engine.data.stream.Queue`, with DALI behind the workers."""
+    """Like :class:`~polarfast.engine.data.workers.Queue`, with DALI behind the workers."""
 
     def __init__(self, images: FileImages, data: Data, vary: bool, device: torch.device) -> None:
         require()

@@ -1,4 +1,4 @@
-"""Image files: found, checked and decoded."""
+"""Stored images: read one at a time, or all decoded into one array."""
 
 import logging
 import os
@@ -17,6 +17,11 @@ from .batches import Transform, as_stored
 
 if TYPE_CHECKING:
     import numpy
+
+_log = logging.getLogger(__name__)
+
+CHUNK = 256  # images a task; with fewer, small images would cost more to hand out than to decode
+REPORT_SECONDS = 5.0
 
 
 class UnreadableImage(ArgumentError):
@@ -134,12 +139,6 @@ class FileImages:
         return FileImages(self.folder, self.names[indices.numpy()], self.labels[indices])
 
 
-log = logging.getLogger(__name__)
-
-CHUNK = 256  # images a task; with fewer, small images would cost more to hand out than to decode
-REPORT_SECONDS = 5.0
-
-
 def probe(images: Images, fit: Transform, skip_bad: bool) -> tuple[int, int, int]:
     """Channels, height and width of the first image that can be read, after ``fit``."""
     for index in range(len(images)):
@@ -220,6 +219,6 @@ def _with_progress(
         now, done = time.monotonic(), min(number * CHUNK, count)
         if now - reported > REPORT_SECONDS or done == count:
             rate = done / max(now - begin, 1e-9)
-            log.info("decoded %d of %d images, %.0f a second", done, count, rate)
+            _log.info("decoded %d of %d images, %.0f a second", done, count, rate)
             reported = now
     return bad

@@ -10,79 +10,7 @@ from ...errors import ArgumentError
 
 _SUBSET, _HELD_OUT = 1, 2  # each choice draws from numbers of its own
 
-
-def _shuffled_classes(labels: Tensor, seed: int, purpose: int) -> list[Tensor]:
-    """For each class, the indices of its images in a random order of their own."""
-    each = []
-    for label in range(int(labels.max()) + 1):
-        members = (labels == label).nonzero().flatten()
-        generator = torch.Generator().manual_seed(mix(seed, purpose, label))
-        each.append(members[torch.randperm(len(members), generator=generator)])
-    return each
-
-
-def balanced_subset(labels: Tensor, count: int, seed: int, setting: str) -> Tensor:
-    """Indices of ``count`` images, the same number of each class as far as there are enough.
-
-    Images are dealt out in rounds, one of each class, so the choice of fewer images is part of the
-    choice of more.
-
-    Args:
-        labels: int64 ``[N]``, every class from 0 on.
-        count: 0 takes all.
-        setting: name of the setting that asks for ``count``, for the message.
-
-    Returns:
-        int64 ``[count]``, ascending.
-    """
-    if count > len(labels):
-        raise ArgumentError(f"{setting}={count}: there are {len(labels)} images")
-    if count == 0:
-        return torch.arange(len(labels))
-    classes = _shuffled_classes(labels, seed, _SUBSET)
-    generator = torch.Generator().manual_seed(mix(seed, _SUBSET))
-    turn = torch.randperm(len(classes), generator=generator)  # who is left out of the last round
-    indices = torch.cat([classes[label] for label in turn])
-    rounds = torch.cat([torch.arange(len(classes[label])) for label in turn])
-    dealt = indices[torch.argsort(rounds, stable=True)]
-    return dealt[:count].sort().values
-
-
-def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the images that stay and of those held out, ``share`` of each class.
-
-    Returns:
-        Two int64 tensors, ascending, without an index in common.
-    """
-    staying, held = [], []
-    for label, members in enumerate(_shuffled_classes(labels, seed, _HELD_OUT)):
-        count = round(share * len(members))
-        if not 0 < count < len(members):
-            raise ArgumentError(
-                f"data.validation={share}: class {label} has {len(members)} training images, so "
-                f"{count} would be held out and {len(members) - count} stay; both need one at least"
-            )
-        held.append(members[:count])
-        staying.append(members[count:])
-    return torch.cat(staying).sort().values, torch.cat(held).sort().values
-
-
-_WORD = (1 << 64) - 1
-
-
-def mix(*numbers: int) -> int:
-    """A 63-bit integer that depends on every bit of ``numbers`` and on their order.
-
-    SplitMix64's finalizer, chained. Neighbouring seeds and positions give unrelated values, the
-    same ones in every process and version of Python.
-    """
-    state = 0
-    for number in numbers:
-        state = (state + (number & _WORD) + 0x9E3779B97F4A7C15) & _WORD
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
-        state ^= state >> 31
-    return state >> 1
+WORD = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -152,3 +80,79 @@ class EpochPlan:
             for shard in range(self.first_shard, self.first_shard + self.shard_count):
                 start = step * self.batch_size + shard * size
                 yield step, shard, start, start + size
+
+
+def balanced_subset(labels: Tensor, count: int, seed: int, setting: str) -> Tensor:
+    """Indices of ``count`` images, the same number of each class as far as there are enough.
+
+    Images are dealt out in rounds, one of each class, so the choice of fewer images is part of the
+    choice of more.
+
+    Args:
+        labels: int64 ``[N]``, every class from 0 on.
+        count: 0 takes all.
+        setting: name of the setting that asks for ``count``, for the message.
+
+    Returns:
+        int64 ``[count]``, ascending.
+    """
+    if count > len(labels):
+        raise ArgumentError(f"{setting}={count}: there are {len(labels)} images")
+    if count == 0:
+        return torch.arange(len(labels))
+    classes = _shuffled_classes(labels, seed, _SUBSET)
+    generator = torch.Generator().manual_seed(mix(seed, _SUBSET))
+    turn = torch.randperm(len(classes), generator=generator)  # who is left out of the last round
+    indices = torch.cat([classes[label] for label in turn])
+    rounds = torch.cat([torch.arange(len(classes[label])) for label in turn])
+    dealt = indices[torch.argsort(rounds, stable=True)]
+    return dealt[:count].sort().values
+
+
+def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the images that stay and of those held out, ``share`` of each class.
+
+    Returns:
+        Two int64 tensors, ascending, without an index in common.
+    """
+    staying, held = [], []
+    for label, members in enumerate(_shuffled_classes(labels, seed, _HELD_OUT)):
+        count = round(share * len(members))
+        if not 0 < count < len(members):
+            raise ArgumentError(
+                f"data.validation={share}: class {label} has {len(members)} training images, so "
+                f"{count} would be held out and {len(members) - count} stay; both need one at least"
+            )
+        held.append(members[:count])
+        staying.append(members[count:])
+    return torch.cat(staying).sort().values, torch.cat(held).sort().values
+
+
+def _shuffled_classes(labels: Tensor, seed: int, purpose: int) -> list[Tensor]:
+    """For each class, the indices of its images in a random order of their own."""
+    each = []
+    for label in range(int(labels.max()) + 1):
+        members = (labels == label).nonzero().flatten()
+        generator = torch.Generator().manual_seed(mix(seed, purpose, label))
+        each.append(members[torch.randperm(len(members), generator=generator)])
+    return each
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit integer that depends on every bit of ``numbers`` and on their order.
+
+    Neighbouring seeds and positions give unrelated values, the same ones in every process and
+    version of Python.
+    """
+    state = 0
+    for number in numbers:
+        state = splitmix(state + (number & WORD))
+    return state >> 1
+
+
+def splitmix(state: int) -> int:
+    """One step of SplitMix64 (Steele et al. 2014), of which every bit depends on every bit."""
+    state = (state + 0x9E3779B97F4A7C15) & WORD
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & WORD
+    return state ^ (state >> 31)

@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 
 from ...errors import ArgumentError
-from . import batches as normalization
-from .batches import Normalization
+from .batches import NORMALIZATIONS, Normalization
 from .decode import Images
 from .formats import cifar, digits, folder, mnist
 from .plan import balanced_subset, hold_out
 from .settings import Data
+
+_CIFAR = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
+_MNIST = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}  # name -> folder
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,18 @@ def check_classes(train: Images, names: list[str]) -> None:
 
 def _open(data: Data) -> tuple[Images, Callable[[], Images], list[str], Normalization | None]:
     """Training images, how to read the test images, names of the classes, normalization."""
-    root = Path(data.root)
+    root, own = Path(data.root), NORMALIZATIONS.get(data.name)
     if data.name == "digits":
         train, test = digits.read(data.split_seed, data.image_size)
         return train, lambda: test, _numbers(digits.CLASSES), None
     if not root.is_dir():
         raise ArgumentError(f"data.root='{root}': there is no such folder")
     if data.name in _CIFAR:
-        layout, own = _CIFAR[data.name]
+        layout = _CIFAR[data.name]
         batches = cifar.read(root, layout, train=True)
         return batches, lambda: cifar.read(root, layout, False), _numbers(layout.classes), own
     if data.name in _MNIST:
-        inner, own = _MNIST[data.name]
+        inner = _MNIST[data.name]
         images = mnist.read(root, inner, train=True)
         return images, lambda: mnist.read(root, inner, False), _numbers(mnist.CLASSES), own
     files, names = folder.read_train(root)
@@ -88,13 +90,3 @@ def _open(data: Data) -> tuple[Images, Callable[[], Images], list[str], Normaliz
 
 def _numbers(count: int) -> list[str]:
     return [str(number) for number in range(count)]
-
-
-_CIFAR = {
-    "cifar10": (cifar.CIFAR10, normalization.CIFAR10),
-    "cifar100": (cifar.CIFAR100, normalization.CIFAR100),
-}
-_MNIST = {
-    "mnist": ("MNIST", normalization.MNIST),
-    "fashion-mnist": ("FashionMNIST", normalization.FASHION_MNIST),
-}

@@ -8,8 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import batches as normalization
-from .batches import Transform, as_stored, fit
+from .batches import IMAGENET, Transform, as_stored, fit, measured
 from .decode import decode, probe
 from .memory import MemorySource
 from .plan import EpochPlan
@@ -17,7 +16,7 @@ from .reading import Parts, check_classes, read_parts
 from .settings import Data
 from .stream import StreamSource
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 KEEP_BYTES = 1 << 30  # keep="auto" keeps sets up to this size, training and test images together
 IMAGENET_SIDE = 64  # folders of images of this side or larger are normalized as ImageNet is
@@ -78,7 +77,7 @@ def load(data: Data, device: torch.device) -> DataSource:
     shape = probe(parts.train, view, data.skip_bad_images)
     if data.loader == "torch" and _keeps(data, parts, shape):
         return _keep(data, parts, view, shape, device)
-    normalize = parts.normalization or normalization.IMAGENET
+    normalize = parts.normalization or IMAGENET
     return StreamSource(data, parts, shape, normalize, device)
 
 
@@ -95,13 +94,13 @@ def _keep(
     test, bad_test = decode(parts.test, view, shape, data.skip_bad_images)
     bad += bad_test
     if bad:
-        log.warning("%d images are left out; the first: %s", len(bad), bad[0])
+        _log.warning("%d images are left out; the first: %s", len(bad), bad[0])
     check_classes(train, parts.class_names)
     if parts.normalization is not None:
         normalize = parts.normalization
     elif min(shape[1:]) >= IMAGENET_SIDE:
-        normalize = normalization.IMAGENET
+        normalize = IMAGENET
     else:
-        normalize = normalization.measured(train.pixels)
+        normalize = measured(train.pixels)
     classes = len(parts.class_names)
     return MemorySource(data, classes, train, test, normalize, device, len(bad))

@@ -1,156 +1,26 @@
 """Images decoded and varied by worker processes, each epoch anew, a few batches ahead."""
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from ...errors import ArgumentError, PolarfastError
+from ...errors import ArgumentError
 from .batches import Normalization, Transform, fit, vary
+from .dali import DaliQueue
 from .decode import FileImages, Images, UnreadableImage, wrong_size
 from .memory import rank_share
 from .plan import EpochPlan, mix
 from .reading import Parts
 from .settings import Data
+from .workers import Batch, BatchReader, Problem, Queue, seeded
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 ATTEMPTS = 20  # unreadable images in a row for which replacements are tried
-
-
-class Problem(NamedTuple):
-    """Why an image is not in its batch; data, since exceptions lose their text on the way."""
-
-    image: int
-    message: str
-    skippable: bool
-
-
-class Batch(NamedTuple):
-    """uint8 images ``[b, C, H, W]`` (channels last in memory), int64 labels ``[b]``, problems."""
-
-    images: Tensor
-    labels: Tensor
-    problems: list[Problem]
-
-
-class Reader(Dataset[Any]):
-    """Decodes and transforms the image at ``(index, seed)``, in a worker process or here.
-
-    Args:
-        transform: draws from torch's global generator, which is seeded for each image.
-        shape: that every image must have afterwards.
-        replace: put another image in the place of an unreadable one, chosen by the seed.
-    """
-
-    def __init__(
-        self, images: Images, transform: Transform, shape: tuple[int, int, int], replace: bool
-    ) -> None:
-        self.images, self.transform, self.shape, self.replace = images, transform, shape, replace
-
-    def __getitem__(self, sample: tuple[int, int]) -> tuple[Tensor | None, int, list[Problem]]:
-        index, seed = sample
-        problems: list[Problem] = []
-        for attempt in range(ATTEMPTS if self.replace else 1):
-            try:
-                stored = self.images.read(index)
-            except UnreadableImage as error:
-                problems.append(Problem(index, str(error), skippable=True))
-                index = mix(seed, attempt) % len(self.images)
-                continue
-            with seeded(seed):
-                image = self.transform(stored)
-            if image.shape != self.shape:
-                message = wrong_size(self.images, index, image.shape, self.shape)
-                return None, 0, [Problem(index, message, skippable=False)]
-            return image, int(self.images.labels[index]), problems
-        if self.replace:
-            message = f"{ATTEMPTS} images in a row cannot be read; the last: {problems[-1].message}"
-            problems.append(Problem(index, message, skippable=False))
-        return None, 0, problems
-
-    def collate(self, items: list[tuple[Tensor | None, int, list[Problem]]]) -> Batch:
-        """Stack what could be read."""
-        rows = [(image, label) for image, label, _ in items if image is not None]
-        problems = [problem for _, _, several in items for problem in several]
-        if not rows:
-            return Batch(torch.empty(0, *self.shape), torch.empty(0, dtype=torch.long), problems)
-        # Decoders write channels last: stacked that way, rows are copied as they lie.
-        images = torch.stack([image.permute(1, 2, 0) for image, _ in rows]).permute(0, 3, 1, 2)
-        return Batch(images, torch.tensor([label for _, label in rows]), problems)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """torch's global CPU generator at ``seed``, and afterwards as it was.
-
-    Not ``torch.manual_seed``: that would also reset the generators of the GPUs.
-    """
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
-class BatchReader(Protocol):
-    """Reads batches of ``(index, seed)``, in order."""
-
-    def run(self, batches: Iterable[list[tuple[int, int]]]) -> Iterator[Batch]: ...
-
-
-class Batches:
-    """What the workers are to read next: batches of ``(index, seed)``."""
-
-    def __init__(self) -> None:
-        self.current: Iterable[list[tuple[int, int]]] = ()
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.current)
-
-
-class Queue:
-    """A DataLoader whose workers live on from epoch to epoch, fed with batches of samples.
-
-    Args:
-        reader: data set whose ``collate`` makes a batch of its items.
-        pin: give batches in pinned memory.
-    """
-
-    def __init__(self, reader: Any, workers: int, pin: bool) -> None:
-        self._reader, self._workers, self._pin = reader, workers, pin
-        self._batches = Batches()  # not self: a cycle would keep the workers of a source let go
-        self._loader: DataLoader[Any] | None = None
-        self._run = 0
-
-    def run(self, batches: Iterable[list[tuple[int, int]]]) -> Iterator[Any]:
-        """Read these batches, in order; a run that is not finished yet ends here."""
-        self._run += 1
-        mine = self._run
-        self._batches.current = batches
-        if self._loader is None:
-            self._loader = DataLoader(
-                self._reader,
-                batch_sampler=self._batches,
-                num_workers=self._workers,
-                persistent_workers=self._workers > 0,
-                pin_memory=self._pin,
-                collate_fn=self._reader.collate,
-                # Without one of its own, the loader would draw from torch's global generator.
-                generator=torch.Generator(),
-            )
-        for batch in self._loader:
-            yield batch
-            if self._run != mine:
-                raise PolarfastError(
-                    "this epoch of streamed images was given up when another one began; "
-                    "finish one before the next, or load the data twice"
-                )
 
 
 class StreamSource:
@@ -185,8 +55,6 @@ class StreamSource:
         self._train: BatchReader = Queue(reader, data.workers, pin)
         self._test: BatchReader = Queue(self._test_reader, data.workers, pin)
         if data.loader == "dali":
-            from .dali import DaliQueue
-
             # Data admits folders only, whose images are files.
             train, test = cast(FileImages, parts.train), cast(FileImages, parts.test)
             self._train = DaliQueue(train, data, vary=True, device=device)
@@ -235,5 +103,51 @@ class StreamSource:
         if not (self._skip and problem.skippable):
             raise ArgumentError(problem.message)
         if not self._bad:
-            log.warning("images are left out and counted; the first: %s", problem.message)
+            _log.warning("images are left out and counted; the first: %s", problem.message)
         self._bad.add((part, problem.image))
+
+
+class Reader(Dataset[Any]):
+    """Decodes and transforms the image at ``(index, seed)``, in a worker process or here.
+
+    Args:
+        transform: draws from torch's global generator, which is seeded for each image.
+        shape: that every image must have afterwards.
+        replace: put another image in the place of an unreadable one, chosen by the seed.
+    """
+
+    def __init__(
+        self, images: Images, transform: Transform, shape: tuple[int, int, int], replace: bool
+    ) -> None:
+        self.images, self.transform, self.shape, self.replace = images, transform, shape, replace
+
+    def __getitem__(self, sample: tuple[int, int]) -> tuple[Tensor | None, int, list[Problem]]:
+        index, seed = sample
+        problems: list[Problem] = []
+        for attempt in range(ATTEMPTS if self.replace else 1):
+            try:
+                stored = self.images.read(index)
+            except UnreadableImage as error:
+                problems.append(Problem(index, str(error), skippable=True))
+                index = mix(seed, attempt) % len(self.images)
+                continue
+            with seeded(seed):
+                image = self.transform(stored)
+            if image.shape != self.shape:
+                message = wrong_size(self.images, index, image.shape, self.shape)
+                return None, 0, [Problem(index, message, skippable=False)]
+            return image, int(self.images.labels[index]), problems
+        if self.replace:
+            message = f"{ATTEMPTS} images in a row cannot be read; the last: {problems[-1].message}"
+            problems.append(Problem(index, message, skippable=False))
+        return None, 0, problems
+
+    def collate(self, items: list[tuple[Tensor | None, int, list[Problem]]]) -> Batch:
+        """Stack what could be read."""
+        rows = [(image, label) for image, label, _ in items if image is not None]
+        problems = [problem for _, _, several in items for problem in several]
+        if not rows:
+            return Batch(torch.empty(0, *self.shape), torch.empty(0, dtype=torch.long), problems)
+        # Decoders write channels last: stacked that way, rows are copied as they lie.
+        images = torch.stack([image.permute(1, 2, 0) for image, _ in rows]).permute(0, 3, 1, 2)
+        return Batch(images, torch.tensor([label for _, label in rows]), problems)

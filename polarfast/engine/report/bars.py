@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..histograms import layer_name
 from .axes import (
     WIDTH,
     Look,
@@ -16,9 +17,8 @@ from .axes import (
     panel,
     tag,
 )
-from .gammas import short
 from .reading import RunRecord
-from .tables import change_of_latency, significant, table
+from .tables import significant, table
 
 HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 200, 44, 8, 10, 34
 LATENCY_ROW = 54
@@ -46,7 +46,7 @@ def _channels(index: int, run: RunRecord, legend: Markup) -> Markup:
             tag("path", class_=class_, d=_bar(left, right, y(count), y.start))
             for class_, count in (("full", full), ("stay", stay))
         ]
-        parts.append(tag("g", tag("title", f"{short(name)}: {stay} of {full} kept"), *bars))
+        parts.append(tag("g", tag("title", f"{layer_name(name)}: {stay} of {full} kept"), *bars))
     total = f"{sum(kept):,} of {sum(widths):,} channels kept in {len(widths)} layers"
     title = run.name if len(legend) > 1 else "Width of each layer"
     body = drawing(HEIGHT, f"{run.name}: {total}", *parts, class_=Look(index).colour)
@@ -65,7 +65,7 @@ def channels_table(runs: Sequence[RunRecord]) -> Markup:
     head += [tag("th", look.sample(), run.name, scope="col") for look, run, _ in having]
     rows = [tag("tr", head)]
     for name in names:
-        cells = [tag("th", short(name), scope="row")]
+        cells = [tag("th", layer_name(name), scope="row")]
         for look, _, plan in having:
             layer = plan.layers.get(name)
             cells.append(
@@ -103,7 +103,7 @@ def _latency(batch: int, runs: Sequence[tuple[int, RunRecord]]) -> Markup:
     for row, ((index, run), pair) in enumerate(zip(runs, pairs, strict=True)):
         top = row * LATENCY_ROW
         change, dense, slim = (
-            change_of_latency(pair),
+            pair.faster,
             significant(pair.dense),
             significant(pair.slim),
         )

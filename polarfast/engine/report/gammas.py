@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from ...errors import FileFormatError
+from ..histograms import RIDGE_BINS, layer_name, ridges
 from .axes import WIDTH, Look, Markup, Scale, drawing, join, label, number, panel, tag
 from .reading import GammaHistory, RunRecord
 
-SHOWN_BINS = 50
-RIDGES = 16
 RIDGE_LEFT, RIDGE_RIGHT, RIDGE_SPAN, RIDGE_HEIGHT = 12, 46, 225, 66
 SMALL_WIDTH, SMALL_HEIGHT = 132, 74
 END_LEFT, END_HEIGHT = 44, 320
@@ -41,12 +40,9 @@ def _channels(gammas: GammaHistory | None) -> str:
 
 
 def _ridge_rows(gammas: GammaHistory) -> tuple[list[int], Tensor]:
-    """Some epochs from 1, closer together at the start, where γ part; their ridges [R, 50]."""
-    epochs = gammas.counts.shape[0]
-    places = torch.linspace(0, 1, RIDGES, dtype=torch.float64) ** 1.7 * (epochs - 1)
-    chosen = sorted({round(place) for place in places.tolist()})
-    counts = gammas.counts[chosen].sum(1).double().reshape(len(chosen), SHOWN_BINS, -1).sum(2)
-    return [epoch + 1 for epoch in chosen], (counts / counts.sum(1, keepdim=True)).sqrt()
+    """Numbers of some epochs, and their ridges [R, 50]."""
+    epochs, counts = ridges(list(gammas.counts.sum(1)))
+    return epochs, (counts / counts.sum(1, keepdim=True)).sqrt()
 
 
 def _ridges(name: str, look: Look, epochs: Sequence[int], heights: Tensor) -> Markup:
@@ -209,7 +205,7 @@ def _small(run: RunRecord, layer: int) -> Markup:
     summary = f"Histogram of γ in {name}: {what}"
     parts += [label(3, SMALL_HEIGHT + 11, "0"), label(x.end, SMALL_HEIGHT + 11, "1", "end")]
     image = drawing(SMALL_HEIGHT + 14, summary, *parts, width=SMALL_WIDTH)
-    return tag("li", tag("b", short(name)), tag("span", what), image)
+    return tag("li", tag("b", layer_name(name)), tag("span", what), image)
 
 
 def _fate(run: RunRecord, gammas: GammaHistory, name: str) -> tuple[Tensor, Tensor, float | None]:
@@ -229,7 +225,7 @@ def _fate(run: RunRecord, gammas: GammaHistory, name: str) -> tuple[Tensor, Tens
 
 
 def _histogram(values: Tensor) -> Tensor:
-    return torch.histc(values.abs().clamp(max=1.0), SHOWN_BINS, 0.0, 1.0)
+    return torch.histc(values.abs().clamp(max=1.0), RIDGE_BINS, 0.0, 1.0)
 
 
 def _two_bars(every: Tensor, stay: Tensor, x: Scale, y: Scale) -> list[Markup]:
@@ -240,10 +236,10 @@ def _two_bars(every: Tensor, stay: Tensor, x: Scale, y: Scale) -> list[Markup]:
 
 def _bars(counts: Tensor, below: Tensor, x: Scale, y: Scale, class_: str) -> Markup:
     parts = []
-    width = number((x.end - x.start) / SHOWN_BINS)
+    width = number((x.end - x.start) / RIDGE_BINS)
     for place, (high, low) in enumerate(zip(counts.tolist(), below.tolist(), strict=True)):
         if high > low:
-            bottom, left = number(y(low**0.5)), number(x(place / SHOWN_BINS))
+            bottom, left = number(y(low**0.5)), number(x(place / RIDGE_BINS))
             parts.append(f"M{left},{bottom}V{number(y(high**0.5))}h{width}V{bottom}z")
     return tag("path", class_=class_, d="".join(parts))
 
@@ -274,8 +270,3 @@ def _slider(index: int, gammas: GammaHistory, share: int) -> Markup:
     text = tag("label", "Epoch of sparsity training", for_=f"slider{index}")
     script = tag("script", Markup(json.dumps(data)), type="application/json")
     return tag("div", text, control, output, script, class_="slider", hidden=True)
-
-
-def short(name: str) -> str:
-    """A layer's name without the parameter's."""
-    return name.removesuffix(".weight")

@@ -217,8 +217,7 @@ def _latency_method(runs: Sequence[RunRecord]) -> str:
     places = {}
     for run in runs:
         if run.results is not None:
-            threads = f"{run.results.threads} thread" + "s" * (run.results.threads > 1)
-            places[run.name] = f"{run.results.device or 'device not recorded'}, {threads}"
+            places[run.name] = run.results.measured_on
     if len(set(places.values())) == 1:
         text += f"Measured on: {next(iter(places.values()))}. "
     elif places:

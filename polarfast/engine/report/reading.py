@@ -13,11 +13,9 @@ import polarfast as pf
 
 from ...errors import ArgumentError, FileFormatError
 from ...storage import read_tensors
-from ..results import Results
-
-RECIPE, METRICS, GAMMAS = "recipe.yaml", "metrics.jsonl", "gammas.pt"
-PLAN, RESULTS = "plan.json", "results.json"
-BINS = 100
+from ..folder import NAMES
+from ..histograms import BINS
+from ..results import Results, read_results
 
 
 @dataclass(frozen=True)
@@ -111,20 +109,21 @@ def _shortest_names(folders: Sequence[Path]) -> list[str]:
 def _read_run(folder: Path, name: str) -> RunRecord:
     if not folder.is_dir():
         raise ArgumentError(f"run '{folder}': there is no such folder")
-    if not (folder / RECIPE).is_file():
+    files = {name: folder / file for name, file in NAMES.items()}
+    if not files["recipe"].is_file():
         raise ArgumentError(
-            f"run '{folder}': no folder of a run, {RECIPE} is missing; name a folder that "
+            f"run '{folder}': no folder of a run, {NAMES['recipe']} is missing; name a folder that "
             "'polarfast run RECIPE --out FOLDER' wrote"
         )
-    plan = folder / PLAN
+    plan, results = files["plan"], files["results"]
     return RunRecord(
         name=name,
         folder=folder,
-        recipe=_read_recipe(folder / RECIPE),
-        epochs=_read_metrics(folder / METRICS),
-        gammas=_read_gammas(folder / GAMMAS),
+        recipe=_read_recipe(files["recipe"]),
+        epochs=_read_metrics(files["metrics"]),
+        gammas=_read_gammas(files["gammas"]),
         plan=pf.PruningPlan.from_json(plan.read_text(encoding="utf-8")) if plan.is_file() else None,
-        results=_read_results(folder / RESULTS),
+        results=read_results(results) if results.is_file() else None,
     )
 
 
@@ -179,12 +178,3 @@ def _read_gammas(path: Path) -> GammaHistory | None:
     if missing := [name for name in history.names if name not in history.last]:
         raise FileFormatError(f"'{path}': values_last has no γ of {missing[0]}")
     return history if shape[0] and shape[1] else None
-
-
-def _read_results(path: Path) -> Results | None:
-    if not path.is_file():
-        return None
-    try:
-        return Results.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:  # not JSON, or not such figures
-        raise FileFormatError(f"'{path}': {error}") from error

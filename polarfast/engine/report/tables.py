@@ -83,13 +83,6 @@ def significant(value: float, digits: int = 3) -> str:
     return text.removesuffix(".")
 
 
-def change_of_latency(pair: Pair) -> str:
-    """How much faster the slim model is, or slower."""
-    if pair.slim > pair.dense:
-        return f"{pair.slim / pair.dense:.2f}× slower"
-    return f"{pair.dense / pair.slim:.2f}× faster"
-
-
 def cut(pair: Pair) -> str:
     """The change from dense to slim, in percent."""
     return _signed(-100 * pair.cut, 1) + " %"
@@ -161,7 +154,7 @@ def _latency(batch: int) -> Callable[[RunRecord], Markup | str]:
         if pair is None:
             return NONE
         text = f"{significant(pair.dense)}{ARROW}{significant(pair.slim)} ms"
-        return _with_change(text, change_of_latency(pair))
+        return _with_change(text, pair.faster)
 
     return show
 

@@ -9,17 +9,10 @@ from rich.console import Console
 
 import polarfast as pf
 from polarfast.engine.campaigns import comparison
-from polarfast.engine.campaigns import comparison as comparison_output
-from polarfast.engine.campaigns.trials import (
-    DENSE,
-    METHODS,
-    Trial,
-    chains,
-    done,
-    method_recipe,
-    run_all,
-)
-from polarfast.engine.data import Data
+from polarfast.engine.campaigns.comparison import chains
+from polarfast.engine.campaigns.rivals import DENSE, METHODS, method_recipe
+from polarfast.engine.campaigns.trials import Trial, done, run_all
+from polarfast.engine.data.settings import Data
 from polarfast.engine.distributed import Workers
 from polarfast.engine.launch import find_state
 from polarfast.engine.recipe import Hardware, Recipe, Sparsity, Stage
@@ -122,8 +115,8 @@ def test_every_run_cuts_the_share_that_was_asked(compared) -> None:  # type: ign
         ("random", 0.6),
     ]
     for row in rows[1:]:
-        # Widths are whole numbers: resnet8 has layers of 16 channels.
-        assert abs(row.outcomes[0].cut - row.asked) < 0.05
+        # Not less, and hardly more: one channel of 400 is a small share.
+        assert row.asked <= row.outcomes[0].cut < row.asked + 0.02
     assert rows[0].outcomes[0].cut == 0
 
 
@@ -193,14 +186,14 @@ def test_table_and_plot(compared, tmp_path) -> None:  # type: ignore[no-untyped-
         comparison.Row("network-slimming", 0.4, tuple(outcomes)),
     ]
     spread = statistics.stdev((90.0, 94.0, 95.0))
-    assert f"| 93.00 ± {spread:.2f} | -3.00 ± {spread:.2f} |" in comparison_output.markdown(
+    assert f"| 93.00 ± {spread:.2f} | -3.00 ± {spread:.2f} |" in comparison.markdown(
         three, "title", "caption"
     )
-    caption = comparison_output.caption(TINY, 1, {"deephoyer": 3e-3})
+    caption = comparison.caption(TINY, 1, {"deephoyer": 3e-3})
     assert "1 + 1 epochs" in caption and "0.003 for deephoyer" in caption
     console = Console(width=140, record=True)
-    console.print(comparison_output.table(rows, "title", caption))
+    console.print(comparison.table(rows, "title", caption))
     text = console.export_text()
     assert all(METHODS[row.method] in text for row in rows[1:])
-    comparison_output.plot(rows, tmp_path / "compare.png", "title")
+    comparison.plot(rows, tmp_path / "compare.png", "title")
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import polarfast as pf
 from polarfast.engine.campaigns import seeking, sweeping
-from polarfast.engine.data import Data
+from polarfast.engine.data.settings import Data
 from polarfast.engine.recipe import Hardware, Recipe, Sparsity, Stage
 from polarfast.errors import ArgumentError
 

@@ -10,8 +10,10 @@ from support.data import CPU, epoch
 from support.image_sets import write_folder
 from torch import Tensor
 
-from polarfast.engine.data import Data, DataSource, EpochPlan, load
 from polarfast.engine.data.batches import draw_moves, move
+from polarfast.engine.data.plan import EpochPlan
+from polarfast.engine.data.settings import Data
+from polarfast.engine.data.source import DataSource, load
 
 
 def moved_ref(image: Tensor, down: int, right: int, flip: bool) -> Tensor:

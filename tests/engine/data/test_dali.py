@@ -11,7 +11,9 @@ from PIL import Image
 from support.image_sets import write_folder
 from torch import Tensor
 
-from polarfast.engine.data import Data, DataSource, EpochPlan, load
+from polarfast.engine.data.plan import EpochPlan
+from polarfast.engine.data.settings import Data
+from polarfast.engine.data.source import DataSource, load
 from polarfast.errors import ArgumentError
 
 CPU = torch.device("cpu")

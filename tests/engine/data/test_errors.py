@@ -15,10 +15,10 @@ from PIL import Image
 from support.data import epoch, opened
 from support.image_sets import noise, write_cifar10, write_folder, write_mnist
 
-from polarfast.engine.data import Data
 from polarfast.engine.data.batches import as_stored
 from polarfast.engine.data.decode import UnreadableImage, decode
 from polarfast.engine.data.reading import read_parts
+from polarfast.engine.data.settings import Data
 from polarfast.errors import ArgumentError
 
 

@@ -13,8 +13,9 @@ from PIL import Image
 from support.data import epoch, opened
 from support.image_sets import noise, write_cifar10, write_cifar100, write_folder, write_mnist
 
-from polarfast.engine.data import Data, EpochPlan
+from polarfast.engine.data.plan import EpochPlan
 from polarfast.engine.data.reading import read_parts
+from polarfast.engine.data.settings import Data
 from polarfast.errors import ArgumentError
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(-1, 1, 1)

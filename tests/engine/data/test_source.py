@@ -8,7 +8,9 @@ import torch
 from support.data import CPU, epoch, same
 from support.image_sets import write_folder
 
-from polarfast.engine.data import Data, DataSource, EpochPlan, load
+from polarfast.engine.data.plan import EpochPlan
+from polarfast.engine.data.settings import Data
+from polarfast.engine.data.source import DataSource, load
 from polarfast.errors import ArgumentError, PolarfastError
 
 

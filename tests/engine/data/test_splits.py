@@ -10,9 +10,10 @@ from sklearn.datasets import load_digits
 from support.data import CPU, epoch
 from support.image_sets import write_cifar10
 
-from polarfast.engine.data import Data, EpochPlan, load
 from polarfast.engine.data.memory import rank_share
-from polarfast.engine.data.plan import balanced_subset, hold_out, mix
+from polarfast.engine.data.plan import EpochPlan, balanced_subset, hold_out, mix
+from polarfast.engine.data.settings import Data
+from polarfast.engine.data.source import load
 from polarfast.errors import ArgumentError
 
 

@@ -14,7 +14,7 @@ The assertions behind the table are a test suite, which a stranger can point at 
 methods of `conformance.pruners.Pruner` to write, three more for what a library offers beyond.
 
     pytest tests/conformance --models all
-    pytest tests/conformance/test_networks.py --models 'resnet.*' \
+    pytest tests/conformance/test_networks.py --models 'resnet.*' \\
         --pruner conformance.peers:TorchPruning
 
 Half of the channels of every layer that takes part are removed, one of every two neighbours.

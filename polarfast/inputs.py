@@ -2,7 +2,7 @@
 back.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,16 +89,21 @@ def generate(
         raise PlanError(f"the plan's description of the inputs is damaged: {error}") from error
 
 
+def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure of mappings, lists and tuples, with `function` of each tensor."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(item, function) for key, item in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        items = [map_tensors(item, function) for item in tree]
+        return items if isinstance(tree, list) else tuple(items)
+    return tree
+
+
 def convert(inputs: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
     """The same inputs on `device`, floating point ones in `dtype`."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device, dtype) if inputs.is_floating_point() else inputs.to(device)
-    if isinstance(inputs, (tuple, list)):
-        items = [convert(item, device=device, dtype=dtype) for item in inputs]
-        return items if isinstance(inputs, list) else tuple(items)
-    if isinstance(inputs, dict):
-        return {key: convert(item, device=device, dtype=dtype) for key, item in inputs.items()}
-    return inputs
+    return map_tensors(inputs, lambda t: t.to(device, dtype if t.is_floating_point() else None))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -140,36 +145,21 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
 
 def copied_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments, their tensors copied."""
-    inputs = _copied(example_inputs)
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
+    inputs = map_tensors(example_inputs, lambda t: t.detach().clone())
+    if isinstance(inputs, dict):
+        return (), inputs
     return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
-
-
-def _copied(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.detach().clone()
-    if isinstance(tree, Mapping):
-        return {key: _copied(item) for key, item in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        items = [_copied(item) for item in tree]
-        return items if isinstance(tree, list) else tuple(items)
-    return tree
 
 
 def enlarged(example_inputs: Any, times: int) -> Any:
     """Twice as many of all, images (4-D and 5-D tensors) so many times as high and wide."""
-    if isinstance(example_inputs, Tensor):
-        space = max(example_inputs.dim() - 2, 0) if example_inputs.dim() in (4, 5) else 0
-        rest = max(example_inputs.dim() - 1 - space, 0)
-        counts = [2, *[1] * rest, *[times] * space][: example_inputs.dim()]
-        return example_inputs.repeat(counts) if counts else example_inputs
-    if isinstance(example_inputs, Mapping):
-        return {key: enlarged(item, times) for key, item in example_inputs.items()}
-    if isinstance(example_inputs, (tuple, list)):
-        items = [enlarged(item, times) for item in example_inputs]
-        return items if isinstance(example_inputs, list) else tuple(items)
-    return example_inputs
+
+    def repeated(tensor: Tensor) -> Tensor:
+        space = tensor.dim() - 2 if tensor.dim() in (4, 5) else 0
+        counts = [2, *[1] * (tensor.dim() - 1 - space), *[times] * space]
+        return tensor.repeat(counts) if tensor.dim() else tensor
+
+    return map_tensors(example_inputs, repeated)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

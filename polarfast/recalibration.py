@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import ArgumentError
-from .inputs import device_of, unwrap
+from .inputs import device_of, map_tensors, unwrap
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -109,7 +109,8 @@ def _call(labels: bool | None) -> Forward:
                         f"{type(batch).__name__} of {len(batch)}: pass forward="
                     )
                 batch = batch[0]
-        batch = _moved(batch, device_of(model))
+        device = device_of(model)
+        batch = map_tensors(batch, lambda t: t.to(device))
         if isinstance(batch, Tensor):
             return model(batch)
         if isinstance(batch, dict):
@@ -122,16 +123,6 @@ def _call(labels: bool | None) -> Forward:
         )
 
     return call
-
-
-def _moved(item: Any, device: torch.device) -> Any:
-    if isinstance(item, Tensor):
-        return item.to(device)
-    if isinstance(item, (tuple, list)):
-        return [_moved(part, device) for part in item]
-    if isinstance(item, dict):
-        return {key: _moved(part, device) for key, part in item.items()}
-    return item
 
 
 @contextmanager

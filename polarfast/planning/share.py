@@ -1,5 +1,6 @@
 """How many of the weakest channels must go for a share to be cut, under all limits: `Aim`."""
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,6 @@ from .thresholds import Ranking
 
 #: Shares are compared up to this.
 ROUNDING = 1e-12
-#: Runs of the network, after which constants are taken to come and go with single channels.
-LOOKS = 6
-#: Brackets wider than twice this are narrowed by interpolation.
-STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -187,13 +184,10 @@ class _Search:
         self._chooser, self._most = chooser, ranking.count
 
     def run(self) -> Hit:
-        self._check_reach()
+        if not self._reached(self._trials.most.shares):
+            raise self._out_of_reach()
         seen: dict[int, Hit] = {}
-        count: int | None = None
-        for _ in range(LOOKS):
-            count = self._crossing(count)
-            if count in seen:
-                break
+        while (count := self._crossing()) not in seen:
             expected = self._trials.foreseen(count)
             seen[count] = self._trials.really(count)
             if seen[count].shares == expected:
@@ -201,8 +195,8 @@ class _Search:
         return self._best(seen)
 
     def _best(self, seen: dict[int, Hit]) -> Hit:
-        """Where constants come and go with single channels, so that they cannot be foretold: the
-        best of what was seen, or of what is seen when more go.
+        """Where constants cannot be foretold: the best of what was seen, or of what is seen when
+        more go.
         """
         step, count = 1, max(seen)
         while not any(self._reached(hit.shares) for hit in seen.values()) and count < self._most:
@@ -216,13 +210,6 @@ class _Search:
     def _reached(self, shares: dict[str, float]) -> bool:
         return shares[self._aim.of] >= self._aim.cut - ROUNDING
 
-    def _enough(self, count: int) -> bool:
-        return self._reached(self._trials.foreseen(count))
-
-    def _check_reach(self) -> None:
-        if not self._enough(self._most) and not self._reached(self._trials.most.shares):
-            raise self._out_of_reach()
-
     def _out_of_reach(self) -> PlanError:
         what = {"macs": "MACs", "params": "parameters"}[self._aim.of]
         return PlanError(
@@ -231,35 +218,7 @@ class _Search:
             "more layers take part (residual='expand' or 'couple' in scaling_factors)"
         )
 
-    def _crossing(self, start: int | None) -> int:
-        """A count at which enough goes and with one channel less does not, near `start`."""
-        if self._enough(0):
-            return 0
-        low, high, step = 0, self._most, 1
-        if start is not None:
-            up = not self._enough(start)
-            low, high = (start, start + 1) if up else (start - 1, start)
-            while high < self._most and not self._enough(high):
-                low, high, step = high, min(high + 2 * step, self._most), 2 * step
-            while low > 0 and self._enough(low):
-                low, high, step = max(low - 2 * step, 0), low, 2 * step
-        while high - low > 1:
-            low, high = self._narrow(low, high)
-        return high
-
-    def _narrow(self, low: int, high: int) -> tuple[int, int]:
-        """A bracket at most half as wide: by interpolation where it is wide, for shares change
-        evenly with the count but for single steps.
-        """
-        half = (high - low) // 2
-        if half > STEPS:
-            shares = [self._trials.foreseen(count)[self._aim.of] for count in (low, high)]
-            part = (self._aim.cut - shares[0]) / max(shares[1] - shares[0], ROUNDING)
-            middle, margin = low + int(2 * half * part), half // STEPS
-            for guess in (middle - margin, middle + margin):
-                if low < guess < high:
-                    low, high = (low, guess) if self._enough(guess) else (guess, high)
-        if high - low > half:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._enough(middle) else (middle, high)
-        return low, high
+    def _crossing(self) -> int:
+        """A count at which enough goes and with one channel less does not, as foretold."""
+        counts = range(self._most)
+        return bisect_left(counts, True, key=lambda n: self._reached(self._trials.foreseen(n)))

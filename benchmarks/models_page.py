@@ -18,6 +18,8 @@ methods of `conformance.pruners.Pruner` to write, three more for what a library 
         --pruner conformance.peers:TorchPruning
 
 Half of the channels of every layer that takes part are removed, one of every two neighbours.
+γ and β are a BatchNorm's weight and bias; the mode is [what happens at
+additions](which-channels.md).
 
 - **MACs cut**: share of multiply–accumulates, counted by torch's `FlopCounterMode`. "couple" asks
   for the same channels in all layers of one width, so that those which are added together go
@@ -31,7 +33,7 @@ Half of the channels of every layer that takes part are removed, one of every tw
 - **exact**: "yes" if both are rounding; else how many layers read something that cannot be folded,
   and why (`plan.inexact` names each). These β are as large as what the norms put out, and at 64
   pixels most places are near a border: both make the errors large. Gates
-  ([pf.add_gates](../README.md)) silence β and leave nothing to fold.
+  ([pf.add_gates](what-the-slim-model-equals.md#gates)) silence β and leave nothing to fold.
 - **time**: trace, plan and slim (`verify=False`) in float32, CPU seconds on one thread.
 - **torch-pruning** {tp} (`BNScalePruner`, half of every layer in which we remove channels) and
   **torch-kirigami** {tk} (`plan_remove` of the same channels): error of the same zero test, and

@@ -114,8 +114,8 @@ class Folded:
 
 
 def _values(model: nn.Module, channels: Channels) -> dict[str, Tensor]:
-    products = channels.graph.product_weights()
-    return {name: t for name, t in tensors_of_model(model).items() if name not in products}
+    projections = channels.graph.projection_weights()
+    return {name: t for name, t in tensors_of_model(model).items() if name not in projections}
 
 
 def new_biases(model: nn.Module, channels: Channels, fold: Fold) -> dict[str, Tensor]:
@@ -165,7 +165,7 @@ class Masked:
     @cached_property
     def hollow(self) -> Runs:
         """The network without the weights of its products, and so whatever these are."""
-        return self._copy(self._graph.product_weights())
+        return self._copy(self._graph.projection_weights())
 
     def _copy(self, hollow: set[str]) -> Runs:
         copied, tensors = doubled(self._model, hollow)

@@ -178,7 +178,7 @@ def shift_of(
 
 
 #: Products, and where their input and their weight stand among the arguments.
-PRODUCTS = {"convolution": (0, 1), "addmm": (1, 2), "mm": (0, 1)}
+PROJECTIONS = {"convolution": (0, 1), "addmm": (1, 2), "mm": (0, 1)}
 #: Other views of a weight, or copies of one.
 VIEWS = frozenset("t transpose permute view _unsafe_view unsqueeze expand detach alias".split())
 COPIES = frozenset(("clone", "_to_copy"))
@@ -229,7 +229,7 @@ class _Projections(StaysDouble):
         self.waiting: dict[str, Iterator[int]] = {n: iter(indices) for n, indices in order.items()}
 
     def operator(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        place = PRODUCTS.get(name)
+        place = PROJECTIONS.get(name)
         if place is None:
             return self.other(name, func, args, kwargs)
         weight = args[place[1]]
@@ -238,7 +238,7 @@ class _Projections(StaysDouble):
             return self.other(name, func, args, kwargs)
         x = self.read(index, args[place[0]], args)
         args = (*args[: place[0]], x, *args[place[0] + 1 :])
-        return self.write(index, self.product(index, func, args))
+        return self.write(index, self.project(index, func, args))
 
     def other(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run what is no call of the graph."""
@@ -252,7 +252,7 @@ class _Projections(StaysDouble):
         """What the call is to read instead of `x`; `args`: of its operator."""
         return x
 
-    def product(self, index: int, func: Any, args: Any) -> Tensor:
+    def project(self, index: int, func: Any, args: Any) -> Tensor:
         """The call's output."""
         return func(*args)
 
@@ -322,10 +322,10 @@ class _Hollow(_Reads):
             return args[0].detach()
         raise Unfit(f"{func} reads a weight")
 
-    def product(self, index: int, func: Any, args: Any) -> Tensor:
-        x, weight = (args[i] for i in PRODUCTS[func.overloadpacket.__name__])
+    def project(self, index: int, func: Any, args: Any) -> Tensor:
+        x, weight = (args[i] for i in PROJECTIONS[func.overloadpacket.__name__])
         if weight.data_ptr() not in self.hollow:
-            return super().product(index, func, args)
+            return super().project(index, func, args)
         shape = convolution_shape(args) if func.overloadpacket.__name__ == "convolution" else None
         return self.draws.take(shape or [x.shape[0], weight.shape[1]], x.device)
 

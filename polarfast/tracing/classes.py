@@ -210,7 +210,7 @@ class Channels:
         within one factor, everything that is added must be.
         """
         graph = self.graph
-        factor, joined = graph.labels(edges), graph.labels(edges, graph.gates)
+        factor, joined = graph.labels(edges), graph.labels(edges, graph.products)
         covered = self._written.clone()[self._raw]
         bare = graph.mask()
         for call in graph.projections:
@@ -272,8 +272,8 @@ class Channels:
         """Labels of what goes together through norms and products; through products with what must
         stay not, which say nothing about why.
         """
-        gates = [pairs[:, (pairs != PIN).all(0)] for pairs in self.graph.gates]
-        return self.graph.labels(self.graph.links(self.boundaries), gates)
+        products = [pairs[:, (pairs != PIN).all(0)] for pairs in self.graph.products]
+        return self.graph.labels(self.graph.links(self.boundaries), products)
 
     def _pin_reason(self, name: str, call: NormCall) -> str | None:
         label = self._joined

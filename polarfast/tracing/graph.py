@@ -223,7 +223,7 @@ class Graph:
             of rows follows its own.
         ties: pairs of ids [2, E] that stand for the same channel (or must be kept or removed
             together).
-        gates: pairs of ids that meet in a multiplication.
+        products: pairs of ids that meet in a multiplication.
         balanced: ids [P, m]: as many must stay in each row (groups of a convolution, chunks).
         matched: rows of ids that the network's code takes to be equal in number.
         additions: activations that meet in an addition.
@@ -239,7 +239,7 @@ class Graph:
     norms: list[NormCall] = field(default_factory=list)
     axes: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     ties: list[Tensor] = field(default_factory=list)
-    gates: list[Tensor] = field(default_factory=list)
+    products: list[Tensor] = field(default_factory=list)
     balanced: list[Tensor] = field(default_factory=list)
     matched: list[Match] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
@@ -273,7 +273,7 @@ class Graph:
         """
         return [torch.stack((c.inputs, c.outputs)) for c in self.norms if c.scale not in boundaries]
 
-    def product_weights(self) -> set[str]:
+    def projection_weights(self) -> set[str]:
         """Names of the weights of convolutions and linear layers, apart from depthwise ones."""
         depthwise = {call.weight for call in self.projections if call.depthwise}
         return {call.weight for call in self.projections} - depthwise

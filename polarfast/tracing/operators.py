@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import projections as calls
-from . import reshapes as partitions
-from . import rules
+from . import projections, reshapes, rules
 from .recorder import Recorder
 from .rules import pointwise
 
@@ -55,22 +53,22 @@ def _apply(
     if plain in rules.FORGET:
         return
     if plain == "mul" and first and rules.is_gate(rec, args[1]):
-        calls.gate(rec, args[0], args[1], out)
+        projections.gate(rec, args[0], args[1], out)
         return
     if rule is not None:
         rule(rec, args, out)
     elif "batch_norm" in plain and isinstance(out, tuple):
-        calls.batch_norm(rec, func._overloadname, args, out[0])
+        projections.batch_norm(rec, func._overloadname, args, out[0])
     elif plain in ("cat", "stack"):
         rules.join(rec, func, args, out)
     elif plain in rules.FREE_MOVES:
         rules.movement(rec, func, args, out)
     elif plain in ("view", "_unsafe_view", "reshape") and first:
-        partitions.view(rec, func, args, out)
+        reshapes.view(rec, func, args, out)
     elif plain == "as_strided" and first and rules.is_restrided(args[0], out):
         rules.same(rec, args, out)
-    elif plain in partitions.CUTS and first:
-        partitions.CUTS[plain](rec, func, args, out)
+    elif plain in reshapes.CUTS and first:
+        reshapes.CUTS[plain](rec, func, args, out)
     elif plain in rules.SPATIAL and first:
         rules.spatial(rec, func, args, out)
     elif plain in rules.REDUCTIONS and first and isinstance(out, Tensor):
@@ -88,7 +86,7 @@ def _apply(
 
 
 _RULES: Mapping[str, Callable[[Recorder, tuple[Any, ...], Any], None]] = {
-    "convolution": calls.convolution,
-    "addmm": calls.addmm,
-    "mm": calls.mm,
+    "convolution": projections.convolution,
+    "addmm": projections.addmm,
+    "mm": projections.mm,
 }

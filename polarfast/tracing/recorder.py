@@ -100,8 +100,8 @@ class Recorder:
         if left is not right and not torch.equal(left, right):
             self.graph.ties.append(torch.stack((left.reshape(-1), right.reshape(-1))))
 
-    def gate(self, left: Tensor, right: Tensor) -> None:
-        self.graph.gates.append(torch.stack((left.reshape(-1), right.reshape(-1))))
+    def multiply(self, left: Tensor, right: Tensor) -> None:
+        self.graph.products.append(torch.stack((left.reshape(-1), right.reshape(-1))))
 
     def add(self, left: Tensor, right: Tensor, left_depth: int, right_depth: int) -> None:
         self.graph.additions.append(

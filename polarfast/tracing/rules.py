@@ -282,7 +282,7 @@ def _join(rec: Recorder, name: str, left: Operand, right: Operand) -> Operand:
             return Operand(one.ids, repeated, depth)
     one_ids, other_ids = torch.broadcast_tensors(*small)
     if name in PRODUCTS:
-        rec.gate(one_ids, other_ids)
+        rec.multiply(one_ids, other_ids)
     else:
         rec.add(one_ids, other_ids, left.depth, right.depth)
     return Operand(left.ids if left.varying else right.ids, repeated, depth)

@@ -164,7 +164,7 @@ class Masked:
 
     @cached_property
     def hollow(self) -> Runs:
-        """The network without the weights of its products, and so whatever these are."""
+        """The network without the weights of its projections, and so whatever these are."""
         return self._copy(self._graph.projection_weights())
 
     def _copy(self, hollow: set[str]) -> Runs:

@@ -177,7 +177,7 @@ def shift_of(
     return shift if rows is None else shift[rows]
 
 
-#: Products, and where their input and their weight stand among the arguments.
+#: Projections, and where their input and their weight stand among the arguments.
 PROJECTIONS = {"convolution": (0, 1), "addmm": (1, 2), "mm": (0, 1)}
 #: Other views of a weight, or copies of one.
 VIEWS = frozenset("t transpose permute view _unsafe_view unsqueeze expand detach alias".split())
@@ -290,13 +290,13 @@ class Unfit(Exception):
 
 
 class _Hollow(_Reads):
-    """Instead of computing products with weights that are not there, draws them.
+    """Instead of computing projections with weights that are not there, draws their outputs.
 
-    What a removed channel leaves behind does not depend on any of these products; so a field that
+    What a removed channel leaves behind does not depend on any of these; so a field that
     is the same whatever they are is what the real network shows. For a fraction of the time.
 
     Args:
-        tensors, calls, wanted: as in `_Reads`; of a model with zeros for the weights of products.
+        tensors, calls, wanted: as in `_Reads`; of a model with zeros for the weights of projections.
         hollow: names of the weights that are not there.
         seed: of the numbers drawn.
     """

@@ -231,7 +231,7 @@ class Graph:
         pooled: ids that pass through an operator that refuses an activation with no channel at all.
         parents: for each node, the nodes it is computed from.
         inputs, outputs: nodes of the network's inputs and outputs.
-        fixed_macs: multiply-accumulates of products whose channels are not followed.
+        fixed_macs: multiply-accumulates of matrix products whose channels are not followed.
     """
 
     count: int = 1

@@ -296,7 +296,7 @@ class _Hollow(_Reads):
     is the same whatever they are is what the real network shows. For a fraction of the time.
 
     Args:
-        tensors, calls, wanted: as in `_Reads`; of a model with zeros for the weights of projections.
+        tensors, calls, wanted: as in `_Reads`; of a model with zeros for the projections' weights.
         hollow: names of the weights that are not there.
         seed: of the numbers drawn.
     """

@@ -188,6 +188,19 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 
 @contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Every module's own train or eval mode is put back afterwards; by its flag, since some models
+    override `train`.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def plain_eager() -> Iterator[None]:
     """No gradients, inference mode, cache of autocast weights or fused attention layers (which read
     weights past their modules, gates included), whatever surrounds it.

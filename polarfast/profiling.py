@@ -22,6 +22,7 @@ from .inputs import (
     device_of,
     dtype_of,
     generate,
+    modes_kept,
     tensors_of,
     unwrap,
 )
@@ -384,14 +385,10 @@ def _timed(model: nn.Module, inputs: Any) -> float:
 @contextmanager
 def _in_eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
     """The models in eval mode; then every module's own mode again."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
+    with modes_kept(*models):
         for model in models:
             model.eval()
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def hints(layers: Sequence[LayerTime], ms_before: float, ms: float, share: float) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import ArgumentError
-from .inputs import device_of, map_tensors, unwrap
+from .inputs import device_of, map_tensors, modes_kept, unwrap
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -127,18 +127,12 @@ def _call(labels: bool | None) -> Forward:
 
 @contextmanager
 def _in_train_mode(model: nn.Module, norms: dict[str, _BatchNorm]) -> Iterator[None]:
-    """These norms alone in train mode. The flags are set, not `train()` called: some models
-    override it.
-    """
-    modes = [(module, module.training) for module in model.modules()]
+    """These norms alone in train mode."""
     chosen = set(map(id, norms.values()))
-    try:
-        for module, _ in modes:
+    with modes_kept(model):
+        for module in model.modules():
             module.training = id(module) in chosen
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

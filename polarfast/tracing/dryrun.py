@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..copies import tensors_of_model
 from ..errors import TracingError
-from ..inputs import copied_inputs, enlarged, plain_eager, tensors_of
+from ..inputs import copied_inputs, enlarged, modes_kept, plain_eager, tensors_of
 from . import rules
 from .graph import Graph
 from .operators import record
@@ -179,19 +179,15 @@ def _unread(model: nn.Module, recorder: Recorder) -> list[str]:
 @contextmanager
 def _as_found(model: nn.Module) -> Iterator[None]:
     """Put back train/eval modes, buffers (their objects and their values) and random state."""
-    modules = list(model.modules())
-    modes = [(module, module.training) for module in modules]
-    stores = [(module._buffers, dict(module._buffers)) for module in modules]
+    stores = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     tensors = tensors_of_model(model).values()
     buffers = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
     values = [(buffer, buffer.detach().clone()) for buffer in buffers]
     devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), modes_kept(model):
         try:
             yield
         finally:
-            for module, training in modes:
-                module.training = training
             for store, saved in stores:
                 store.clear()
                 store.update(saved)

@@ -64,6 +64,7 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in output for name in recipe_names())
 
 
+@pytest.mark.slow
 def test_info_without_the_extra() -> None:
     result = run(code=WITHOUT_EXTRA.format(hidden=HIDDEN, arguments=["info"]))
     assert result.returncode == 0, result.stderr
@@ -71,6 +72,7 @@ def test_info_without_the_extra() -> None:
         assert re.search(rf"^{name}", result.stdout, re.MULTILINE), name
 
 
+@pytest.mark.slow
 def test_missing_extra_is_one_sentence() -> None:
     result = run(code=WITHOUT_EXTRA.format(hidden=["tyro", "sklearn"], arguments=["demo"]))
     assert result.returncode == 1 and result.stdout == ""
@@ -150,6 +152,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_stages_one_by_one_are_the_run(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +197,7 @@ def test_options_become_settings(recipe: Path, tmp_path: Path) -> None:
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_finished_run_started_again_trains_nothing(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

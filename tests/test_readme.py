@@ -12,6 +12,7 @@ from polarfast.engine.models import resnet
 README = ROOT / "README.md"
 
 
+@pytest.mark.slow
 def test_code_blocks(tmp_path, monkeypatch, capsys):
     models = pytest.importorskip("torchvision").models
     monkeypatch.chdir(tmp_path)

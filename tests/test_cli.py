@@ -64,6 +64,7 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in output for name in recipe_names())
 
 
+@pytest.mark.slow
 def test_info_without_the_extra() -> None:
     result = run(code=WITHOUT_EXTRA.format(hidden=HIDDEN, arguments=["info"]))
     assert result.returncode == 0, result.stderr
@@ -93,6 +94,7 @@ def test_help_and_wrong_options_do_not_wait_for_torch(arguments: list[str], stat
     assert result.returncode == status, result.stderr
 
 
+@pytest.mark.slow
 def test_missing_extra_is_one_sentence() -> None:
     result = run(code=WITHOUT_EXTRA.format(hidden=["tyro", "sklearn"], arguments=["demo"]))
     assert result.returncode == 1 and result.stdout == ""
@@ -172,6 +174,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_stages_one_by_one_are_the_run(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,6 +219,7 @@ def test_options_become_settings(recipe: Path, tmp_path: Path) -> None:
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_finished_run_started_again_trains_nothing(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.engine import finish, start
 from support.nets import Residual, chain, conv_bn, prepared
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -235,5 +236,7 @@ def _process(rank: int, world: int, path: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_processes_join_their_statistics(tmp_path):
-    torch.multiprocessing.spawn(_process, (2, str(tmp_path / "store")), nprocs=2)
+    store = str(tmp_path / "store")
+    assert finish([start(_process, rank, 2, store) for rank in range(2)]) == [0, 0]

@@ -34,7 +34,10 @@ from polarfast.engine.recipe import Recipe
 from polarfast.engine.seeds import seed_at
 from polarfast.engine.trainer import Trainer
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name != "posix", reason="sends signals"),
+]
 
 #: 4 steps of 24 images in 12 steps: an agreement on stopping after step 8 only, the end of epoch 2.
 #: At this rate no rounding (a third of three shards has some) turns a ReLU or a γ's side.

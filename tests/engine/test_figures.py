@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from polarfast.engine import figures
@@ -13,6 +14,7 @@ def png_size(path: Path) -> tuple[int, int]:
     return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
 
 
+@pytest.mark.slow
 def test_all_three(tmp_path: Path) -> None:
     scales = {"a.weight": torch.tensor([0.0, 0.0, 0.4]), "b.weight": torch.rand(500)}
     kept = {"a.weight": torch.tensor([2]), "b.weight": torch.arange(500)}

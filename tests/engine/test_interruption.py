@@ -54,6 +54,7 @@ def assert_tidy(folder: Path) -> None:
     assert len(list((folder / "checkpoints").glob("0*.pt"))) <= TINY.hardware.keep
 
 
+@pytest.mark.slow
 def test_the_tiny_run_does_prune(whole: Path) -> None:
     result = outcome(whole)
     assert result[".facts.cut"] > 0.05
@@ -65,6 +66,7 @@ def newest(folder: Path) -> int:
     return max((int(file.stem) for file in (folder / "checkpoints").glob("0*.pt")), default=0)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(whole: Path, tmp_path: Path) -> None:
     """Some milliseconds after the start, or after a few more checkpoints, however fast all is."""
     folder, kills, chance = tmp_path / "run", 0, random.Random(0)
@@ -97,6 +99,7 @@ def die_at_write(number: int, after: bool) -> None:
     os.replace = replace_or_die
 
 
+@pytest.mark.slow
 def test_killed_between_any_two_writes(tmp_path: Path) -> None:
     """Each process dies at its second write (the first is recipe.yaml's), after it, or before the
     third; where that brings it no further than the one before, one write later."""
@@ -117,6 +120,7 @@ def test_killed_between_any_two_writes(tmp_path: Path) -> None:
     assert_same(outcome(folder), outcome(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_real_command_stopped_by_signals(whole: Path, tmp_path: Path) -> None:
     recipe, folder = tmp_path / "tiny.yaml", tmp_path / "run"
     recipe.write_text(to_yaml(TINY), encoding="utf-8")
@@ -162,6 +166,7 @@ VARIANTS: dict[str, Recipe] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_stopped_within_epochs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a signal after steps 3, 4 (of 4 in an epoch) and 9 of each stage."""
@@ -213,6 +218,7 @@ def test_second_ctrl_c_does_not_wait() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.slow
 def test_torn_newest_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> None:
     """As after a disk that lost what it had promised to keep."""
     folder = tmp_path / "run"
@@ -223,6 +229,7 @@ def test_torn_newest_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> N
     assert_same(outcome(folder), outcome(whole))
 
 
+@pytest.mark.slow
 def test_half_written_files_are_swept_away(whole: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "run")
     left = [folder / ".dense.pt.abcd_123", folder / "checkpoints" / ".00000009.pt.zyxw9876"]

@@ -73,6 +73,7 @@ def test_dry_run(
     assert list(tmp_path.iterdir()) == [] and sorted(root.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", recipe_names())
 def test_two_steps(name: str, roots: dict[str, Path], tmp_path: Path) -> None:
     """Of either stage, with pruning between them, exact to rounding."""

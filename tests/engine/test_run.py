@@ -96,6 +96,7 @@ def test_best_checkpoint_of_each_stage(finished: Path) -> None:
         assert state["trainer"]["step"] == 4 * best["epoch"]
 
 
+@pytest.mark.slow
 def test_stages_one_by_one_are_the_run(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(ArgumentError, match="not ready for 'prune': 'train' comes first"):
@@ -180,6 +181,7 @@ def test_what_observers_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert f"{100 * plan.flops_reduction:.1f} % of the MACs" in note
 
 
+@pytest.mark.slow
 def test_steps_are_told_of_a_few_times_a_second(tmp_path: Path) -> None:
     watcher = Watcher()
     go_on(replace(TINY, train=Stage(20, 0.1)), tmp_path, [watcher], until="train")

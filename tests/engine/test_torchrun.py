@@ -29,7 +29,10 @@ from support.engine import (
 from polarfast.engine.launch import find_state
 from polarfast.engine.recipe import Recipe, to_yaml
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name != "posix", reason="sends signals"),
+]
 
 LONG_PATIENCE = 2 * PATIENCE  # two starts of everything
 

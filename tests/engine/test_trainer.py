@@ -123,7 +123,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+SLOW = {"bf16", "fp16"}  # on a CPU
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in OPTIONS]
+)
 def test_training_is_sgd_written_out(digits: DataSource, name: str) -> None:
     recipe = replace(PLAIN, **OPTIONS[name])
     trainer = trainer_of(digits, recipe)
@@ -149,6 +154,7 @@ def assert_equal(mine: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert max(different.values()) <= 1e-6, different
 
 
+@pytest.mark.slow
 def test_options_do_something(digits: DataSource) -> None:
     """That the test above could fail: every option ends elsewhere than plain training."""
     ends = {}

@@ -103,6 +103,7 @@ def compared(tmp_path_factory):  # type: ignore[no-untyped-def]
     return folder, rows, notes
 
 
+@pytest.mark.slow
 def test_every_run_cuts_the_share_that_was_asked(compared) -> None:  # type: ignore[no-untyped-def]
     _, rows, _ = compared
     assert [(row.method, row.asked) for row in rows] == [
@@ -120,6 +121,7 @@ def test_every_run_cuts_the_share_that_was_asked(compared) -> None:  # type: ign
     assert rows[0].outcomes[0].cut == 0
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_the_saved_networks(compared) -> None:  # type: ignore[no-untyped-def]
     folder, rows, _ = compared
     by_name = {f"{r.method}-{100 * (r.asked or 0):g}-seed0": r for r in rows[1:]}
@@ -135,6 +137,7 @@ def test_accuracies_are_those_of_the_saved_networks(compared) -> None:  # type: 
             assert by_name[trial.name].outcomes[0].accuracy == pytest.approx(100 * right / 60)
 
 
+@pytest.mark.slow
 def test_uniform_and_random_take_the_same_share_of_every_layer(compared) -> None:  # type: ignore[no-untyped-def]
     folder, _, _ = compared
     for method in ("uniform", "random"):
@@ -143,6 +146,7 @@ def test_uniform_and_random_take_the_same_share_of_every_layer(compared) -> None
         assert max(shares) - min(shares) <= 1 / 16
 
 
+@pytest.mark.slow
 def test_shared_training_is_one_training(compared) -> None:  # type: ignore[no-untyped-def]
     folder, _, _ = compared
     for method, first in (("network-slimming-60", "network-slimming-40"), ("random-60", "dense")):
@@ -151,6 +155,7 @@ def test_shared_training_is_one_training(compared) -> None:  # type: ignore[no-u
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_run_again(compared) -> None:  # type: ignore[no-untyped-def]
     folder, _, _ = compared
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/log.txt")}
@@ -168,12 +173,14 @@ def test_finished_runs_are_not_run_again(compared) -> None:  # type: ignore[no-u
         done(folder, chains(other, ["random"], [0.4], 1, {})[0][0])
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_with_its_log(tmp_path) -> None:  # type: ignore[no-untyped-def]
     broken = dataclasses.replace(TINY, data=Data("cifar10", root=str(tmp_path / "nowhere")))
     with pytest.raises(PolarfastError, match="run 'x' failed.*nowhere.*log.txt"):
         run_all([[Trial("x", broken)]], tmp_path, 1, lambda text: None)
 
 
+@pytest.mark.slow
 def test_table_and_plot(compared, tmp_path) -> None:  # type: ignore[no-untyped-def]
     _, rows, _ = compared
     outcomes = [

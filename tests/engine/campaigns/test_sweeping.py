@@ -29,6 +29,7 @@ def quiet(text: str) -> None:
     """Tells nobody."""
 
 
+@pytest.mark.slow
 def test_sweep(tmp_path: Path) -> None:
     points = sweeping.sweep(TINY, [3e-3, 3e-2], [0.0], 1, tmp_path, 2, quiet)
     assert [(point.lam, point.t) for point in points] == [(3e-3, 1.2), (3e-2, 1.2), (3e-3, 0.0)]
@@ -73,6 +74,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warm_epochs", [0, 1])
 def test_search_goes_on_where_it_was_stopped(tmp_path: Path, warm_epochs: int) -> None:
     whole: list[str] = []
@@ -100,6 +102,7 @@ def test_search_goes_on_where_it_was_stopped(tmp_path: Path, warm_epochs: int) -
     assert f"{100 * last.cut:.1f}" in console.export_text()
 
 
+@pytest.mark.slow
 def test_trials_of_another_recipe_do_not_count(tmp_path: Path) -> None:
     seeking.seek(TINY, 0.4, tmp_path, quiet, **SETTINGS)
     other = dataclasses.replace(TINY, seed=7, batch_size=20)

@@ -195,6 +195,7 @@ def test_a_subset_decodes_only_what_it_needs(tmp_path: Path) -> None:
     assert source.test_size == 3
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_image_library() -> None:
     code = (
         "import sys, polarfast.engine.data;"

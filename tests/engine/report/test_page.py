@@ -206,6 +206,7 @@ def test_curves_run_through_the_numbers(
     assert heights[order_of_values].diff().min() >= -0.011  # larger values are not lower
 
 
+@pytest.mark.slow
 def test_long_runs_stay_small(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"r{i}", train=200, finetune=200, layers=55) for i in range(4)]
     one = write_report(runs[:1], tmp_path / "one.html")
@@ -273,6 +274,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, damage, message: str
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_text_is_escaped_and_markup_is_not(text: str) -> None:
     page = Page(tag("p", text, tag("b", text), title=text))

@@ -47,12 +47,10 @@ def describe(inputs: Any) -> Spec:
     )
 
 
-def generate(
-    spec: Spec, *, device: torch.device, dtype: torch.dtype | None = None, seed: int
-) -> Any:
+def generate(spec: Spec, *, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
     """Random inputs of the described form, in the range of the examples.
 
-    Floating point ones are in `dtype`, where given; standard normal if the examples were constant.
+    Floating point ones are in `dtype`; standard normal if the examples were constant.
 
     Raises:
         PlanError: this is no description of inputs.
@@ -70,7 +68,7 @@ def generate(
         values = draw(part["shape"], generator=generator, dtype=torch.float64, device="cpu")
         if low < high:
             values = low + (high - low) * values
-        return values.to(device, dtype or own)
+        return values.to(device, dtype)
 
     def make(part: Spec) -> Any:
         if "shape" in part:

@@ -42,7 +42,8 @@ def _make_variant(extra: type[Variant], plain: type[nn.Module]) -> type[nn.Modul
     return type(name, (extra, plain), {"plain": plain, "__module__": __name__})
 
 
-#: The class that does what a mixin adds to a plain layer: one for all layers alike.
+#: The class that does what a mixin adds to a plain layer: one for all layers alike. Holds for good,
+#: and keeps classes derived from torch's alive.
 _variant: Callable[[type[Variant], type[nn.Module]], type[nn.Module]] = cache(
     _make_variant  # type: ignore[assignment]
 )

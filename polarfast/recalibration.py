@@ -74,6 +74,10 @@ def recalibrate(
 
 
 def _chosen(model: nn.Module, select: str, frozen: bool) -> dict[str, _BatchNorm]:
+    try:
+        regex = re.compile(select)
+    except re.error as error:
+        raise ArgumentError(f"select={select!r} is not a regular expression: {error}") from error
     found = {
         name: module
         for name, module in model.named_modules()
@@ -81,7 +85,7 @@ def _chosen(model: nn.Module, select: str, frozen: bool) -> dict[str, _BatchNorm
         and module.running_mean is not None
         and module.running_mean.numel()
         and (frozen or module.training or not model.training)
-        and re.search(select, name)
+        and regex.search(name)
     }
     if not found:
         raise ArgumentError(
@@ -229,7 +233,7 @@ class _Estimate:
         new = {
             "running_mean": self.mean,
             "running_var": self.squares / (self.count - 1),
-            "num_batches_tracked": torch.tensor(self.calls),
+            "num_batches_tracked": torch.tensor(self.calls, device="cpu"),
         }
         for name, buffer in _buffers(self.norm):
             buffer.copy_(new[name])

@@ -108,7 +108,12 @@ def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Mod
 
 
 def load_plan(path: str | os.PathLike[str]) -> PruningPlan:
-    """The plan in a file written by `save`."""
+    """The plan in a file written by `save`.
+
+    Raises:
+        FileFormatError: as in `load`.
+        PlanError: the plan in it is damaged, or of a newer version.
+    """
     return PruningPlan.from_json(_read(path)["plan"])
 
 

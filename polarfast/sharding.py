@@ -113,8 +113,8 @@ class Sharding:
                     "with one fully_shard mesh, or choose scales that are alike with "
                     "scales.select(pattern)"
                 )
-        self._tensor: DTensor = first  # type: ignore[assignment]
-        mesh, self.placements = self._tensor.device_mesh, self._tensor.placements
+        tensor_of_all: DTensor = first  # type: ignore[assignment]
+        mesh, self.placements = tensor_of_all.device_mesh, tensor_of_all.placements
         for name, tensor in tensors.items():
             if (tensor.device_mesh, tensor.placements) != (mesh, self.placements):  # type: ignore[attr-defined]
                 raise ScalingFactorError(

@@ -109,8 +109,12 @@ class Folded:
         return (
             torch.equal(alive, self._alive)
             and now.keys() == self._values.keys()
-            and all(torch.equal(value, self._values[name]) for name, value in now.items())
+            and all(_same(value, self._values[name]) for name, value in now.items())
         )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and torch.equal(one, other)  # which takes one device only
 
 
 def _values(model: nn.Module, channels: Channels) -> dict[str, Tensor]:

@@ -57,17 +57,20 @@ class Foretold:
 
     Args:
         model, channels: the network and its channel classes.
-        stays: bool [graph.count] by class label: next to nothing, but something in each layer, so
-            that all that is removed has readers.
+        looks: each bool [graph.count] by class label: next to nothing stays, but something in each
+            layer, so that all that is removed has readers. What stays in every look is never found
+            to show.
         spec: description of the inputs.
         fold: as in `plan`.
     """
 
     def __init__(
-        self, model: nn.Module, channels: Channels, stays: Tensor, spec: Spec, fold: str
+        self, model: nn.Module, channels: Channels, looks: Iterable[Tensor], spec: Spec, fold: str
     ) -> None:
         self._channels = channels
-        self._shown = shown(model, channels, stays, spec, fold)
+        self._shown = [
+            found for stays in looks for found in shown(model, channels, stays, spec, fold).items()
+        ]
         # Removed channels that one constant channel can stand for are a set.
         self._set = torch.full((channels.graph.count,), -1, dtype=torch.long, device="cpu")
         for label, carrier in carriers(channels, channels.graph.mask()).items():
@@ -79,7 +82,7 @@ class Foretold:
         """
         label, calls = self._channels.label, self._channels.graph.projections
         needed = torch.zeros_like(stays)
-        for i, labels in self._shown.items():
+        for i, labels in self._shown:
             if bool(stays[label[calls[i].outputs]].any()):
                 needed[self._set[labels[~stays[labels]]]] = True
         gone = (~stays & (self._set >= 0)).nonzero().flatten()

@@ -139,7 +139,8 @@ class EagerTable(Table):
         row = torch.arange(rows, device=flat.device).repeat_interleave(
             self._numbers.long(), output_size=flat.numel()
         )
-        edges = (torch.arange(BINS + 1, dtype=torch.float64) * 0.01).float().to(flat.device)
+        edges = (torch.arange(BINS + 1, dtype=torch.float64, device="cpu") * 0.01).float()
+        edges = edges.to(flat.device)
         x = flat.float()
         bins = (torch.bucketize(x, edges, right=True) - 1).clamp(max=BINS - 1)
         bins = torch.where((x >= 0) & (x <= 1), bins, BINS)

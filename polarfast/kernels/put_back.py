@@ -59,15 +59,8 @@ def put_back_norm(
 
 def put_back_ref(kept: Tensor, index: Tensor, constant: Tensor) -> Tensor:
     """`put_back` in torch's own operators, written from the input's side."""
-    shape = (kept.shape[0], constant.numel(), *kept.shape[2:])
-    full = constant.to(kept.dtype).view(1, -1, *[1] * (kept.dim() - 2)).expand(shape)
-    if (
-        kept.dim() == 4
-        and kept.is_contiguous(memory_format=torch.channels_last)
-        and not kept.is_contiguous()
-    ):
-        full = full.contiguous(memory_format=torch.channels_last)
-    return torch.index_copy(full, 1, index, kept)
+    full = _shape(kept, index, constant).copy_(constant.view(1, -1, *[1] * (kept.dim() - 2)))
+    return full.index_copy_(1, index, kept)
 
 
 def put_back_by_reading(kept: Tensor, index: Tensor, constant: Tensor) -> Tensor:

@@ -60,8 +60,8 @@ class ScaleTable(Table):
         increment_version(self._rows.moving())
 
     def valley(self) -> tuple[Tensor, Tensor]:
-        summary = torch.empty((len(self.params), 3), dtype=torch.float64)
-        counts = torch.empty((len(self.params), BINS), dtype=torch.int64)
+        summary = torch.empty((len(self.params), 3), dtype=torch.float64, device="cpu")
+        counts = torch.empty((len(self.params), BINS), dtype=torch.int64, device="cpu")
         self._rows.valley(self._gammas(), summary.data_ptr(), counts.data_ptr())
         return summary, counts
 

@@ -76,11 +76,12 @@ class TritonTable(ScaleTable):
         self._looked_at: tuple[list[int], _Uploaded] | None = None  # by `valley`
         self._captured: dict[int, _Uploaded] = {}
         super().__init__(names, params, weights)
-        sizes = torch.tensor(self._numels, dtype=torch.int64)
-        rows = torch.arange(len(self.params), dtype=torch.int32)
+        sizes = torch.tensor(self._numels, dtype=torch.int64, device="cpu")
+        rows = torch.arange(len(self.params), dtype=torch.int32, device="cpu")
         self._sizes = self._upload(sizes).device
         self._starts = self._upload(sizes.cumsum(0) - sizes).device  # of each row, among all γ
-        self._weights = self._upload(torch.tensor(self._row_weights, dtype=torch.float64)).device
+        weighed = torch.tensor(self._row_weights, dtype=torch.float64, device="cpu")
+        self._weights = self._upload(weighed).device
         self._row_of = self._upload(rows.repeat_interleave(sizes)).device  # of each γ
         # Sums that one launch leaves to the next.
         self._scratch = torch.zeros((2, len(rows)), dtype=torch.float64, device=self.device)
@@ -88,7 +89,8 @@ class TritonTable(ScaleTable):
     def refresh(self, momentum_of: dict[Any, Any] | None = None) -> int:
         found = super().refresh(momentum_of)
         if self._version != self._rows.version:
-            self._addresses = self._upload(torch.tensor(self._rows.addresses, dtype=torch.int64))
+            found_at = torch.tensor(self._rows.addresses, dtype=torch.int64, device="cpu")
+            self._addresses = self._upload(found_at)
             self._version = self._rows.version
         self._hold_if_captured(self._addresses)
         return found
@@ -137,7 +139,7 @@ class TritonTable(ScaleTable):
         found = self._gammas()
         held = self._looked_at  # read once: another thread may look too
         if held is None or held[0] != found:
-            held = self._looked_at = (found, self._upload(torch.tensor([found])))
+            held = self._looked_at = (found, self._upload(torch.tensor([found], device="cpu")))
         self._hold_if_captured(held[1])
         return held[1].device
 

@@ -1,5 +1,5 @@
-"""What a network costs when some channel classes go: the one place where MACs and parameters are
-counted.
+"""What a network costs when some channel classes go. `prediction.Widths` counts the same MACs by
+layer, for `CutPredictor`.
 """
 
 from collections.abc import Iterable
@@ -31,11 +31,7 @@ class Costs:
         self._fixed_macs = graph.fixed_macs
         gates = {gate_name(name) for name, _ in gated_modules(model)}
         params = {n: p.shape for n, p in model.named_parameters() if n not in gates}
-        axes = {
-            key: ids
-            for key, ids in graph.axes.items()
-            if key[0] in params and key[0] not in graph.gate_names()
-        }
+        axes = {key: ids for key, ids in graph.axes.items() if key[0] in params}
         # [groups, n] where groups keep other channels, but as many: one of them tells.
         self._axes = Ragged([label[ids if ids.dim() == 1 else ids[0]] for ids in axes.values()])
         rows: dict[str, dict[int, int]] = {}

@@ -82,6 +82,11 @@ class Limits:
         return replace(self, round_to=dict.fromkeys(self.round_to, 1))
 
 
+def bound_of(threshold: float | None) -> float:
+    """What scores are compared with: nothing is at or under the bound of no threshold."""
+    return -1.0 if threshold is None else threshold
+
+
 def _by_layer(
     argument: str,
     value: Number | Mapping[str, Number] | None,

@@ -78,6 +78,7 @@ def plan(
         ArgumentError: an argument is out of range, or `scores` do not fit `scales`.
         PlanError: `scales` does not belong to `model`, or `cut` is out of reach; see `reachable`.
         ThresholdError: no threshold can be chosen for some layer's γ.
+        ScalingFactorError: there are no scaling factors.
         TracingError: the model does not run on the example inputs.
     """
     limits = Limits.of(_sizes(scales), round_to, min_channels, max_share)
@@ -127,7 +128,7 @@ def reachable(
             `plan`.
 
     Raises:
-        ArgumentError, PlanError, TracingError: as in `plan`.
+        ArgumentError, PlanError, ScalingFactorError, TracingError: as in `plan`.
     """
     limits = Limits.of(_sizes(scales), round_to, min_channels, max_share)
     check_fold(fold)

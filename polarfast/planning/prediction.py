@@ -19,13 +19,15 @@ from ..sharding import is_sharded, present_parameters, whole
 from ..tracing.classes import Channels, trace_channels
 from ..tracing.graph import PIN, ProjectionCall
 from .costs import Costs
-from .limits import Counts, Limits, Shares, check_fold
+from .limits import Counts, Limits, Shares, bound_of, check_fold
 from .plan import check_belongs
 from .selection import Chooser, Selection
-from .thresholds import as_factors, check_method, magnitudes, thresholds, valleys
+from .thresholds import as_factors, check_any, check_method, magnitudes, thresholds, valleys
 
 #: One side of a call: `fixed` channels, and (multiple, row) for each layer with a share in it.
 _Side = tuple[int, tuple[tuple[int, int], ...]]
+#: Regimes are kept up to this number.
+LARGEST = 256
 #: What a β says where only positive constants get through, as behind a ReLU.
 POSITIVE: Answers = (0, 0, 0, VISIBLE, VISIBLE)
 
@@ -64,6 +66,7 @@ class CutPredictor:
         max_share: Shares | None = None,
     ) -> None:
         check_fold(fold)
+        check_any(scales)
         sizes = {name: gamma.numel() for name, gamma in scales.items()}
         limits = Limits.of(sizes, round_to, min_channels, max_share)
         self.scales, self.method, self.value, self.fold = scales, method, value, fold
@@ -214,7 +217,7 @@ class CutPredictor:
             names: of layers, if only these are cut.
         """
         left = {
-            name: torch.full((size,), float(names is not None and name not in names))
+            name: _full(size, float(names is not None and name not in names))
             for name, size in zip(self._names, self._sizes, strict=True)
         }
         return self._compare(left, dict.fromkeys(self._names, 0.0))
@@ -229,7 +232,7 @@ class CutPredictor:
 
 def _plain(gamma: Tensor) -> bool:
     """Whether γ are compared as they are: not sharded, and not in more than single precision."""
-    return gamma.dtype != torch.float64 and not hasattr(gamma, "full_tensor")
+    return gamma.dtype != torch.float64 and not is_sharded(gamma)
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,6 +330,7 @@ class CutCounter:
         limited = not limits.none or min(self._sizes) < 2
         self._widths = Widths(channels, self._names)
         self.quick = self._widths.known and not (self._shared or limited)
+        # Emptied layers, strongest first -> what follows; holds for good.
         self._regimes: dict[tuple[int, ...], _Regime | None] = {}
         self._tables: dict[tuple[_Regime, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -335,7 +339,7 @@ class CutCounter:
         if not self.quick:
             return self._by_selection(moment)
         compared = moment.magnitudes()
-        limits = [_bound(moment.limits[name]) for name in self._names]
+        limits = [bound_of(moment.limits[name]) for name in self._names]
         bounds = torch.tensor(limits, device="cpu")
         values = moment.join("all", compared, self._names)
         above = values > bounds.index_select(0, self._rows)
@@ -352,6 +356,9 @@ class CutCounter:
             strength = {row: float(compared[self._names[row]].max()) for row in empty}
             empty = tuple(sorted(empty, key=lambda row: -strength[row]))
         if empty not in self._regimes:
+            if len(self._regimes) >= LARGEST:
+                self._regimes.clear()
+                self._tables.clear()
             self._regimes[empty] = self._find_regime(empty)
         regime = self._regimes[empty]
         extra = None if regime is None else self._extra(regime, moment, kept)
@@ -388,7 +395,7 @@ class CutCounter:
         score = moment.join(regime, compared, names)
         rows, table = self._table(regime, score.device)
         bounds = [
-            float("inf") if row in regime.dropped else _bound(moment.limits[self._names[row]])
+            float("inf") if row in regime.dropped else bound_of(moment.limits[self._names[row]])
             for row in regime.rows
         ]
         gone = score <= score.new_tensor(bounds).index_select(0, rows)
@@ -407,9 +414,9 @@ class CutCounter:
         """Index into `regime.rows` of each of these layers' channels; their answers [rows, 5]."""
         key = (regime, device)
         if key not in self._tables:
-            sizes = torch.tensor([self._sizes[row] for row in regime.rows])
-            rows = torch.arange(len(regime.rows)).repeat_interleave(sizes)
-            self._tables[key] = rows.to(device), torch.tensor(regime.answers).to(device)
+            sizes = torch.tensor([self._sizes[row] for row in regime.rows], device="cpu")
+            rows = torch.arange(len(regime.rows), device="cpu").repeat_interleave(sizes)
+            self._tables[key] = rows.to(device), torch.tensor(regime.answers, device=device)
         return self._tables[key]
 
     # --- prepared once
@@ -420,7 +427,7 @@ class CutCounter:
         """
         strength = {self._names[row]: 1.0 / (2 + rank) for rank, row in enumerate(empty)}
         compared = {
-            name: torch.full((size,), strength.get(name, 2.0))
+            name: _full(size, strength.get(name, 2.0))
             for name, size in zip(self._names, self._sizes, strict=True)
         }
         limits = dict.fromkeys(self._names, 1.0)
@@ -471,8 +478,8 @@ class CutCounter:
         return {i for i, call in calls if not call.depthwise and bool(alive[call.outputs].any())}
 
 
-def _bound(threshold: float | None) -> float:
-    return -1.0 if threshold is None else threshold
+def _full(size: int, value: float) -> Tensor:
+    return torch.full((size,), value, dtype=torch.float32, device="cpu")
 
 
 def shares_channels(channels: Channels, names: Sequence[str]) -> bool:
@@ -500,10 +507,13 @@ class Widths:
         self._calls: list[tuple[ProjectionCall, _Side, _Side]] = []
         self.known = True
         for call in channels.graph.projections:
+            if not call.counted:
+                continue
             sides = [_side(channels, names, ids) for ids in (call.inputs, call.outputs)]
-            if call.counted and None not in sides:
+            if None in sides:
+                self.known = False
+            else:
                 self._calls.append((call, *sides))  # type: ignore[arg-type]
-            self.known &= None not in sides
 
     def macs(self, widths: Sequence[int]) -> int:
         """MACs with so many channels in each layer."""

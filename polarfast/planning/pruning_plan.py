@@ -200,7 +200,7 @@ def _from_data(data: Mapping[str, Any]) -> PruningPlan:
         "pinned",
         "inexact",
     )
-    asked = dict(data.get("asked", {}))  # plans of polarfast 0.1 do not say
+    asked = dict(data.get("asked", {}))  # plans written before it was recorded
     return PruningPlan(
         kept=kept, layers=layers, asked=asked, **{name: data[name] for name in names}
     )

@@ -3,7 +3,6 @@
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 from ..errors import PlanError
 from ..folding.fold import fold_constants
 from ..folding.replay import Fold
+from ..inputs import Spec
 from ..layers import can_be_silent
 from ..tracing.classes import Channels
 from ..tracing.graph import PIN, Ragged
-from .limits import Limits
+from .limits import Limits, bound_of
 
 #: Why a channel is added back to a layer that would otherwise be empty.
 LAST = "would lose everything: the strongest channel stays"
@@ -77,7 +77,7 @@ class Selection:
         flat, score = self._all.flat, torch.cat([scores[name] for name in self.layers])
         # A coupled channel is as strong as the strongest γ that writes it.
         self.strength.scatter_reduce_(0, flat, score, "amax")
-        bounds = [-1.0 if (t := thresholds.get(name)) is None else t for name in self.layers]
+        bounds = [bound_of(thresholds.get(name)) for name in self.layers]
         bound = torch.tensor(bounds, dtype=torch.float32, device="cpu")[self._all.rows]
         self.stays = ~self.graph.mask()
         self.stays[flat] = False
@@ -112,7 +112,7 @@ class Selection:
         """bool [graph.count]: the ids that stay."""
         return self.stays[self.channels.label]
 
-    def staying(self, constant: Set[int] = frozenset()) -> Tensor:
+    def staying(self, constant: Set[int]) -> Tensor:
         """bool [graph.count] by class label: `stays`, and the classes of constant channels."""
         stays = self.stays.clone()
         stays[list(constant)] = True
@@ -136,8 +136,7 @@ class Selection:
 
     def positions(self, classes: set[int]) -> dict[str, list[int]]:
         """γ name -> the layer's channels that belong to the given classes."""
-        mask = self.graph.mask()
-        mask[list(classes)] = True
+        mask = self.graph.mask(classes)
         found: dict[str, list[int]] = {name: [] for name in self.layers}
         for name, width in self.widths(classes).items():
             if width:
@@ -146,8 +145,7 @@ class Selection:
 
     def widths(self, classes: set[int]) -> dict[str, int]:
         """γ name -> how many of the layer's channels belong to the given classes."""
-        mask = self.graph.mask()
-        mask[list(classes)] = True
+        mask = self.graph.mask(classes)
         return dict(zip(self.layers, self._all.counts(mask).tolist(), strict=True))
 
     def counts(self) -> list[int]:
@@ -315,7 +313,7 @@ class Chooser:
         self,
         model: nn.Module,
         channels: Channels,
-        spec: dict[str, Any],
+        spec: Spec,
         names: Iterable[str],
         fold: str,
         limits: Limits,

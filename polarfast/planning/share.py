@@ -134,6 +134,7 @@ class _Trials:
         self._foretold: Foretold | None = None
         self._biases: list[Tensor] = []  # for each bias created in the last run, its classes
         self._before = self._weigh(~chooser.channels.graph.mask())
+        # By count; holds while the created biases are the same.
         self._foreseen: dict[int, dict[str, float]] = {}
         self.most = self.really(ranking.count)
 
@@ -161,9 +162,9 @@ class _Trials:
         """
         chooser = self._chooser
         if self._foretold is None:
-            stays = choice.only(self.ranking.strongest())
+            looks = [choice.only(places) for places in self.ranking.ends()]
             self._foretold = Foretold(
-                chooser.model, chooser.channels, stays, chooser.spec, chooser.fold
+                chooser.model, chooser.channels, looks, chooser.spec, chooser.fold
             )
         return Fold(constant=self._foretold.constants(choice.stays))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,7 @@ from ..errors import ArgumentError, ScalingFactorError, ThresholdError
 from ..scaling.factors import ScalingFactors
 from ..sharding import whole
 from ..stepping.binding import Binding
-
-if TYPE_CHECKING:
-    from ..scaling.factors import ScalingFactors
+from .limits import bound_of
 
 METHODS = ("valley", "fixed", "percentile")
 
@@ -48,6 +45,7 @@ def thresholds(
     Raises:
         ThresholdError: a γ is NaN or infinite, or negative with "valley"; names the layer.
         ArgumentError: an unknown method, or a `value` out of its range.
+        ScalingFactorError: there are no scaling factors.
     """
     check_any(scales)
     value = check_method(method, value)
@@ -227,7 +225,7 @@ class Ranking:
         order = turn.argsort(stable=True)
         order = order[score[order].argsort(stable=True)]
         if valleys is not None:
-            above = torch.cat([v > _bound(valleys[name]) for name, v in compared.items()])
+            above = torch.cat([v > bound_of(valleys[name]) for name, v in compared.items()])
             order = order[above[order].long().argsort(stable=True)]
             self._under = int((~above).sum())
         self.count = score.numel()
@@ -237,9 +235,10 @@ class Ranking:
         sizes = [values.numel() for values in compared.values()]
         self.places = dict(zip(compared, places.split(sizes), strict=True))
 
-    def strongest(self) -> dict[str, int]:
-        """name -> the layer's channel that goes last."""
-        return {name: int(places.argmax()) for name, places in self.places.items()}
+    def ends(self) -> tuple[dict[str, int], dict[str, int]]:
+        """name -> the layer's channel that goes last; and the one that goes first."""
+        last = {name: int(places.argmax()) for name, places in self.places.items()}
+        return last, {name: int(places.argmin()) for name, places in self.places.items()}
 
     def bounds(self, count: int) -> dict[str, float | None]:
         """Thresholds on `places` that remove so many of the weakest."""
@@ -261,7 +260,9 @@ class Ranking:
         if self._valleys is None:
             return dict.fromkeys(self._compared, 0)
         return {
-            name: int(((values > _bound(self._valleys[name])) & (self.places[name] <= count)).sum())
+            name: int(
+                ((values > bound_of(self._valleys[name])) & (self.places[name] <= count)).sum()
+            )
             for name, values in self._compared.items()
         }
 
@@ -271,13 +272,9 @@ class Ranking:
             return dict.fromkeys(self._compared, 0)
         bounds = self.thresholds(count)
         return {
-            name: int(((values <= _bound(bounds[name])) & (self.places[name] > count)).sum())
+            name: int(((values <= bound_of(bounds[name])) & (self.places[name] > count)).sum())
             for name, values in self._compared.items()
         }
-
-
-def _bound(threshold: float | None) -> float:
-    return -1.0 if threshold is None else threshold
 
 
 def _turn(values: Tensor) -> Tensor:

@@ -29,6 +29,9 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
     Args:
         model: the network that the factors are parameters of, so that a training step can notice
             when they no longer are. It is not kept alive.
+
+    Raises:
+        ArgumentError: `residual` is none of these.
     """
 
     def __init__(
@@ -47,9 +50,7 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         self.pinned = dict(pinned or {})
         self.others = dict(others or {})
         self.residual = residual
-        self._tables: dict[
-            Any, Any
-        ] = {}  # address tables of these factors, kept by the training step
+        self._binding: Any = None  # stepping.binding.Binding, of these very parameters
 
     def __getitem__(self, name: str) -> nn.Parameter:
         return self._params[name]
@@ -125,9 +126,9 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Address tables belong to this process and these tensors: a copy makes its own. Nor is it
-        # of the network that these were found in.
-        return {**self.__dict__, "_tables": {}, "_model": None}
+        # A binding belongs to this process and these tensors: a copy makes its own. Nor is it of
+        # the network that these were found in.
+        return {**self.__dict__, "_binding": None, "_model": None}
 
     def __repr__(self) -> str:
         return (

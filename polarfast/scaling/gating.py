@@ -89,11 +89,10 @@ def _settle(
     reasons: Reasons = {}
     while names:
         channels = trace_channels(model, example_inputs, residual)
-        bad = [name for name in names if _why_bad(model, channels, name) is not None]
+        bad = {n: why for n in names if (why := _why_bad(model, channels, n)) is not None}
         if not bad:
             return channels, names
-        for name in bad:
-            reasons[name] = str(_why_bad(model, channels, name))
+        reasons |= bad
         if strict:
             break
         for name in bad:

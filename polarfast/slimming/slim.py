@@ -71,7 +71,9 @@ def slim(
         `requires_grad` and hooks as in `model`.
 
     Raises:
-        PlanError: the plan does not fit the model.
+        ArgumentError: an unknown `fold`, or the model is sharded.
+        PlanError: the plan does not fit the model; or the optimizer's state cannot be cut (a state
+            tensor of another shape than its parameter's, as Adafactor's).
         VerificationError: the slim model does not equal what it claims; nothing was changed.
     """
     fold = plan.fold if fold is None else fold

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..copies import tensors_of_model
 from ..errors import PlanError
 from ..kernels.gather import gather_channels
 from ..layers import PUT_BACK, SILENT
@@ -234,7 +235,7 @@ def structure_of(layout: Layout, model: nn.Module, biases: Mapping[str, int]) ->
         model: the original.
         biases: name -> length of those to create.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = tensors_of_model(model)
     structure = Structure()
     for name in layout.changed():
         structure.shapes[name] = layout.shape(name, tensors[name])

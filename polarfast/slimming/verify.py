@@ -84,6 +84,14 @@ def verify(model: nn.Module, slim: nn.Module, plan: PruningPlan, example_inputs:
         slim: the slim model; it must not have been trained since, or it rightly differs.
         plan: the plan it was made from.
         example_inputs: as for `plan`.
+
+    Returns:
+        The report; `exact` says whether they are equal.
+
+    Raises:
+        ArgumentError: either model is sharded.
+        VerificationError: outputs differ in shape, or the original's are not finite.
+        PlanError: the network does not run in float64.
     """
     for either in (model, slim):
         refuse_sharded(unwrap(either))
@@ -226,12 +234,12 @@ def _compare(
             _pair(reference, candidate, inputs, claimed, replay=True)
             for inputs in _inputs(plan, given, device_of(reference))
         ]
-        given = _measure([pair[:2] for pair in pairs], dtype)
+        helped = _measure([pair[:2] for pair in pairs], dtype)
         # What differs by more than rounding may be hidden behind a decision that was given.
-        if not given.exact or all(
+        if not helped.exact or all(
             _is_rounding(a, b, dtype) for _, _, d in pairs for a, b in d.apart
         ):
-            report = given
+            report = helped
             report.decided = True
     if report.max_abs_diff == float("inf"):
         _check_comparable(pairs)

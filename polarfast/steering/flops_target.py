@@ -64,6 +64,7 @@ class FlopsTarget(Polarization):
     Raises:
         ArgumentError: an argument is out of its range, or the share cannot be reached with these
             scaling factors; the message says what can.
+        PlanError, TracingError: as in `plan`.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class FlopsTarget(Polarization):
         )
         self._every = every
         self._steered: ScalingFactors | None = None  # those of the last step
+        self._part: Part | None = None  # of these
         self._ramp = RAMP if steps is None else max(steps // 10, 1)
         self._growth = 1.01**every if steps is None else 10 ** (4 * every / steps)
         self._start = float(lam)
@@ -150,6 +152,7 @@ class FlopsTarget(Polarization):
     @torch.no_grad()
     def _correct(self, scales: ScalingFactors, scale: Tensor | None, maximize: bool) -> None:
         part, gammas = self._part, scales.values()
+        assert part is not None
         held = [local(gamma.detach()) for gamma in gammas]
         flat = torch.cat([gamma.reshape(-1) for gamma in held]).double()
         if self._held is None or self._held.device != flat.device:  # a GPU waits for this

@@ -43,16 +43,16 @@ class Binding:
         self._model = scales._model
         self._seen: list[Any] = []  # by the last check: requires_grad of each γ, then the groups
         self._table: Table | None = None
+        self._looked_at: Table | None = None  # the table of thresholds, while there was no step
         self._table_weights: Mapping[str, float] | None = None  # where the table's came from
         self._warned_for: tuple[float | None, str] | None = None  # upper and clamp
 
     @staticmethod
     def of(scales: ScalingFactors) -> Binding:
         """The binding of `scales`, made once and kept with them."""
-        binding = scales._tables.get("step")
-        if binding is None:
-            binding = scales._tables["step"] = Binding(scales)
-        return binding
+        if scales._binding is None:
+            scales._binding = Binding(scales)
+        return scales._binding
 
     def require_gradient(self) -> None:
         """Raise StepError unless some γ has a gradient."""
@@ -117,14 +117,17 @@ class Binding:
 
     def table(self, reg: Regularizer | None) -> Table:
         """The address table of all γ, with the layer weights of `reg` if they matter."""
-        table, first = self._table, self.params[0]
-        if table is not None and (table.device, table.dtype) == (first.device, first.dtype):
-            if reg is None or reg.weights is self._table_weights:
-                return table
+        first = self.params[0]
+        for table in (self._table,) if reg is not None else (self._table, self._looked_at):
+            if table is not None and (table.device, table.dtype) == (first.device, first.dtype):
+                if reg is None or reg.weights is self._table_weights:
+                    return table
         # New, or moved by model.to(...), or of other weights. What else changes, a table notices.
         weights = None if reg is None else reg.weights_of(self.names)
         made = table_of(self.names, self.params, weights)
-        if reg is not None:  # thresholds, from whatever thread, leave a step its table
+        if reg is None:  # thresholds, from whatever thread, leave a step its table
+            self._looked_at = made
+        else:
             self._table, self._table_weights = made, reg.weights
         return made
 

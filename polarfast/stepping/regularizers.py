@@ -226,17 +226,7 @@ class Polarization(Regularizer):
 
 
 class _Rival(Regularizer):
-    """What network slimming and DeepHoyer have in common: no t, and no clamp unless it is given.
-
-    Args:
-        lam: λ ≥ 0, strength.
-        upper: clamp γ to [0, upper] after each optimizer step; None: no clamp.
-        clamp: as in `Polarization`.
-        weights: as in `Polarization`.
-
-    Raises:
-        ArgumentError: an argument is out of its range; the message names it.
-    """
+    """What network slimming and DeepHoyer have in common: no t, and no clamp unless it is given."""
 
     def __init__(
         self,
@@ -249,8 +239,15 @@ class _Rival(Regularizer):
 
 
 class L1(_Rival):
-    """λ·Σ_i w·|γ_i|: network slimming (ICCV 2017, arXiv 1708.06519). λ ≥ 0 is `lam`; γ are clamped
-    to [0, `upper`] only if that is given; `clamp` and `weights` are as in `Polarization`.
+    """λ·Σ_i w·|γ_i|: network slimming (ICCV 2017, arXiv 1708.06519).
+
+    Args:
+        lam: λ ≥ 0, strength.
+        upper: clamp γ to [0, upper] after each optimizer step; None: no clamp.
+        clamp, weights: as in `Polarization`.
+
+    Raises:
+        ArgumentError: an argument is out of its range; the message names it.
     """
 
     kind = Kind.L1
@@ -261,10 +258,15 @@ class L1(_Rival):
 
 
 class DeepHoyer(_Rival):
-    """λ·Σ_l w_l·‖γ_l‖₁²/‖γ_l‖₂² (ICLR 2020, arXiv 1908.09979). λ ≥ 0 is `lam`; γ are clamped to
-    [0, `upper`] only if that is given; `clamp` and `weights` are as in `Polarization`.
+    """λ·Σ_l w_l·‖γ_l‖₁²/‖γ_l‖₂² (ICLR 2020, arXiv 1908.09979).
 
     A layer whose γ are all 0 contributes 0, and so does its subgradient.
+
+    Args:
+        lam, upper, clamp, weights: as in `L1`.
+
+    Raises:
+        ArgumentError: as in `L1`.
     """
 
     kind = Kind.DEEPHOYER

@@ -60,9 +60,11 @@ def step(
         What `optimizer.step()` or `scaler.step(optimizer)` returns.
 
     Raises:
-        StepError: no γ has a gradient, all γ are frozen, or the optimizer cannot be served.
+        StepError: no γ has a gradient, all γ are frozen, one is attached to the optimizer already,
+            or the optimizer cannot be served.
         ScalingFactorError: a trainable γ is not in the optimizer, or cannot be addressed.
-        ArgumentError: a closure together with an enabled scaler.
+        ArgumentError: a closure together with an enabled scaler; or `optimizer` is a trainer's
+            wrapper of an optimizer, or none at all.
     """
     if torch.compiler.is_dynamo_compiling():  # a clean graph break: nothing below is traced
         return torch.compiler.disable(step)(optimizer, scales, reg, scaler, closure)
@@ -100,7 +102,7 @@ def attach(optimizer: Optimizer, scales: ScalingFactors, reg: Regularizer) -> At
         A handle; `handle.remove()`, or the end of its `with` block, undoes it.
 
     Raises:
-        StepError: one of these γ is already attached to this optimizer.
+        StepError: one of these γ is already attached to this optimizer, or it is LBFGS.
         ArgumentError: `optimizer` is a trainer's wrapper of an optimizer, or none at all.
     """
     _check_optimizer(optimizer, scales)

@@ -141,9 +141,7 @@ class Channels:
 
     def in_classes(self, labels: Iterable[int]) -> Tensor:
         """bool [graph.count]: the ids of the given classes."""
-        mask = self.graph.mask()
-        mask[list(labels)] = True
-        return mask[self.label]
+        return self.graph.mask(labels)[self.label]
 
     def sole_norm(self, index: int) -> NormCall | None:
         """The norm that alone reads what a call (by index) writes, and reads it untouched."""
@@ -166,7 +164,7 @@ class Channels:
                 for ids in (add.left, add.right)
             ]
         self._meets = self._in_addition()
-        edges += [_to_pin(self.calls[name].inputs) for name in self._stems(graph.labels(edges))]
+        edges += [_to_pin(self.calls[name].inputs) for name in self._stems()]
         self.mismatched: list[Match] = []
         while True:  # pinning one side of a match may break another
             label = self._pin_uncovered(edges)
@@ -193,7 +191,7 @@ class Channels:
             meets[label[add.left]] = meets[label[add.right]] = True
         return meets[label]
 
-    def _stems(self, label: Tensor) -> set[str]:
+    def _stems(self) -> set[str]:
         """In a residual network the first norms stay, unless coupled with others."""
         if not self._residual:
             return set()
@@ -236,12 +234,12 @@ class Channels:
         if name in self._alone and bool(free.any()):
             return None
         for found in (self._unwritten, self._shared, self._pin_reason, self._stem_or_addition):
-            reason = found(name, call)
+            reason = found(call)
             if reason is not None:
                 return reason
         return "something that has no scaling factor is added to its channels"
 
-    def _unwritten(self, name: str, call: NormCall) -> str | None:
+    def _unwritten(self, call: NormCall) -> str | None:
         if bool(self._written[self._raw[call.inputs]].all()):
             return None
         if any(
@@ -253,7 +251,8 @@ class Channels:
             return "its channels are those of the layer before the depthwise convolution"
         return "normalizes what no single convolution or linear layer writes (a sum, or the input)"
 
-    def _shared(self, name: str, call: NormCall) -> str | None:
+    def _shared(self, call: NormCall) -> str | None:
+        name = call.scale
         if name in self._alone:
             return None
         low, high, names = self._readers
@@ -275,7 +274,7 @@ class Channels:
         products = [pairs[:, (pairs != PIN).all(0)] for pairs in self.graph.products]
         return self.graph.labels(self.graph.links(self.boundaries), products)
 
-    def _pin_reason(self, name: str, call: NormCall) -> str | None:
+    def _pin_reason(self, call: NormCall) -> str | None:
         label = self._joined
         mine = self.graph.mask()
         mine[label[call.inputs]] = True
@@ -287,7 +286,7 @@ class Channels:
                 return reason
         return None
 
-    def _stem_or_addition(self, name: str, call: NormCall) -> str | None:
+    def _stem_or_addition(self, call: NormCall) -> str | None:
         if bool(self._meets[call.outputs].any()):
             return MEETS[self.residual]
         return STEM if call.depth <= 1 and self._residual else None

@@ -6,7 +6,7 @@ belongs to. They almost always vary along one dimension only, so they are kept a
 (stride 0) views and cost a few hundred bytes; `compact` drops the repeated dimensions again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -124,7 +124,6 @@ class ProjectionCall:
         counted: whether it ran in eval mode: MACs are counted there.
         positions: output positions, the batch included.
         taps: kernel positions per channel pair.
-        node: this call's node in `Graph.parents`.
     """
 
     weight: str
@@ -138,7 +137,6 @@ class ProjectionCall:
     counted: bool
     positions: int
     taps: int
-    node: int
 
     def macs(self, n_in: int, n_out: int) -> int:
         """Multiply-accumulates with `n_in` input and `n_out` output channels."""
@@ -263,9 +261,11 @@ class Graph:
             torch.cat(edges, 1) if edges else torch.zeros(2, 0, dtype=torch.long, device="cpu"),
         )
 
-    def mask(self) -> Tensor:
-        """bool [count], False everywhere."""
-        return torch.zeros(self.count, dtype=torch.bool, device="cpu")
+    def mask(self, at: Iterable[int] = ()) -> Tensor:
+        """bool [count]: True at these ids or labels."""
+        found = torch.zeros(self.count, dtype=torch.bool, device="cpu")
+        found[list(at)] = True
+        return found
 
     def links(self, boundaries: frozenset[str] = frozenset()) -> list[Tensor]:
         """Edges from each norm's inputs to its outputs, but for norms whose scaling factor is in

@@ -14,7 +14,7 @@ from .rules import pointwise
 def record(
     rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> None:
-    """Apply the rule for one executed operator, and count a product that no rule has counted."""
+    """Apply the rule for one executed operator; count a matrix product that no rule has counted."""
     followed = len(rec.graph.projections)
     name: str = func.overloadpacket.__name__
     in_place = name.endswith("_") and not name.startswith("__")
@@ -32,7 +32,7 @@ def record(
 
 
 def _macs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    """Multiply-accumulates of any product, as torch counts them; 0 for other operators."""
+    """Multiply-accumulates of any matrix product, as torch counts them; 0 for other operators."""
     from torch.utils.flop_counter import flop_registry  # imports Triton, where there is one
 
     flops = flop_registry.get(func.overloadpacket)

@@ -112,7 +112,6 @@ def project(
             counted=rec.counting,
             positions=positions,
             taps=taps,
-            node=node,
         )
     )
     rec.put(out, spread(outputs, out.shape, 1), [value])

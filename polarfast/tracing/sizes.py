@@ -158,7 +158,7 @@ class SizeTracking(TorchFunctionMode):
         return Size.of(out, (sources[dim],))
 
 
-def _asked(args: Any, kwargs: dict[str, Any]) -> list[Any] | None:
+def _asked(args: Any, kwargs: dict[str, Any]) -> list[Any]:
     sizes = kwargs.get("shape", kwargs.get("size", args[1:]))
     if len(sizes) == 1 and isinstance(sizes[0], Sequence):
         sizes = sizes[0]

@@ -247,6 +247,15 @@ def test_it_belongs_to_this_model_in_this_process_only(traces):
     assert len(traces) == before + 1 and error(masked(other, plan, False), slim) < TOLERANCE
 
 
+def test_constants_on_another_device_are_worked_out_anew():
+    model, scales = make()
+    plan = pf.plan(model, X, scales, "fixed")
+    channels, fold = plan._traced.channels, plan._folded
+    alive, forced = fold._alive, fold.fold.constant
+    assert fold.fits(model, channels, alive, forced, "exact")
+    assert not fold.fits(copy.deepcopy(model).to("meta"), channels, alive, forced, "exact")
+
+
 def test_a_plan_keeps_no_model_alive():
     model, scales = make()
     plan = pf.plan(model, X, scales, "fixed")

@@ -203,7 +203,11 @@ def test_default_dtype_and_device_of_the_user(tmp_path):
     torch.set_default_device("meta")  # whatever is made without a device cannot be computed with
     try:
         pf.scaling_factors(model, X, residual="couple")
+        assert pf.thresholds(scales).keys() == scales.keys()
         plan = pf.plan(model, X, scales, "fixed")
+        predictor = pf.CutPredictor(model, X, scales, "fixed")
+        assert predictor.cut() == pytest.approx(plan.flops_reduction)
+        pf.reachable(model, X, scales)
         slim = pf.slim(model, pf.PruningPlan.from_json(plan.to_json()))
         pf.save(slim, plan, tmp_path / "slim.pt")
         assert pf.verify(model, slim, plan, X).exact

@@ -72,7 +72,6 @@ def test_info_without_the_extra() -> None:
         assert re.search(rf"^{name}", result.stdout, re.MULTILINE), name
 
 
-@pytest.mark.slow
 def test_missing_extra_is_one_sentence() -> None:
     result = run(code=WITHOUT_EXTRA.format(hidden=["tyro", "sklearn"], arguments=["demo"]))
     assert result.returncode == 1 and result.stdout == ""

@@ -94,7 +94,6 @@ def test_help_and_wrong_options_do_not_wait_for_torch(arguments: list[str], stat
     assert result.returncode == status, result.stderr
 
 
-@pytest.mark.slow
 def test_missing_extra_is_one_sentence() -> None:
     result = run(code=WITHOUT_EXTRA.format(hidden=["tyro", "sklearn"], arguments=["demo"]))
     assert result.returncode == 1 and result.stdout == ""

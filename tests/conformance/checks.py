@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import oracles
 from .models import Case
-from .pruners import Channels, Pruned, Pruner
+from .pruners import MODES, Channels, Pruned, Pruner
 
 
 @dataclass
@@ -46,6 +46,11 @@ def _prepared(case: Case) -> nn.Module:
     return oracles.randomize(model, case.inputs(batch=4))
 
 
+@lru_cache(maxsize=len(MODES))
+def _prunable(pruner: Pruner, case: Case, mode: str) -> list[str]:
+    return pruner.prunable(prepared(case), case.inputs(), mode)
+
+
 def prepared(case: Case) -> nn.Module:
     """The network in a random state, float64, eval mode; a copy of its own for every caller."""
     return copy.deepcopy(_prepared(case))
@@ -55,7 +60,7 @@ def zeroed(pruner: Pruner, case: Case, mode: str, beta: bool) -> tuple[nn.Module
     """The network with half of what is prunable at γ = 0 (with `beta`, at γ = β = 0 wherever the
     channels pass), those channels, and example inputs."""
     model, inputs = prepared(case), case.inputs()
-    asked = oracles.half(model, pruner.prunable(model, inputs, mode))
+    asked = oracles.half(model, _prunable(pruner, case, mode))
     assert asked, "nothing is prunable"
     oracles.set_zero(model, asked, beta)
     if beta:

@@ -13,6 +13,8 @@ from conformance import checks, oracles, reload, training
 from conformance.models import ALL, chosen, parameters
 from conformance.pruners import MODES, NotOffered
 
+pytestmark = pytest.mark.slow
+
 FAST = "resnet18|googlenet|mobilenet_v3_small|shufflenet_v2_x0_5|regnet_y_400mf"
 #: Networks with outputs that exist in train mode only, and what these need to be able to run.
 TRAIN_ONLY = {"googlenet": 64, "inception_v3": 299}
@@ -57,7 +59,6 @@ def test_the_same_again(pruner, case, mode):
     offered(training.check_again, pruner, case, mode)
 
 
-@pytest.mark.slow
 def test_files(pruner, request, tmp_path):
     """All networks in one process, which has not seen them before."""
     config = request.config
@@ -76,7 +77,6 @@ def test_files(pruner, request, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAIN_ONLY)
 def test_outputs_of_train_mode(pruner, name, request):
     """Auxiliary heads are pruned with the rest: the network left in train mode (its norms and

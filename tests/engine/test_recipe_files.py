@@ -46,6 +46,7 @@ def small(name: str) -> list[str]:
     return ["--data.image-size", "64"] if data_name(name) == "folder" else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", recipe_names())
 def test_dry_run(
     name: str,

@@ -111,6 +111,7 @@ def test_stages_one_by_one_are_the_run(finished: Path, tmp_path: Path) -> None:
     assert_same(outcome(folder), outcome(finished))
 
 
+@pytest.mark.slow
 def test_finished_run_is_shown_again(finished: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished, tmp_path / "run")
     before = (folder / "slim.pt").stat().st_mtime_ns
@@ -152,6 +153,7 @@ def test_settings_are_refused_before_anything_is_written(tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_observers_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "SHOW_SECONDS", 0.0)
     watcher = Watcher()
@@ -254,6 +256,7 @@ def test_damaged_weights(tmp_path: Path) -> None:
         models.load_weights(models.build("resnet8", 10, 1), str(path))
 
 
+@pytest.mark.slow
 def test_killed_between_the_last_epoch_and_its_results(finished: Path, tmp_path: Path) -> None:
     """γ by epoch are written even when all epochs were done before."""
     folder = tmp_path / "run"

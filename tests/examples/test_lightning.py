@@ -26,6 +26,8 @@ from torch.optim import SGD
 
 import polarfast as pf
 
+pytestmark = pytest.mark.slow
+
 
 def lightning_trainer(folder: Path, **arguments: Any) -> Any:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -47,7 +49,6 @@ def lightning_oracle(example: ModuleType, batches: Any, **how: Any) -> Tensor:
     return plain_loop(module.net, optimizer, module.scales, batches, **how)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_lightning_follows_the_formula(tmp_path: Path, precision: str, accumulate: int) -> None:

@@ -57,6 +57,7 @@ def test_as_few_channels_go_as_it_takes(build, residual):
     check_sizes(model, plan, X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", ["expand", "couple"])
 @pytest.mark.parametrize("round_to", [1, 8, 16])
 def test_a_resnet_within_one_step(residual, round_to):

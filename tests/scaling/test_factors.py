@@ -44,6 +44,7 @@ def test_cifar_resnet(residual):
     )
 
 
+@pytest.mark.slow
 def test_resnet50_and_mobilenet():
     models = pytest.importorskip("torchvision").models
     image = torch.randn(1, 3, 64, 64)

@@ -59,6 +59,7 @@ def test_a_gated_norm_counts_and_averages_like_torch(momentum, tracked):
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
 
 
+@pytest.mark.slow
 def test_which_layers_get_gates():
     models = pytest.importorskip("torchvision").models
     image = torch.randn(1, 3, 64, 64)
@@ -193,6 +194,7 @@ def test_autocast_keeps_its_dtype(build):
     assert seen and set(seen) == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_wrappers_know_the_gates(tmp_path):
     model = Residual()
     scales = pf.add_gates(model, X.float(), residual="expand")

@@ -76,7 +76,12 @@ def macs(model: nn.Module, x: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"squeeze-excite", "swin", "timm vit"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
+)
 def test_slim_is_the_network_with_gates_of_zero(case, tmp_path):
     build, where, expected = CASES[case]
     x = torch.rand(4, *IMAGE, dtype=torch.float64)
@@ -197,6 +202,7 @@ def test_hidden_units_that_are_normalized_over_all_of_them_are_refused_with_the_
         pf.add_gates(Normalized(), torch.rand(2, 5, 3), "first")
 
 
+@pytest.mark.slow
 def test_gated_layers_are_copied_pickled_and_compiled():
     x = torch.rand(2, *IMAGE)
     model = derived().eval()

@@ -56,6 +56,7 @@ def test_compile_with_inductor():
         assert distance(torch.compile(slim, fullgraph=True)(images), expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch would like torch.export used
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a branch on a width, not on data

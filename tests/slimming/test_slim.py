@@ -1,5 +1,8 @@
 """The slim model equals the original with γ (and β) zeroed on the removed channels."""
 
+import copy
+from functools import lru_cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,17 +50,28 @@ def test_exact_fold_keeps_beta(build, residual):
     assert error(masked(model, plan, zero_beta=False), dropped) > 1e-3
 
 
+@lru_cache(maxsize=1)  # the next one is another network
+def of_the_papers(name: str) -> nn.Module:
+    model = resnet(20) if name == "resnet20" else vgg16_bn()
+    return settle(model, torch.randn(4, 3, 32, 32))
+
+
+@lru_cache(maxsize=1)
+def of_torchvision(name: str) -> nn.Module:
+    models = pytest.importorskip("torchvision").models
+    return settle(getattr(models, name)(num_classes=10), torch.randn(4, 3, 64, 64))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fold", ["exact", "bias", "none"])
 @pytest.mark.parametrize("name", ["resnet20", "vgg16"])
 def test_the_papers_cifar_networks(name, fold):
-    model = resnet(20) if name == "resnet20" else vgg16_bn()
+    model = copy.deepcopy(of_the_papers(name))
     convs = [n for n, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     norms = [n for n, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
     readers = dict(zip(convs[1:], norms, strict=False))
     if name == "resnet20":  # what is put back in the sum is there as before
         readers = {conv: norm for conv, norm in readers.items() if conv.endswith("conv2")}
-    settle(model, torch.randn(4, 3, 32, 32))
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     scales = pf.scaling_factors(model, x, residual="expand")
     zero(scales)
@@ -76,8 +90,7 @@ def test_the_papers_cifar_networks(name, fold):
 @pytest.mark.parametrize("residual", ["expand", "couple"])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
 def test_torchvision_networks(name, residual, fold):
-    models = pytest.importorskip("torchvision").models
-    model = settle(getattr(models, name)(num_classes=10), torch.randn(4, 3, 64, 64))
+    model = copy.deepcopy(of_torchvision(name))
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     scales = pf.scaling_factors(model, x, residual=residual)
     zero(scales)

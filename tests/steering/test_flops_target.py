@@ -152,6 +152,7 @@ def test_a_step_is_one_on_the_documented_penalty(make_optimizer, maximize):
             torch.testing.assert_close(scales[name].detach(), param.clamp(0, 1))
 
 
+@pytest.mark.slow
 def test_attach_steers_as_step_does_and_it_is_deterministic():
     results = []
     for way in ("step", "attach", "attach"):
@@ -168,6 +169,7 @@ def test_attach_steers_as_step_does_and_it_is_deterministic():
     assert torch.equal(results[1][0], results[2][0]) and results[1][1:] == results[2][1:]
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_the_same_to_the_bit():
     def start():
         model, scales = make()

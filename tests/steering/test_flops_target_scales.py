@@ -62,6 +62,7 @@ def train(model: nn.Module, scales: pf.ScalingFactors, reg: pf.Regularizer, step
         pf.step(optimizer, scales, reg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", [False, True])
 def test_fewer_are_stepped_than_are_pruned(gone: bool) -> None:
     """The share is that of all; only those that are stepped make for it."""

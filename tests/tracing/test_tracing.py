@@ -142,6 +142,7 @@ def test_components_of_random_graphs():
         assert label.tolist() == expected
 
 
+@pytest.mark.slow
 def test_wrapped_models_are_looked_through():
     model = chain()
     names = list(pf.scaling_factors(model, X))

@@ -40,6 +40,7 @@ def test_plans_that_cannot_be(fields: dict[str, int]) -> None:
         EpochPlan(seed=0, **fields)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=5, max_size=60), st.integers(0, 9), st.data())
 def test_balanced_subsets(labels: list[int], seed: int, data: st.DataObject) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from support.masked import TOLERANCE, error, masked
 from support.nets import (
     Bottlenecks,
     Branches,
@@ -101,8 +102,36 @@ def test_of_parallel_branches_one_may_go_but_not_all():
     plan = pf.plan(model, X, scales)
     assert plan.kept["left.1.weight"].numel() == 0 and plan.kept["right.2.weight"].numel() == 6
     empty(scales, ["right.2.weight"])
+    strongest = [("left.1.weight", 4), ("right.2.weight", 2)]
+    for name, place in strongest:
+        with torch.no_grad():
+            scales[name][place] += 0.004  # under the threshold; right's is at last the larger one
+            scales["right.2.weight"][2] += 0.001
+        plan = pf.plan(model, X, scales)
+        kept = {n: plan.kept[n].tolist() for n, _ in strongest}
+        assert kept == {**dict.fromkeys(kept, []), name: [place]}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_branch_goes_only_where_each_of_its_layers_works_without_channels(own):
+    class Own(nn.Conv2d):
+        """Of its kind, nobody knows what it does on none."""
+
+        def forward(self, x):
+            return super().forward(x) * 1.0
+
+    def build():
+        net = Residual()
+        if own:
+            net.first[3] = Own(6, 8, 3, padding=1, bias=False)
+        return net
+
+    model, scales = prepared(build, "expand", share=0)
+    empty(scales, ["first.4.weight"])
     plan = pf.plan(model, X, scales)
-    assert plan.kept["left.1.weight"].numel() + plan.kept["right.2.weight"].numel() == 1
+    assert plan.kept["first.4.weight"].numel() == own
+    assert ("would lose everything" in plan.layers["first.4.weight"].note) == own
+    assert error(masked(model, plan), pf.slim(model, plan)) < TOLERANCE
 
 
 def test_a_branch_that_disappears():

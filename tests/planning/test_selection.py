@@ -71,6 +71,14 @@ def test_the_strongest_come_back_and_no_more_than_are_missing(balanced, stays, s
     assert set(to_restore(balanced, stays, strength)) == expected
 
 
+def test_of_classes_in_several_rows_the_strongest_come_back_first():
+    strength = torch.tensor([0.0, 3.0, 2.0, 1.0])
+    stays = torch.tensor([True, False, False, False])
+    # 1 serves the second row, and makes the first one longer: then 2.
+    assert to_restore([torch.tensor([[0, 1], [1, 2]])], stays, strength) == [1, 2]
+    assert to_restore([torch.tensor([[0, 1], [2, 3]])], stays, strength) == [2]
+
+
 @given(rows(), flags, flags)
 @settings(max_examples=100, deadline=None)
 def test_what_would_have_to_come_back_is_spared(balanced, stays, useless):

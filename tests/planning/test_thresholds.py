@@ -149,11 +149,12 @@ LAYERS = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=6), min_size=
 
 
 @given(LAYERS, st.lists(st.one_of(st.none(), st.integers(0, 4)), min_size=4, max_size=4), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_a_ranking(layers: list[list[int]], valleys: list[int | None], data: st.DataObject) -> None:
     """Weakest first; of equals each layer gives the same share at any time, its last ones first."""
     compared = {f"g{i}": torch.tensor(layer).float() for i, layer in enumerate(layers)}
-    bounds = data.draw(st.sampled_from([None, dict(zip(compared, valleys, strict=False))]))
+    drawn = dict(zip(compared, valleys, strict=False))
+    bounds = data.draw(st.sampled_from([drawn, drawn, None]))
     ranking = Ranking(compared, bounds)
 
     def is_above(name: str, score: float) -> bool:

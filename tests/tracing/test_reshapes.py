@@ -188,6 +188,7 @@ def test_groups_lose_as_many_channels_each_but_not_the_same(optimizer):
     kept = [[i - 4 * g for i in plan.kept["a.1.weight"].tolist() if i // 4 == g] for g in range(4)]
     assert [len(places) for places in kept] == [3, 3, 3, 3]
     assert {0, 1} < set(kept[0]) and {2, 3} < set(kept[1]) and kept[2] == [0, 2, 3]
+    assert plan.layers["a.1.weight"].note == "3 added back (equal groups or chunks)"
     state = trained.state[model.b[0].weight]
     name = "momentum_buffer" if "momentum_buffer" in state else "exp_avg"
     before, weight = state[name].clone(), model.b[0].weight

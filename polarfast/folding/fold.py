@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..copies import doubled, mask, tensors_of_model
+from ..errors import ArgumentError
 from ..inputs import Spec, device_of, generate
 from ..layers import CONVS, TRANSPOSED, plain_type
 from ..tracing.classes import Channels
@@ -22,6 +23,8 @@ from ..tracing.graph import ProjectionCall
 from .carriers import Carriers
 from .replay import DEPENDS, Field, Fold, ReaderFold, Runs, shift_of
 
+#: What may become of the constants: the first is what `plan` and `slim` do unless told otherwise.
+FOLDS = ("exact", "bias", "none")
 #: Seeds of two runs: what differs between them depends on the input.
 FIRST, SECOND = 1, 2
 
@@ -324,3 +327,9 @@ class Sinks:
 
 #: Torch's layers whose forward adds `self.bias` unless it is None.
 WITH_BIAS = (nn.Linear, *CONVS, *TRANSPOSED)
+
+
+def check_fold(fold: str) -> None:
+    """Raise ArgumentError unless this is what can become of removed channels' constants."""
+    if fold not in FOLDS:
+        raise ArgumentError(f"fold={fold!r}: choose one of {', '.join(map(repr, FOLDS))}")

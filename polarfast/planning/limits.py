@@ -14,8 +14,6 @@ Number = TypeVar("Number", int, float)
 Counts = int | Mapping[str, int]
 Shares = float | Mapping[str, float]
 
-FOLDS = ("exact", "bias", "none")
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -134,9 +132,3 @@ def _check_share(argument: str, number: Any) -> None:
             f"{argument}={number!r}: give the largest share of its channels that a layer may lose, "
             "from 0 to 1"
         )
-
-
-def check_fold(fold: str) -> None:
-    """Raise ArgumentError unless this is what can become of removed channels' constants."""
-    if fold not in FOLDS:
-        raise ArgumentError(f"fold={fold!r}: choose one of {', '.join(map(repr, FOLDS))}")

@@ -6,14 +6,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import PlanError
-from ..folding.fold import Folded, new_biases
+from ..folding.fold import Folded, check_fold, new_biases
 from ..folding.replay import Fold
 from ..inputs import describe, unwrap
 from ..layers import lost_gates
 from ..scaling.factors import ScalingFactors
 from ..tracing.classes import Channels, Traced, trace_channels
 from .costs import Costs
-from .limits import Counts, Limits, Shares, check_fold
+from .limits import Counts, Limits, Shares
 from .pruning_plan import LayerPlan, PruningPlan
 from .selection import LAST, Chooser, Selection
 from .share import Aim, Reach, reach

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from ..folding.fold import check_fold
 from ..folding.replay import Fold
 from ..folding.visibility import UNKNOWN, VISIBLE, Answers, ranges, visibility
 from ..inputs import Spec, describe, unwrap
@@ -19,7 +20,7 @@ from ..sharding import is_sharded, present_parameters, whole
 from ..tracing.classes import Channels, trace_channels
 from ..tracing.graph import PIN, ProjectionCall
 from .costs import Costs
-from .limits import Counts, Limits, Shares, bound_of, check_fold
+from .limits import Counts, Limits, Shares, bound_of
 from .plan import check_belongs
 from .selection import Chooser, Selection
 from .thresholds import as_factors, check_any, check_method, magnitudes, thresholds, valleys

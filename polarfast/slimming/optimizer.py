@@ -1,5 +1,6 @@
 """An optimizer's groups and state, cut from a model's parameters to its slim model's."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -7,8 +8,10 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 from ..layers import gate_name, gated_modules
-from .edits import Edits, gather_state
-from .structure import Layout
+from .structure import Layout, fill_
+
+#: Tensor name -> dimensions, and which of the kept positions along each start anew.
+Blank = Mapping[str, Sequence[tuple[int, Tensor]]]
 
 
 @torch.no_grad()
@@ -17,7 +20,7 @@ def migrate_optimizer(
     model: nn.Module,
     small: nn.Module,
     layout: Layout,
-    edits: Edits,
+    blank: Blank,
 ) -> None:
     """Point every parameter group at the slim parameters and cut every state tensor with them, in
     place.
@@ -53,7 +56,7 @@ def migrate_optimizer(
             state[param] = values
         elif name not in gates:
             state[slim_params[name]] = {
-                key: _cut(name, param, key, value, layout, edits) for key, value in values.items()
+                key: _cut(name, param, key, value, layout, blank) for key, value in values.items()
             }
     for group, params, added in zip(optimizer.param_groups, groups, found_names, strict=True):
         if "param_names" in group:
@@ -68,8 +71,8 @@ def migrate_optimizer(
     optimizer.state.update(state)
 
 
-def _cut(name: str, param: Tensor, key: str, value: Any, layout: Layout, edits: Edits) -> Any:
-    untouched = not layout.index(name) and name not in edits.blank
+def _cut(name: str, param: Tensor, key: str, value: Any, layout: Layout, blank: Blank) -> Any:
+    untouched = not layout.index(name) and name not in blank
     if not isinstance(value, Tensor) or value.dim() == 0 or untouched:
         return value
     if value.shape != param.shape:
@@ -78,4 +81,7 @@ def _cut(name: str, param: Tensor, key: str, value: Any, layout: Layout, edits: 
             f"parameter {tuple(param.shape)}: this "
             "optimizer's state cannot be cut; call slim without optimizer= and make a new one"
         )
-    return gather_state(layout, edits, name, value)
+    cut = layout.gather(name, value) if layout.index(name) else value.clone()
+    for dim, places in blank.get(name, ()):
+        fill_(cut, dim, places, 0.0)
+    return cut

@@ -292,3 +292,11 @@ def _write_norm(
 
 def _change_of(structure: Structure, tensor_name: str) -> ModuleChange:
     return structure.modules.setdefault(tensor_name.rpartition(".")[0], ModuleChange())
+
+
+def fill_(tensor: Tensor, dim: int, places: Tensor, value: float) -> None:
+    """Set positions along a dimension, which may differ between groups of rows
+    (bool, [groups, n]), in place."""
+    rows = places if places.dim() == 2 else places.unsqueeze(0)
+    for block, row in zip(tensor.chunk(len(rows)), rows, strict=True):
+        block.index_fill_(dim, row.nonzero().flatten().to(tensor.device), value)

@@ -50,50 +50,29 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-#: Public name -> the module that it is defined in. Loaded when it is asked for: the command line's
+#: Module -> the public names that it defines. Loaded when they are asked for: the command line's
 #: help, or a network that only needs its layers, need not wait for the rest.
-_DEFINED_IN = {
-    "ArgumentError": "errors",
-    "BuildError": "errors",
-    "CutPredictor": "planning.prediction",
-    "DeepHoyer": "stepping.regularizers",
-    "FileFormatError": "errors",
-    "FlopsTarget": "steering.flops_target",
-    "L1": "stepping.regularizers",
-    "PlanError": "errors",
-    "PolarfastError": "errors",
-    "Polarization": "stepping.regularizers",
-    "PruningPlan": "planning.pruning_plan",
-    "Reach": "planning.share",
-    "Regularizer": "stepping.regularizers",
-    "Report": "slimming.verify",
-    "ScalingFactorError": "errors",
-    "ScalingFactors": "scaling.factors",
-    "SearchError": "errors",
-    "SearchResult": "steering.search",
-    "Stability": "steering.search",
-    "StepError": "errors",
-    "ThresholdError": "errors",
-    "TracingError": "errors",
-    "Trial": "steering.search",
-    "VerificationError": "errors",
-    "add_gates": "scaling.gating",
-    "attach": "stepping.step",
-    "convert_sync_batchnorm": "layers",
-    "init_scales": "scaling.factors",
-    "load": "saving",
-    "load_plan": "saving",
-    "plan": "planning.plan",
-    "reachable": "planning.plan",
-    "recalibrate": "recalibration",
-    "save": "saving",
-    "scaling_factors": "scaling.factors",
-    "search": "steering.search",
-    "slim": "slimming.slim",
-    "step": "stepping.step",
-    "thresholds": "planning.thresholds",
-    "verify": "slimming.verify",
+_PUBLIC = {
+    "errors": "ArgumentError BuildError FileFormatError PlanError PolarfastError "
+    "ScalingFactorError SearchError StepError ThresholdError TracingError VerificationError",
+    "layers": "convert_sync_batchnorm",
+    "planning.plan": "plan reachable",
+    "planning.prediction": "CutPredictor",
+    "planning.pruning_plan": "PruningPlan",
+    "planning.share": "Reach",
+    "planning.thresholds": "thresholds",
+    "recalibration": "recalibrate",
+    "saving": "load load_plan save",
+    "scaling.factors": "ScalingFactors init_scales scaling_factors",
+    "scaling.gating": "add_gates",
+    "slimming.slim": "slim",
+    "slimming.verify": "Report verify",
+    "steering.flops_target": "FlopsTarget",
+    "steering.search": "SearchResult Stability Trial search",
+    "stepping.regularizers": "DeepHoyer L1 Polarization Regularizer",
+    "stepping.step": "attach step",
 }
+_DEFINED_IN = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 
 __all__ = sorted(_DEFINED_IN)
 

@@ -1,5 +1,7 @@
 """What is shipped, and what a person reads when it cannot be built."""
 
+import ast
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -8,9 +10,12 @@ import tarfile
 import textwrap
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from support import ROOT
+
+import polarfast
 
 SHIPPED = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "csrc", "polarfast"]
 
@@ -167,3 +172,14 @@ def test_missing_extension_is_said_in_one_sentence():
     assert done.returncode != 0
     assert "polarfast's compiled extension does not load" in last_line(done)
     assert "pip install --no-build-isolation ." in last_line(done)
+
+
+def test_public_names() -> None:
+    """Loaded when asked for, the same to type checkers, and no module bears one of them."""
+    source = ast.parse((ROOT / "polarfast" / "__init__.py").read_text())
+    typed = next(node for node in source.body if isinstance(node, ast.If))
+    imported = {alias.name for node in typed.body for alias in node.names}  # type: ignore[attr-defined]
+    assert imported == set(polarfast.__all__)
+    for name in polarfast.__all__:
+        assert not isinstance(getattr(polarfast, name), ModuleType)
+        assert importlib.util.find_spec(f"polarfast.{name}") is None

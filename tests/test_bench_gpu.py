@@ -86,6 +86,7 @@ def test_nothing_follows_a_stage_without_which_it_is_worthless(run):
     assert "nothing after it is run" in said[-1]
 
 
+@pytest.mark.slow
 def test_a_hanging_stage_is_killed_with_its_children(run, tmp_path):
     beats = f"import time\nwhile True: open({str(tmp_path / 'beat')!r}, 'a').write('.')"
     beats += "; time.sleep(0.01)"

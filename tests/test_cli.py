@@ -72,6 +72,7 @@ def test_info_without_the_extra() -> None:
         assert re.search(rf"^{name}", result.stdout, re.MULTILINE), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [

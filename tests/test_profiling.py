@@ -48,6 +48,7 @@ def sleeping(monkeypatch, kind: type[nn.Module], milliseconds) -> None:
     monkeypatch.setattr(kind, "forward", slow)
 
 
+@pytest.mark.slow
 def test_time_that_follows_the_channels_is_measured_as_expected(monkeypatch):
     """16 → 4 channels; convolutions sleep 16 ms and 1/4 ms for each pair of channels."""
     model = Net()
@@ -82,6 +83,7 @@ def test_multiply_accumulates_are_those_of_the_plan_and_of_the_formula():
     assert larger.macs == 3 * plan.macs and larger.inputs["shape"][0] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gone", "advice"), [(5, "round_to=8"), (8, "larger batches")])
 def test_layers_that_are_not_faster_are_pointed_out(monkeypatch, gone, advice):
     """16 → 11 and 16 → 8 channels, and each call as slow as before."""
@@ -108,6 +110,7 @@ def test_put_back_that_costs_much_is_pointed_out(monkeypatch):
     assert "residual='keep'" in hint and "2 norms" in hint
 
 
+@pytest.mark.slow
 def test_hooks_of_others_and_time_outside_layers_are_not_the_layers(monkeypatch):
     model = Net()
     plan = planned(model, 8)

@@ -92,6 +92,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TRAINED)
 def test_training_equals_one_process(case: str, results: Any, alone: Any) -> None:
     loop = "sgd-4-shards" if "hybrid" in case else case.split(":")[1]
@@ -106,6 +107,7 @@ def test_training_equals_one_process(case: str, results: Any, alone: Any) -> Non
         torch.testing.assert_close(ranks[0][name], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TARGETS)
 def test_steering_to_a_share_equals_one_process(case: str, results: Any) -> None:
     model, scales, loop = target(case.rpartition("-")[2])
@@ -125,6 +127,7 @@ def test_steering_to_a_share_equals_one_process(case: str, results: Any) -> None
             assert rank["state"][what] == pytest.approx(alone["state"][what], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STEPPED)
 def test_subgradient_equals_autograd(case: str, results: Any) -> None:
     kind, per_layer, weights = FORMULAS[
@@ -145,6 +148,7 @@ def test_subgradient_equals_autograd(case: str, results: Any) -> None:
             assert torch.equal(gamma, rank["gammas"][name]), "the learning rate was 0"
 
 
+@pytest.mark.slow
 def test_a_step_with_an_infinite_gradient_moves_no_rank(results: Any) -> None:
     for rank in results["3 infinite"]:
         assert rank["scale"] == 4.0
@@ -152,6 +156,7 @@ def test_a_step_with_an_infinite_gradient_moves_no_rank(results: Any) -> None:
             assert torch.equal(rank["after"][name], before)
 
 
+@pytest.mark.slow
 def test_clamp_reaches_all_and_one_rank_warns_of_all_that_is_cut_off(results: Any) -> None:
     for rank in results["3 clamped"]:
         assert all(gamma.max() == 1.0 for gamma in rank["after"].values())
@@ -160,6 +165,7 @@ def test_clamp_reaches_all_and_one_rank_warns_of_all_that_is_cut_off(results: An
     assert others == [[], []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["valley", "percentile", "fixed"])
 def test_thresholds_are_those_of_the_whole(method: str, results: Any) -> None:
     for rank in results["3 cutting"]:
@@ -167,11 +173,13 @@ def test_thresholds_are_those_of_the_whole(method: str, results: Any) -> None:
         assert cut == plain and None not in cut.values()
 
 
+@pytest.mark.slow
 def test_the_older_fsdp_is_refused(results: Any) -> None:
     for said in results["2 fsdp1"]:
         assert [("fully_shard" in text) for text in said] == [True] * 3
 
 
+@pytest.mark.slow
 def test_forgotten_rebind_is_named(process_group: None) -> None:
     model = network()
     scales = pf.scaling_factors(model, example())
@@ -186,6 +194,7 @@ def test_forgotten_rebind_is_named(process_group: None) -> None:
         optimizer.step()
 
 
+@pytest.mark.slow
 def test_sharded_models_are_refused_where_they_cannot_be_traced(
     process_group: None, tmp_path: Path
 ) -> None:
@@ -210,6 +219,7 @@ def test_sharded_models_are_refused_where_they_cannot_be_traced(
         pf.plan(network(), example(), scales)
 
 
+@pytest.mark.slow
 def test_the_way_back_to_a_plain_model(process_group: None) -> None:
     model, scales = sharded()
     pf.init_scales({"1.weight": scales["1.weight"]}, 0.005)
@@ -220,6 +230,7 @@ def test_the_way_back_to_a_plain_model(process_group: None) -> None:
     assert plan.kept["1.weight"].numel() < 16 and plan.kept["7.weight"].numel() == 5
 
 
+@pytest.mark.slow
 def test_rebinding_finds_names_and_says_which_it_does_not(process_group: None) -> None:
     model = network()
     scales = pf.scaling_factors(model, example())
@@ -242,6 +253,7 @@ def test_rebinding_finds_names_and_says_which_it_does_not(process_group: None) -
     assert part.rebind(model)["1.weight"] is again["1.weight"]
 
 
+@pytest.mark.slow
 def test_placements_that_are_not_channels_over_one_dimension_are_refused(
     process_group: None,
 ) -> None:
@@ -273,6 +285,7 @@ def test_placements_that_are_not_channels_over_one_dimension_are_refused(
         pf.step(torch.optim.SGD([gamma], lr=0.1), pf.ScalingFactors({"a.weight": gamma}), reg)
 
 
+@pytest.mark.slow
 def test_a_table_of_shards_does_what_one_of_whole_factors_does(process_group: None) -> None:
     mesh = init_device_mesh("cpu", (1,))
     plain = random_gammas([4, 7, 2])
@@ -294,6 +307,7 @@ def test_a_table_of_shards_does_what_one_of_whole_factors_does(process_group: No
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_wrappers_and_synchronized_norms_keep_names_and_factors(process_group: None) -> None:
     model = network()
     scales = pf.scaling_factors(model, example())
@@ -312,6 +326,7 @@ def test_wrappers_and_synchronized_norms_keep_names_and_factors(process_group: N
     assert all(found[name] is scales[name] for name in scales)
 
 
+@pytest.mark.slow
 def test_a_share_is_predicted_from_sharded_gammas_and_betas(process_group: None) -> None:
     x = torch.randn(2, 3, 12, 12)
     model = settle(Residual(), torch.randn(4, 3, 12, 12)).float()
@@ -340,6 +355,7 @@ def test_a_share_is_predicted_from_sharded_gammas_and_betas(process_group: None)
     assert left_out.scales is not scales and left_out.cut() >= 0
 
 
+@pytest.mark.slow
 def test_a_share_that_takes_passes_through_the_network_is_not_predicted_when_sharded(
     process_group: None,
 ) -> None:

@@ -25,6 +25,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("mode", MODES)
 
 
+@pytest.mark.slow
 def test_zero(pruner, case, mode):
     """γ = β = 0 on half of what is prunable: nothing may change."""
     _need(pruner, case, mode, "none")
@@ -35,6 +36,7 @@ def test_zero(pruner, case, mode):
     assert not trial.pruned.inexact
 
 
+@pytest.mark.slow
 def test_beta(pruner, case, mode, fold):
     """γ = 0 with β ≠ 0: equal to the masked network, or named as not equal."""
     _need(pruner, case, mode, fold)

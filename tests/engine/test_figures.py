@@ -30,6 +30,7 @@ def test_all_three(tmp_path: Path) -> None:
         assert width >= 1200 and height >= 600
 
 
+@pytest.mark.slow
 def test_one_epoch_and_no_threshold(tmp_path: Path) -> None:
     figures.gamma_over_epochs(tmp_path / "e.png", [torch.ones(100)])
     scales, kept = {"a": torch.full((4,), 0.5)}, {"a": torch.arange(4)}

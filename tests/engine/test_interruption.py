@@ -192,6 +192,7 @@ def test_stopped_within_epochs(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert_same(outcome(folder), outcome(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_signal_while_pruning_stops_before_the_next_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

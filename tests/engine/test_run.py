@@ -42,6 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_folder_holds_all_that_was_promised(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names >= {

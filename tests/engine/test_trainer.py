@@ -211,6 +211,7 @@ def test_batches_that_do_not_fit(digits: DataSource) -> None:
         trainer_of(digits, replace(PLAIN, accumulate=5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_loss_goes_on_within_an_epoch(digits: DataSource, epochs: int) -> None:
     whole, begun = trainer_of(digits, PLAIN), trainer_of(digits, PLAIN)

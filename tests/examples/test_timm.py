@@ -63,6 +63,7 @@ lookahead_adamw lookahead_lamb lookahead_momentum madgrad mars momentum muon nad
 novograd radam rmsprop rmsproptf sgd sgdp sgdw""".split()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using backward:UserWarning")  # adahessian's create_graph
 @pytest.mark.parametrize("opt", TIMM_OPTIMIZERS)
 def test_timm_optimizers_follow_the_formula(opt: str) -> None:

@@ -155,6 +155,7 @@ def test_strided_index_is_read_right():
     assert torch.equal(gather_channels(weight, index), weight[index])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_opcheck(memory_format):
     weight = torch.rand(6, 4, 3, 3).to(memory_format=memory_format)

@@ -64,6 +64,7 @@ def test_subgradient_is_that_of_autograd(backend, kind, per_layer, dtype):
     assert_close([param.grad for param in params], want, dtype)
 
 
+@pytest.mark.slow
 @every_backend
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
@@ -266,6 +267,7 @@ def run_fused_steps(table, params, plain, grads_of, steps, penalty, sgd, scale=N
     return [entry.get("momentum_buffer") for entry in state.values()]
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_100_steps_of_sgd(backend, kind, per_layer, options):

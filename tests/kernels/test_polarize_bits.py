@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from support import TESTS
 from support.backends import bits, random_gammas
@@ -37,6 +38,7 @@ def test_same_bits_for_any_thread_count():
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.slow
 def test_same_bits_for_any_instruction_set():
     code = (
         "import hashlib, test_polarize_bits; from polarfast import _C; "

@@ -222,6 +222,7 @@ def test_bad_numbers_are_refused():
         OPS.put_back(torch.rand(2, 2).T.expand(2, 2)[:, ::2].expand(2, 2), index, constant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_opcheck(memory_format):
     index, constant, ok = torch.tensor([1, 4]), torch.rand(5), torch.rand(2)

@@ -13,6 +13,8 @@ from support import TESTS
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow  # one process compiles for all targets
+
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 DTYPES = {"torch.float32", "torch.float16", "torch.bfloat16", "torch.float64"}
 

@@ -56,6 +56,7 @@ def numpy() -> None:
     pytest.importorskip("numpy")
 
 
+@pytest.mark.slow
 @every_backend
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
@@ -74,6 +75,7 @@ def test_every_edge_and_its_neighbours_fall_as_in_numpy(backend, dtype):
     check([torch.tensor([0.0, *around], dtype=dtype), torch.stack(edges)], backend)
 
 
+@pytest.mark.slow
 @every_backend
 @every_dtype
 def test_layers_of_every_size_as_after_training(backend, dtype):

@@ -27,6 +27,7 @@ import polarfast as pf
 NETS = [chain, Residual, Bottlenecks, Branches, Grouped]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", ["exact", "bias", "none"])
 @pytest.mark.parametrize("residual", ["keep", "expand", "couple"])
 @pytest.mark.parametrize("build", NETS)

@@ -53,6 +53,7 @@ def scatter(model, scales, seed):
         beta.copy_(4 * draw(beta.numel()) - 2 + 6 * draw() - 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", ["keep", "expand", "couple"])
 @pytest.mark.parametrize("name", NETS)
 def test_the_prediction_is_the_plan_s(name, residual):
@@ -64,6 +65,7 @@ def test_the_prediction_is_the_plan_s(name, residual):
         assert predictor.cut() == pf.plan(model, X, scales).flops_reduction
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", ["exact", "bias", "none"])
 @pytest.mark.parametrize(
     ("method", "value"), [("valley", None), ("fixed", 0.5), ("percentile", 0.4)]
@@ -85,6 +87,7 @@ MODEL, SCALES = make("resnet20", "expand")
 PREDICTOR = pf.CutPredictor(MODEL, X, SCALES)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 10**9), emptied=st.sets(st.integers(0, 17), max_size=4))
 def test_any_state_of_a_resnet(seed, emptied):
@@ -160,6 +163,7 @@ def test_scores_that_do_not_fit_are_refused():
             predictor.cut(scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["residual", "bottlenecks", "squeeze-excite"])
 def test_counts_for_a_share_of_macs_with_a_usual_one(name):
     model, scales = make(name, "expand")

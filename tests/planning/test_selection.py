@@ -42,6 +42,7 @@ def sizes(groups: Tensor, stays: Tensor) -> set[int]:
     return {int(stays[row].sum()) for row in groups}
 
 
+@pytest.mark.slow
 @given(rows(), flags, strengths, st.sets(st.integers(0, COUNT - 1), max_size=3))
 @settings(max_examples=100, deadline=None)
 def test_as_many_stay_in_each_row(balanced, stays, strength, constant):

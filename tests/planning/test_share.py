@@ -36,6 +36,7 @@ class Blocks(nn.Module):
         return x.mean((2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", ["keep", "expand", "couple"])
 @pytest.mark.parametrize("build", [Blocks, chain, Residual, Branches, Bottlenecks, Grouped])
 def test_what_is_foretold_is_what_the_network_shows(build, residual):

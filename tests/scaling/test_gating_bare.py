@@ -105,6 +105,7 @@ def test_slim_is_the_network_with_gates_of_zero(case, tmp_path):
     assert all(p.grad is not None for p in slim.parameters() if p.numel())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", ["exact", "bias", "none"])
 @pytest.mark.parametrize(
     "act", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.Sigmoid, nn.Softplus]

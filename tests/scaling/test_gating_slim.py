@@ -21,6 +21,7 @@ from torch import nn
 import polarfast as pf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", ["keep", "expand", "couple"])
 @pytest.mark.parametrize("build", [*NETS, bare])
 def test_zero_gates_are_exact(build, residual):

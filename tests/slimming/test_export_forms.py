@@ -74,6 +74,7 @@ def test_trace(name):
             assert distance(traced(images), make(name)[0](images.double())) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_copies(name):
     slim, images, expected = ready(name)
@@ -85,6 +86,7 @@ def test_copies(name):
     assert distance(last, expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CASES)
 def test_low_precision(name, dtype):

@@ -27,6 +27,7 @@ import polarfast as pf
 from polarfast.engine.models import resnet, vgg16_bn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", ["keep", "expand", "couple"])
 @pytest.mark.parametrize("build", [chain, Residual, Branches, Grouped, Bottlenecks, SqueezeExcite])
 def test_zero_test(build, residual):
@@ -37,6 +38,7 @@ def test_zero_test(build, residual):
     assert error(masked(model, plan, zero_beta=True), slim) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", ["keep", "expand", "couple"])
 @pytest.mark.parametrize("build", [chain, Residual, Branches, Grouped])
 def test_exact_fold_keeps_beta(build, residual):
@@ -105,6 +107,7 @@ def test_torchvision_networks(name, residual, fold):
         assert found < TOLERANCE and not plan.inexact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "act", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.Sigmoid, nn.PReLU, nn.Tanh]
 )

@@ -44,6 +44,7 @@ def _ids(options: dict[str, Any]) -> str:
     return "-".join(f"{key}={value}" for key, value in options.items()) or "plain"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=_ids)
 @pytest.mark.parametrize("options", SGD_OPTIONS, ids=_ids)
 @pytest.mark.parametrize("kind", [SGD, UnfusedSGD])

@@ -45,6 +45,7 @@ class Case:
         return list(self.net.parameters())
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains() -> None:
     case = Case()
     compiled: Any = torch.compile(case.net, backend="aot_eager")

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import polarfast as pf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", ["exact", "none"])
 @pytest.mark.parametrize("name", [*EXACT, *INEXACT])
 def test_slim_is_what_the_plan_says(name, fold):

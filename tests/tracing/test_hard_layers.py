@@ -154,6 +154,7 @@ def call(model: nn.Module, inputs) -> list[Tensor]:
     return [tensor.double() for tensor in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", ["exact", "none"])
 @pytest.mark.parametrize("residual", ["keep", "expand", "couple"])
 @pytest.mark.parametrize("name", CASES)

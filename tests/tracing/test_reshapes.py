@@ -151,6 +151,7 @@ NETS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", ["exact", "none"])
 @pytest.mark.parametrize("name", NETS)
 def test_slim_equals_the_masked_network(name, fold):

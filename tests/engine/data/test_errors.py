@@ -135,6 +135,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, keep, workers, suffix", WAYS)
 def test_bad_images_are_named_or_skipped(
     tmp_path: Path,

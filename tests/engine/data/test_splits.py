@@ -57,6 +57,7 @@ def test_balanced_subsets(labels: list[int], seed: int, data: st.DataObject) -> 
     assert set(smaller.tolist()) <= set(chosen.tolist())
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.integers(2, 12), st.floats(0.3, 0.7), st.integers(0, 9))
 def test_held_out_images_are_a_share_of_each_class(each: int, share: float, seed: int) -> None:

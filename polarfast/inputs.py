@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import ArgumentError, PlanError
 
@@ -196,6 +197,27 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+class Operators(TorchDispatchMode):
+    """Hands each operator that runs to `operator`; composite ones in their parts, too where the
+    model turns inference mode on, in which they arrive whole.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        return self.operator(func, args, kwargs)
+
+    def operator(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run one operator."""
+        return func(*args, **kwargs)
 
 
 @contextmanager

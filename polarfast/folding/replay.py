@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..copies import tensors_of_model
 from ..errors import PlanError
-from ..inputs import call_model, plain_eager
+from ..inputs import Operators, call_model, plain_eager
 from ..kernels.gather import gather_channels
 from ..tracing.graph import ProjectionCall
 from ..tracing.projections import convolution_shape
@@ -184,25 +183,17 @@ VIEWS = frozenset("t transpose permute view _unsafe_view unsqueeze expand detach
 COPIES = frozenset(("clone", "_to_copy"))
 
 
-class StaysDouble(TorchDispatchMode):
+class StaysDouble(Operators):
     """Keeps in float64 what is in float64, where the network's code asks for a shorter dtype."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # here composite operators arrive whole
-            with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
+    def operator(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         asked = kwargs.get("dtype")
         if asked is not None and asked.is_floating_point and _is_double(args):
             kwargs = {**kwargs, "dtype": torch.float64}
-        return self.operator(func.overloadpacket.__name__, func, args, kwargs)
+        return self.named(func.overloadpacket.__name__, func, args, kwargs)
 
-    def operator(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run one operator."""
+    def named(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run one operator of this name."""
         return func(*args, **kwargs)
 
 
@@ -228,7 +219,7 @@ class _Projections(StaysDouble):
             order.setdefault(call.weight, []).append(i)
         self.waiting: dict[str, Iterator[int]] = {n: iter(indices) for n, indices in order.items()}
 
-    def operator(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def named(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         place = PROJECTIONS.get(name)
         if place is None:
             return self.other(name, func, args, kwargs)

@@ -268,8 +268,6 @@ class Ranking:
 
     def ties(self, count: int) -> dict[str, int]:
         """name -> how many stay though they equal the last of the `count` that go."""
-        if count == 0:
-            return dict.fromkeys(self._compared, 0)
         bounds = self.thresholds(count)
         return {
             name: int(((values <= bound_of(bounds[name])) & (self.places[name] > count)).sum())

@@ -158,7 +158,7 @@ class Decisions(StaysDouble):
         self.place = 0
         return self
 
-    def operator(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def named(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         plain = name.rstrip("_")
         if plain in STEPS and name.endswith("_"):  # the numbers are gone afterwards
             given = args[0].clone()

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..copies import tensors_of_model
 from ..errors import TracingError
-from ..inputs import copied_inputs, enlarged, modes_kept, plain_eager, tensors_of
+from ..inputs import Operators, copied_inputs, enlarged, modes_kept, plain_eager, tensors_of
 from . import rules
 from .graph import Graph
 from .operators import record
@@ -24,7 +23,7 @@ from .recorder import Recorder, pinned_ids
 from .sizes import SizeTracking
 
 
-class _DryRun(TorchDispatchMode):
+class _DryRun(Operators):
     """Follows the channels through every operator that runs.
 
     Args:
@@ -36,19 +35,7 @@ class _DryRun(TorchDispatchMode):
         super().__init__()
         self.recorder, self.hollow = recorder, hollow
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # here composite operators arrive whole
-            with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
+    def operator(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.hollow and func is torch.ops.aten.convolution.default and _fits(*args):
             out = args[0].new_zeros(convolution_shape(args))
         else:

@@ -103,6 +103,13 @@ std::vector<Coefficients> coefficients(const Rows& rows, const Penalty& penalty)
     for (int64_t l = 0; l < rows.count(); ++l) found[l].a = penalty.lam * rows.weights[l];
     return found;
   }
+  if (penalty.kind == Kind::centered) {
+    for (int64_t l = 0; l < rows.count(); ++l) {
+      const double strength = penalty.lam * rows.weights[l];
+      found[l] = {strength * penalty.t, 0, -strength, 0, rows.centers[l]};
+    }
+    return found;
+  }
   dispatch(rows.dtype, [&](auto element) {
     using T = decltype(element);
     if (penalty.kind == Kind::polarization) return polarization_coefficients<T>(rows, penalty, found);

@@ -31,7 +31,7 @@ using SgdTuple = std::tuple<double, double, double, double, bool, bool, std::opt
 
 polarfast::Penalty penalty_of(const PenaltyTuple& given) {
   const auto [kind, lam, t, per_layer] = given;
-  if (kind < 0 || kind > 2) throw py::value_error("polarfast: no regularizer has the kind " + std::to_string(kind));
+  if (kind < 0 || kind > 3) throw py::value_error("polarfast: no regularizer has the kind " + std::to_string(kind));
   return {static_cast<polarfast::Kind>(kind), lam, t, per_layer};
 }
 
@@ -63,6 +63,7 @@ PYBIND11_MODULE(_C, m) {
             return found;
           })
       .def("gammas", &ScaleRows::gammas)
+      .def("set_centers", &ScaleRows::set_centers)
       .def(
           "add_subgradient_",
           [](const ScaleRows& table, const PenaltyTuple& penalty, double grad_scale) {

@@ -22,6 +22,7 @@ struct Rows {
   ScalarType dtype = ScalarType::Float;
   std::vector<int64_t> sizes;
   std::vector<double> weights;
+  std::vector<double> centers;  // for Kind::centered
   std::vector<void*> gammas;
   std::vector<void*> grads;
   std::vector<void*> momenta;
@@ -30,7 +31,7 @@ struct Rows {
 };
 
 // As in polarfast/kernels/table.py, like Penalty and Sgd.
-enum class Kind : int64_t { polarization = 0, l1 = 1, deephoyer = 2 };
+enum class Kind : int64_t { polarization = 0, l1 = 1, deephoyer = 2, centered = 3 };
 
 struct Penalty {
   Kind kind;

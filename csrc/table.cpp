@@ -78,9 +78,15 @@ ScaleRows::ScaleRows(py::tuple params, const std::string& dtype, std::vector<dou
   for (const py::handle& param : params_) rows_.sizes.push_back(integer(call(members.numel, param.ptr())));
   dtype_ = read(members.dtype, params_[0].ptr());
   device_ = read(members.device, params_[0].ptr());
+  rows_.centers.resize(params_.size());
   rows_.gammas.resize(params_.size());
   rows_.grads.resize(params_.size());
   rows_.momenta.resize(params_.size());
+}
+
+void ScaleRows::set_centers(std::vector<double> centers) {
+  if (centers.size() != params_.size()) throw py::value_error("polarfast: give one center for each row");
+  rows_.centers = std::move(centers);
 }
 
 void ScaleRows::set(void*& address, void* now) {

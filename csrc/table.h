@@ -30,6 +30,9 @@ class ScaleRows {
   // than the table if a row cannot be used: as long as the rows before it.
   std::vector<int64_t> gammas() const;
 
+  // What Kind::centered compares the γ of each row with.
+  void set_centers(std::vector<double> centers);
+
   const Rows& rows() const { return rows_; }
   // Counts the refreshes that found another address than before.
   int64_t version() const { return version_; }

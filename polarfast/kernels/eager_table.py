@@ -64,6 +64,7 @@ class EagerTable(Table):
         )
         self._weights = torch.tensor(self._row_weights, dtype=self._wide, device=self.device)
         self._numbers = torch.tensor(self._numels, dtype=self._wide, device=self.device)
+        self._use_centers(self.centers)
         self.refresh()
 
     def refresh(self, momentum_of: dict[Any, Any] | None = None) -> int:
@@ -160,6 +161,9 @@ class EagerTable(Table):
         gamma, weight, sum_over = self._flat(self.params), self._weights[self._row], self._sum
         if penalty.kind == Kind.L1:
             return penalty.lam * (weight * gamma.sign())
+        if penalty.kind == Kind.CENTERED:
+            away = (gamma - self._at_center).sign()
+            return penalty.lam * weight * (penalty.t * gamma.sign() - away)
         if penalty.kind == Kind.DEEPHOYER:
             norms, squares = sum_over(
                 torch.stack((self._by_layer(gamma.abs()), self._by_layer(gamma.square())))
@@ -178,6 +182,10 @@ class EagerTable(Table):
             away = weight * (gamma - mean).sign()
             offset = sum_over(away.sum()) / self.numel
         return penalty.lam * (penalty.t * weight * gamma.sign() - away + offset)
+
+    def _use_centers(self, centers: Sequence[float]) -> None:
+        each = torch.tensor(centers, dtype=self._wide, device=self.device)
+        self._at_center = each[self._row]  # of each γ that is held here
 
     def _sum(self, partial: Tensor) -> Tensor:
         return partial if self._sharding is None else self._sharding.sum(partial)

@@ -59,6 +59,9 @@ class ScaleTable(Table):
             self._rows.sgd_step_(penalty, sgd, _value(grad_scale, 1.0))
         increment_version(self._rows.moving())
 
+    def _use_centers(self, centers: Sequence[float]) -> None:
+        self._rows.set_centers(centers)
+
     def valley(self) -> tuple[Tensor, Tensor]:
         summary = torch.empty((len(self.params), 3), dtype=torch.float64, device="cpu")
         counts = torch.empty((len(self.params), BINS), dtype=torch.int64, device="cpu")

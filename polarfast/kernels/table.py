@@ -23,16 +23,19 @@ BINS = 100
 
 
 class Kind(IntEnum):
-    """Which regularizer: R_s of Eq. 2, Σ|γ|, or Σ ‖γ_l‖₁²/‖γ_l‖₂² over the layers."""
+    """Which regularizer: R_s of Eq. 2, Σ|γ|, Σ ‖γ_l‖₁²/‖γ_l‖₂² over the layers, or Eq. 2 with a
+    given center of each layer in place of the mean: Σ_l Σ_i (t·|γ_i| − |γ_i − c_l|).
+    """
 
     POLARIZATION = 0
     L1 = 1
     DEEPHOYER = 2
+    CENTERED = 3
 
 
 class Penalty(NamedTuple):
     """λ·R(γ), as `pf.Regularizer` describes it. `per_layer`: the mean of each layer in place of the
-    mean of all."""
+    mean of all. CENTERED goes by the table's `centers`."""
 
     kind: Kind
     lam: float
@@ -74,6 +77,8 @@ class Table(ABC):
         names, params: as given, as tuples.
         dtype, device: of all γ.
         numel: n, the number of γ.
+        centers: c_l of each γ tensor, which CENTERED compares its γ with; assign a new sequence to
+            change them. 0 at first.
 
     Raises:
         ArgumentError, ScalingFactorError: a γ cannot be used; the message names it.
@@ -95,6 +100,26 @@ class Table(ABC):
         self.device = self.params[0].device
         self._numels = [param.numel() for param in self.params]
         self.numel = sum(self._numels)
+        self._centers: Sequence[float] = (0.0,) * len(self.params)
+
+    @property
+    def centers(self) -> Sequence[float]:
+        return self._centers
+
+    @centers.setter
+    def centers(self, value: Sequence[float]) -> None:
+        if value is not self._centers:
+            if len(value) != len(self.params):
+                raise ArgumentError(
+                    f"{len(value)} centers for {len(self.params)} scaling factors' layers; give "
+                    "one for each"
+                )
+            self._use_centers(value)
+            self._centers = value
+
+    @abstractmethod
+    def _use_centers(self, centers: Sequence[float]) -> None:
+        """From now on CENTERED goes by these."""
 
     @abstractmethod
     def refresh(self, momentum_of: dict[Any, Any] | None = None) -> int:

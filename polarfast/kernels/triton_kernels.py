@@ -6,6 +6,7 @@ Every regularizer is one arithmetic, for element γ_j of row (layer) l with weig
 
     polarization   a = λ·t·w_l   c = −λ·w_l   m = mean of γ   k = λ/n·Σ_i w_l(i)·sgn(γ_i − m)
     L1             a = λ·w_l
+    centered       a = λ·t·w_l   c = −λ·w_l   m = the center of row l, given
     DeepHoyer      a = 2λ·w_l·A/S   b = −2λ·w_l·A²/S²,  with A = ‖γ_l‖₁ and S = ‖γ_l‖₂²
 
 Sums and comparisons with the mean are float64, the rest float32 (float64 for float64 γ). A program
@@ -28,6 +29,7 @@ from .table import Kind
 
 POLARIZATION = tl.constexpr(Kind.POLARIZATION.value)
 DEEPHOYER = tl.constexpr(Kind.DEEPHOYER.value)
+CENTERED = tl.constexpr(Kind.CENTERED.value)
 
 # Bits of the SGD kernels' argument `flags`.
 MOMENTUM = tl.constexpr(1)
@@ -158,6 +160,8 @@ def _penalty_gradient(gamma, a, b, c, k, mean, KIND: tl.constexpr):
     if KIND == POLARIZATION:
         side = sign_around(gamma.to(tl.float64), mean).to(gamma.dtype)
         gradient += c.to(gamma.dtype) * side + k.to(gamma.dtype)
+    elif KIND == CENTERED:
+        gradient += c.to(gamma.dtype) * sign_around(gamma.to(tl.float64), mean).to(gamma.dtype)
     elif KIND == DEEPHOYER:
         gradient += b.to(gamma.dtype) * gamma
     return gradient
@@ -316,7 +320,9 @@ def _polarize_rows_kernel(
     DTYPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """One row a program: its coefficients (the global mean from scratch), then the update."""
+    """One row a program: its coefficients (the global mean from scratch, which for CENTERED holds
+    the centers), then the update.
+    """
     row = tl.program_id(0)
     size = tl.load(sizes_ptr + row)
     address = tl.load(addresses_ptr + row)
@@ -335,6 +341,9 @@ def _polarize_rows_kernel(
         else:
             mean = sum_over_rows(scratch_ptr, None, rows, BLOCK_SIZE) / n
             shift = sum_over_rows(scratch_ptr + rows, weights_ptr, rows, BLOCK_SIZE) * lam / n
+    elif KIND == CENTERED:
+        a = strength * t
+        mean = tl.load(scratch_ptr + row)
     elif KIND == DEEPHOYER:
         l1, squares = row_norms(address, size, DTYPE, BLOCK_SIZE)
         # A row of zeros has no direction: its numerators are 0, and so are a and b.

@@ -85,6 +85,7 @@ class TritonTable(ScaleTable):
         self._row_of = self._upload(rows.repeat_interleave(sizes)).device  # of each γ
         # Sums that one launch leaves to the next.
         self._scratch = torch.zeros((2, len(rows)), dtype=torch.float64, device=self.device)
+        self._use_centers(self.centers)
 
     def refresh(self, momentum_of: dict[Any, Any] | None = None) -> int:
         found = super().refresh(momentum_of)
@@ -134,6 +135,10 @@ class TritonTable(ScaleTable):
             )
         return summary, counts
 
+    def _use_centers(self, centers: Sequence[float]) -> None:
+        numbers = torch.tensor(centers, dtype=torch.float64, device="cpu")
+        self._uploaded_centers = self._upload(numbers)
+
     def _gamma_addresses(self) -> Tensor:
         """On the device, apart from those that a step has read; copied only where they changed."""
         found = self._gammas()
@@ -172,6 +177,9 @@ class TritonTable(ScaleTable):
                 )
                 return
             row_table, shape = (addresses, self._sizes), self._row_shape()
+            centered = kind == Kind.CENTERED
+            if centered:
+                self._hold_if_captured(self._uploaded_centers)
             if global_mean:
                 kernels._row_sums_kernel[(rows,)](*row_table, self._scratch, **shape)
                 kernels._row_signs_kernel[(rows,)](
@@ -180,7 +188,7 @@ class TritonTable(ScaleTable):
             kernels._polarize_rows_kernel[(rows,)](
                 *row_table,
                 self._weights,
-                self._scratch,
+                self._uploaded_centers.device if centered else self._scratch,
                 *scalars,
                 KIND=int(kind),
                 PER_LAYER=per_layer,

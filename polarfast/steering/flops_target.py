@@ -1,71 +1,88 @@
 """`FlopsTarget`: polarization that steers itself to a share of MACs, in one training."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..errors import ArgumentError
+from ..kernels.table import Kind
 from ..planning.prediction import CutPredictor
 from ..planning.thresholds import as_factors, thresholds
 from ..scaling.factors import ScalingFactors
 from ..sharding import Part, local
 from ..stepping.regularizers import Polarization
 
-#: How far t may lean from the balance at which both sides are pushed alike; at 1, one is not.
-LEAN = 0.5
-#: Steps over which λ rises to its value, where `steps` is not given.
-RAMP = 100
-#: λ may grow to this many times its value while the factors have not parted in time.
-LARGEST_GROWTH = 30.0
+#: Optimizer steps that a training is taken to have where `steps` is not given.
+HORIZON = 1000
+#: The share to cut rises from 0 to all of it between these parts of the training.
+FIRST, LAST = 0.1, 0.7
+#: The part of the training in which a factor is to fall to 0, from when it is chosen.
+FALL = 0.08
 #: A factor under this has arrived at 0: in the first bin of the valley's histogram.
 AT_ZERO = 0.01
-#: What the live cut may differ from the one asked for before t and λ act on it.
+#: What the live cut may lack, or the choice of before miss, before something is done about it.
 CLOSE = 0.003
-#: How t answers to what the live cut lacks.
-GAIN = 2.0
+#: What the training may miss at its end before a warning says so.
+MISSED = 0.01
+#: λ changes by up to this factor a step, up and down.
+GROWTH = 1.035
+#: How many times less and more than estimated at first λ may become.
+LEAST, MOST = 0.1, 100.0
 
 
 class FlopsTarget(Polarization):
-    """Polarization for a share of MACs: t and λ steer themselves, and one training is enough.
+    """Polarization for a share of MACs: it finds λ and chooses sides, and one training is enough.
 
-    The penalty is the paper's with one change. In Eq. 2, which side of the mean a factor is on
-    decides where it is pushed, and t alone decides how many end at 0. Here the MACs decide:
+    In Eq. 2 every factor is compared with the mean of all, and t alone decides how many end at 0.
+    Here each layer has a center of its own, and the MACs decide where it lies:
 
-        R_s(γ) = Σ_i ( t·|γ_i| − σ_i·(γ_i − γ̄) ),   σ_i = −1 if γ_i ≤ c, else +1
+        R_s(γ) = Σ_l Σ_i ( |γ_i| − |γ_i − c_l| ),   i over the factors of layer l
 
-    where c is the value for which removing all factors up to c cuts the share asked for, as
-    predicted from the γ of the moment. With c = γ̄ this is Eq. 2. (A step has Eq. 2's signs in the
-    derivative of γ̄: one constant for all γ, which t allows for.) Factors near c change sides as the
-    task moves them, until a gap opens around c; then both formulas are the same.
+    A factor above its layer's center feels nothing: what stays is left to the task. One below it is
+    pushed to 0, with 2λ.
 
-    - t follows Theorem 3.2, t = 2 − 4ρ with ρ the share of factors above c, corrected in proportion
-      to what the live cut (valley thresholds) lacks, within the limits between which the two sides
-      move apart, and within [−2, 2].
-    - λ rises to its value over the first steps, in which the task sorts the factors. From then on
-      it grows for as long as the live cut lacks; once the cut is reached it returns.
+    - The factors that go are the smallest in proportion to the mean of their layer: c_l = c·γ̄_l,
+      with c such that removing all up to their centers cuts the share due, as predicted from the
+      γ of the moment. (An equal comparison over all layers empties whole layers, whose factors
+      happen to drift down together.) A layer that must not be emptied keeps its largest factor.
+    - The share due rises from 0 to `cut` between a tenth and seven tenths of the training, so that
+      few channels are chosen while the factors say little.
+    - λ starts from what a factor needs to fall to 0 in time, by the learning rate of the
+      optimizer's own parameter groups, and follows how fast factors do fall.
 
-    `lam` and `t` can be read at any time. Everything follows from γ, so all processes of a
-    data-parallel training agree without talking to each other; sharded γ (`fully_shard`) are
-    gathered every `every` steps. What is steered are the factors of the step: `scales`,
-    `scales.rebind(model)` or `scales.select(...)` of these.
+    A training that falls behind, or ends elsewhere than at `cut`, warns: what lacks, and what to
+    change. `print(reg)` says where it is.
+
+    Everything follows from γ and the gradients, so all processes of a data-parallel training agree
+    without talking to each other; sharded γ (`fully_shard`) are gathered every `every` steps. What
+    is steered are the factors of the step: `scales`, `scales.rebind(model)` or `scales.select(...)`
+    of these.
 
     Args:
         model, example_inputs, scales: as for `plan`; the model before it is sharded.
         cut: the share of MACs to cut, in (0, 1).
-        lam: λ > 0 to start from; 3 times too much or too little is mended.
-        steps: number of optimizer steps of the training, if it is known: λ rises over the first
-            tenth, and grows in time for its end.
+        steps: number of optimizer steps of the training, ``epochs * len(loader)``. Without it,
+            1,000 are assumed: the share is reached after 700 and held from then on.
+        lam: λ > 0 to start from, in place of the estimate.
         upper, clamp: as in `Polarization`.
         fold, round_to, min_channels: those of the plan to be made at the end.
-        every: steps between two looks at the γ.
+        every: steps between two looks at the γ; by default 10, and fewer in a short training.
+
+    Attributes:
+        live: the share of MACs that a plan would have cut at the last look.
+        lam: λ of the moment.
 
     Raises:
         ArgumentError: an argument is out of its range, or the share cannot be reached with these
             scaling factors; the message says what can.
         PlanError, TracingError: as in `plan`.
     """
+
+    kind = Kind.CENTERED
 
     def __init__(
         self,
@@ -74,59 +91,66 @@ class FlopsTarget(Polarization):
         scales: ScalingFactors,
         cut: float = 0.54,
         *,
-        lam: float = 1e-4,
         steps: int | None = None,
+        lam: float | None = None,
         upper: float = 1.0,
         clamp: str = "scales",
         fold: str = "exact",
         round_to: int = 1,
         min_channels: int = 1,
-        every: int = 10,
+        every: int | None = None,
     ) -> None:
-        super().__init__(lam, 0.0, upper, clamp=clamp)
         _check(cut, lam, steps, every)
-        self.cut = float(cut)
+        super().__init__(0.0, 1.0, upper, clamp=clamp)
+        self.cut, self.live = float(cut), 0.0
         self.predictor = CutPredictor(
             model, example_inputs, scales, fold=fold, round_to=round_to, min_channels=min_channels
         )
-        self._every = every
+        self._steps = steps
+        self._horizon = HORIZON if steps is None else steps
+        self._every = every or min(max(self._horizon // 60, 1), 10)
+        self._given = lam
         self._steered: ScalingFactors | None = None  # those of the last step
         self._part: Part | None = None  # of these
-        self._ramp = RAMP if steps is None else max(steps // 10, 1)
-        self._growth = 1.01**every if steps is None else 10 ** (4 * every / steps)
-        self._start = float(lam)
-        self._factor = 1.0  # λ of the moment / λ given, but for the first rise
         self._step = 0
-        self._border = 0.0  # c
-        self._count = 0  # factors up to c
-        self._protected: list[int] = []  # flat places of factors that count as above c
-        self._held: Tensor | None = None  # those that this process holds, where the factors are
-        self._parted = False
+        self._estimate = 0.0  # λ at first; 0: not known yet
+        self._count = 0  # factors to go
+        self._before: Tensor | None = None  # their factors at the last look, one after the other
+        self._speed = 0.0  # by which factors that are to go have fallen a step, since then
+        self._way = 0.0  # that they have to go, on average
+        self._warned = False
         names = list(scales)
         self._staying = {names[row] for row in self.predictor.layers_that_stay()}
         self._check_reachable()
 
+    def due(self, step: int) -> float:
+        """The share of MACs that is to be cut after so many steps."""
+        part = (step / self._horizon - FIRST) / (LAST - FIRST)
+        return self.cut * min(max(part, 0.0), 1.0)
+
     # --- what a training step calls
 
     def steer(
-        self, scales: ScalingFactors, scale: Tensor | None = None, maximize: bool = False
+        self,
+        scales: ScalingFactors,
+        optimizer: Optimizer,
+        scale: Tensor | None = None,
     ) -> None:
         """Called by `pf.step` and attached optimizers before λ·∂R_s is added to γ.grad: looks at
-        the γ now and then, and puts factors between c and γ̄ on the side that c says.
+        the γ now and then.
         """
         if self.weights is not None or self.per_layer:
             raise ArgumentError(
-                "FlopsTarget has one mean and no layer weights: leave weights= None and per_layer "
-                "False, or use Polarization"
+                "FlopsTarget has its own center of each layer and no layer weights: leave weights= "
+                "None and per_layer False, or use Polarization"
             )
         if scales is not self._steered:
             self._follow(scales)
-        if self._step % self._every == 0:
-            self._look(scales)
+        last = self._step + 1 == self._steps
+        if self._step % self._every == 0 or last:
+            self._look(scales, optimizer, scale)
+            self._warn(scales, optimizer, last)
         self._step += 1
-        self.lam = self._start * self._factor * min(self._step / self._ramp, 1.0)
-        if not self._parted:
-            self._correct(scales, scale, maximize)
 
     def _follow(self, scales: ScalingFactors) -> None:
         """Steer these factors from now on: those that were given, as their parameters are now, or
@@ -147,75 +171,155 @@ class FlopsTarget(Polarization):
         self.predictor.rebind(scales)
         if len(scales) < len(pruned):
             self._check_reachable(scales)
-        self._steered, self._part, self._held = scales, Part(scales), None
+        self._steered, self._part = scales, Part(scales)
 
     @torch.no_grad()
-    def _correct(self, scales: ScalingFactors, scale: Tensor | None, maximize: bool) -> None:
-        part, gammas = self._part, scales.values()
-        assert part is not None
-        held = [local(gamma.detach()) for gamma in gammas]
-        flat = torch.cat([gamma.reshape(-1) for gamma in held]).double()
-        if self._held is None or self._held.device != flat.device:  # a GPU waits for this
-            self._held = _indices(part.places(self._protected), flat)
-        wanted = self._side(flat, self._held)
-        # The kernel adds −sgn(γ − γ̄): what is missing to −σ.
-        change = (self.lam * (-1 if maximize else 1)) * (
-            torch.sign(flat - part.mean(flat)) - wanted
-        )
-        if scale is not None:
-            change = change * scale.to(change.dtype)
-        pieces = change.to(held[0].dtype).split([gamma.numel() for gamma in held])
-        pairs = [
-            (local(gamma.grad), piece)
-            for gamma, piece in zip(gammas, pieces, strict=True)
-            if gamma.grad is not None and gamma.requires_grad and piece.numel()
-        ]
-        if pairs:
-            grads = [grad for grad, _ in pairs]
-            torch._foreach_add_(grads, [piece.view_as(grad) for grad, piece in pairs])
-
-    def _side(self, flat: Tensor, protected: Tensor) -> Tensor:
-        """σ of factors, those at the places `protected` above c."""
-        side = torch.where(flat > self._border, 1.0, -1.0).to(flat.dtype)
-        return side.index_fill_(0, protected, 1.0)
-
-    @torch.no_grad()
-    def _look(self, scales: ScalingFactors) -> None:
-        """Set c, t and the growth of λ from the γ of the moment."""
+    def _look(
+        self,
+        scales: ScalingFactors,
+        optimizer: Optimizer,
+        scale: Tensor | None,
+    ) -> None:
+        """Set the centers and λ from the γ of the moment."""
         compared = self.predictor.look()
         steered = {name: compared[name] for name in scales}
-        others = {name: gamma for name, gamma in compared.items() if name not in steered}
+        self.live = self.predictor.cut_of(compared)
         flat = torch.cat(list(steered.values()))
-        self._protected, self._held = self._strongest(steered), None
-        flat_guarded = flat.clone()
-        flat_guarded[self._protected] = float("inf")
-        sizes = [gamma.numel() for gamma in steered.values()]
-        guarded = {**compared, **dict(zip(steered, flat_guarded.split(sizes), strict=True))}
-        held = thresholds(as_factors(others)) if others else {}
-        order = flat_guarded.sort().values
-        self._count = self.predictor.count_for(self.cut, guarded, self._count, CLOSE, held, order)
-        self._border = _between(order, self._count)
-        signs = torch.sign(flat - flat.mean())
-        sides = self._side(flat, _indices(self._protected, flat))
-        self._parted = bool((signs == sides).all())
-        lacking = self.cut - self.predictor.cut_of(compared)
-        wanted = 2.0 - 4.0 * float((sides > 0).float().mean()) + GAIN * lacking
-        balance = -float(signs.mean())
-        self.t = min(max(wanted, balance - LEAN, -2.0), balance + LEAN, 2.0)
-        falling = bool(((sides < 0) & (flat > AT_ZERO)).any())
-        if lacking <= CLOSE or not falling:
-            self._factor = max(1.0, self._factor * 0.8)
-        elif self._step > self._ramp:
-            self._factor = min(LARGEST_GROWTH, self._factor * self._growth)
+        if self._before is not None:
+            moved = (self._before - flat)[self._below_centers(steered) & (flat > AT_ZERO)]
+            self._speed = float(moved.mean()) / self._every if moved.numel() else 0.0
+        self._choose(compared, steered)
+        chosen = self._below_centers(steered)
+        falling = flat[chosen & (flat > AT_ZERO)]
+        self._way = float(falling.mean()) if falling.numel() else 0.0
+        if bool(chosen.any()):
+            self._change_strength(scales, optimizer, scale)
+        self._before = flat
 
-    def _strongest(self, steered: Mapping[str, Tensor]) -> list[int]:
-        """Place of the largest factor in each layer without which nothing would reach an output."""
-        places, start = [], 0
-        for name, gamma in steered.items():
-            if name in self._staying:
-                places.append(start + int(gamma.argmax()))
-            start += gamma.numel()
-        return places
+    def _below_centers(self, steered: Mapping[str, Tensor]) -> Tensor:
+        """Which factors are to go, bool [n]."""
+        centers = self.centers or (-1.0,) * len(steered)
+        return torch.cat([v <= c for v, c in zip(steered.values(), centers, strict=True)])
+
+    def _choose(self, compared: Mapping[str, Tensor], steered: Mapping[str, Tensor]) -> None:
+        """Set the centers such that what is below them cuts the share that will soon be due."""
+        units = self._units(steered)
+        ranked = {name: gamma / units[name] for name, gamma in steered.items()}
+        for name in self._staying & ranked.keys():
+            ranked[name][ranked[name].argmax()] = float("inf")
+        others = {name: gamma for name, gamma in compared.items() if name not in steered}
+        held = thresholds(as_factors(others)) if others else {}
+        order = torch.cat(list(ranked.values())).sort().values
+        due = self.due(self._step + round(FALL * self._horizon))
+        if due == 0.0:
+            self._count = 0
+        else:
+            self._count = self.predictor.count_for(
+                due, {**compared, **ranked}, self._count, CLOSE, held, order
+            )
+        border = _between(order, self._count)
+        self.centers = tuple(
+            min(border * units[name], self._limit(name, gamma)) for name, gamma in steered.items()
+        )
+
+    def _units(self, steered: Mapping[str, Tensor]) -> dict[str, float]:
+        """What the factors of each layer are measured in when they are compared."""
+        return {name: max(float(gamma.mean()), AT_ZERO) for name, gamma in steered.items()}
+
+    def _limit(self, name: str, gamma: Tensor) -> float:
+        """The largest center that a layer may have, its largest factor being above it. Where
+        several are the largest, as at the clamp, they are pushed until they differ.
+        """
+        largest = float(gamma.max())
+        tied = int((gamma == largest).sum()) > 1 and largest > 10 * AT_ZERO
+        if name not in self._staying or tied:
+            return float("inf")
+        return largest * (1 - 1e-6)
+
+    def _change_strength(
+        self, scales: ScalingFactors, optimizer: Optimizer, scale: Tensor | None
+    ) -> None:
+        """λ for the steps until the next look."""
+        if self._estimate == 0.0:
+            wanted = 0.5 / (FALL * self._horizon)  # a step: from where factors start
+            self._estimate = self._given or self._strength_for(wanted, scales, optimizer, scale)
+            self.lam = self._estimate
+            return
+        change = 1 / GROWTH**self._every
+        if self._way:
+            # Half of the way is done and half of the time gone, on average over those that fall.
+            wanted = self._way / (FALL / 2 * self._horizon)
+            change = min(max(wanted / max(self._speed, 1e-12), change), 1 / change)
+        lam = self.lam * change
+        self.lam = min(max(lam, LEAST * self._estimate), MOST * self._estimate)
+
+    def _strength_for(
+        self,
+        speed: float,
+        scales: ScalingFactors,
+        optimizer: Optimizer,
+        scale: Tensor | None,
+    ) -> float:
+        """λ with which an optimizer moves factors so fast, by its learning rate now.
+
+        Args:
+            speed: of a factor under its center, a step.
+        """
+        group = max(_groups(scales, optimizer), key=lambda group: float(group["lr"]))
+        rate = max(float(group["lr"]), 1e-12)
+        if "eps" not in group and "betas" not in group:  # SGD: 2λ·lr/(1 − μ) a step
+            return speed * (1 - group.get("momentum", 0.0)) / (2 * rate)
+        # Adam and the like move by lr times the gradient in units of its usual size.
+        assert self._part is not None
+        moving = {gamma: gamma.grad for gamma in scales.values() if gamma.grad is not None}
+        grads = torch.cat([local(grad).reshape(-1) for grad in moving.values()])
+        squares = grads.double().square() / (1.0 if scale is None else scale.double() ** 2)
+        known = [optimizer.state[gamma].get("exp_avg_sq") for gamma in moving]
+        if all(isinstance(each, Tensor) for each in known):  # what they have been up to now
+            usual = torch.cat([local(each).reshape(-1) for each in known]).double()
+            squares = torch.maximum(squares, usual)
+        return max(float(self._part.mean(squares)) ** 0.5, 1e-8) * min(speed / rate, 1.0) / 2
+
+    def _warn(self, scales: ScalingFactors, optimizer: Optimizer, last: bool) -> None:
+        """Say it where the share will not be reached: once while there is time, and at the end."""
+        if self._steps is None:
+            return
+        left = self._steps - self._step - 1
+        behind = self.due(self._step) - self.live
+        if last:
+            missed = abs(self.live - self.cut) > MISSED
+        else:
+            arrives = self._speed * left >= self._way
+            missed = 2 * self._step >= self._steps and not (self._warned or arrives)
+            missed &= behind > max(0.1 * self.cut, MISSED)
+        if missed:
+            self._warned = True
+            message = self._what_lacks(_groups(scales, optimizer), left)
+            warnings.warn(message, stacklevel=6)  # who called pf.step or an attached step
+
+    def _what_lacks(self, groups: list[dict[str, Any]], left: int) -> str:
+        """The state of things, why it is so, and what to change."""
+        found = (
+            f"FlopsTarget: after {self._step + 1} of {self._steps} steps pruning would cut "
+            f"{self.live:.1%} of the MACs; {self.cut:.1%} are asked for"
+        )
+        if self.live > self.cut:
+            return (
+                f"{found}. The γ that stay are too close to 0 in some layers, or single channels "
+                "cost too much to come closer; pf.plan(..., cut=) cuts what is asked for"
+            )
+        if self._way <= AT_ZERO:
+            return (
+                f"{found}. All γ that are to go are at 0, but their layers show no gap: train "
+                "longer, or take pf.plan(..., cut=)"
+            )
+        rate = max(float(group["lr"]) for group in groups)
+        return (
+            f"{found}. The γ that are to go are at {self._way:.2g} on average and fall by "
+            f"{max(self._speed, 0.0):.1g} a step at a learning rate of {rate:.2g}, with {left} "
+            "steps left. Train longer, give the γ a parameter group with a larger lr, or start "
+            "them lower (pf.init_scales(scales, 0.5) before a training from scratch)"
+        )
 
     def _check_reachable(self, steered: Mapping[str, Tensor] | None = None) -> None:
         largest = self.predictor.largest_cut(steered)
@@ -227,65 +331,110 @@ class FlopsTarget(Polarization):
                 "take part (residual='expand' or 'couple' in scaling_factors, smaller min_channels)"
             )
 
-    # --- the penalty's value, checkpoints
+    # --- the penalty's value, what people see, checkpoints
 
-    def _terms(self, gamma: Tensor, mean: Tensor) -> Tensor:
+    def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+        centers = self.centers or (0.0,) * len(layers)
+        if len(centers) != len(layers):
+            raise ArgumentError(
+                f"value() of {len(layers)} layers, but {len(centers)} are steered: give it the "
+                "scaling factors of the step"
+            )
+        terms = [
+            (gamma.abs() - (gamma - center).abs()).sum()
+            for gamma, center in zip(layers, centers, strict=True)
+        ]
+        return torch.stack(terms).sum()
+
+    @property
+    def state(self) -> str:
+        """What it is doing, in a word or two."""
         if self._step == 0:
-            return super()._terms(gamma, mean)
-        side = self._side(gamma.detach(), _indices(self._protected, gamma))
-        return self.t * gamma.abs() - side * (gamma - mean)
+            return "not started"
+        if self.due(self._step) == 0.0:
+            return "waiting"
+        lacking = self.due(self._step) - self.live
+        if lacking > 0.1 * self.cut:
+            return "behind"
+        return "steering" if self.due(self._step) < self.cut or lacking > MISSED else "holding"
+
+    def _facts(self) -> dict[str, str]:
+        steps = f"{self._step}" if self._steps is None else f"{self._step} of {self._steps}"
+        return {
+            "MACs to cut": f"{self.cut:.1%}",
+            "due now": f"{self.due(self._step):.1%}",
+            "cut now": f"{self.live:.1%}",
+            "λ": f"{self.lam:.2g}",
+            "t": f"{self.t:g}",
+            "step": steps,
+            "state": self.state,
+        }
+
+    def __repr__(self) -> str:
+        facts = ", ".join(f"{name} {value}" for name, value in self._facts().items())
+        return f"FlopsTarget({facts})"
+
+    def _repr_html_(self) -> str:
+        cells = "".join(f"<tr><th>{k}</th><td>{v}</td></tr>" for k, v in self._facts().items())
+        return f"<table><caption>FlopsTarget</caption>{cells}</table>"
 
     def state_dict(self) -> dict[str, Any]:
-        """All that steering depends on besides γ: plain numbers."""
+        """All that steering depends on besides γ: plain numbers, lists of them, and None."""
         return {
             "cut": self.cut,
+            "steps": self._steps,
             "step": self._step,
-            "factor": self._factor,
-            "border": self._border,
-            "count": self._count,
-            "protected": list(self._protected),
-            "parted": self._parted,
             "lam": self.lam,
-            "t": self.t,
+            "estimate": self._estimate,
+            "live": self.live,
+            "count": self._count,
+            "centers": list(self.centers or ()),
+            "before": [] if self._before is None else self._before.tolist(),
+            "speed": self._speed,
+            "way": self._way,
+            "warned": self._warned,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`.
 
         Raises:
-            ArgumentError: the state lacks something, or is of another share.
+            ArgumentError: the state lacks something, or is of another share or number of steps.
         """
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ArgumentError(f"state lacks {', '.join(sorted(missing))}: not of a FlopsTarget")
-        if state["cut"] != self.cut:
-            raise ArgumentError(f"state is of cut={state['cut']!r}, not of cut={self.cut!r}")
-        self._step, self._factor = state["step"], state["factor"]
-        self._border, self._count = state["border"], state["count"]
-        self._protected, self._held = list(state["protected"]), None
-        self._parted, self.lam, self.t = state["parted"], state["lam"], state["t"]
+        for name, mine in (("cut", self.cut), ("steps", self._steps)):
+            if state[name] != mine:
+                raise ArgumentError(f"state is of {name}={state[name]!r}, not of {name}={mine!r}")
+        self._step, self.lam, self._estimate = state["step"], state["lam"], state["estimate"]
+        self.live, self._count, self._speed = state["live"], state["count"], state["speed"]
+        self.centers = tuple(state["centers"]) or None
+        self._before = torch.tensor(state["before"], device="cpu") if state["before"] else None
+        self._way, self._warned = state["way"], state["warned"]
 
 
-def _indices(places: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(places, dtype=torch.long, device=like.device)
+def _groups(scales: ScalingFactors, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The parameter groups that hold these factors."""
+    ids = {id(gamma) for gamma in scales.values()}
+    return [g for g in optimizer.param_groups if not ids.isdisjoint(map(id, g["params"]))]
 
 
 def _between(order: Tensor, count: int) -> float:
-    """A border with `count` of these sorted values under it. Equal values around it all end up
-    under it if they are on the lower side of the mean, else none.
+    """A border with `count` of these sorted values under it. Equal values around it are all under
+    it: pushed, they soon differ, and are told apart at the next look.
     """
     below = float(order[count - 1]) if count else -1.0
     above = float(order[count]) if count < order.numel() else below + 1.0
     if below < above:
         return (below + min(above, below + 1.0)) / 2
-    middle = float(order[order.isfinite()].mean())
-    return below if below < middle else below * (1.0 - 1e-6)
+    return below
 
 
-def _check(cut: float, lam: float, steps: int | None, every: int) -> None:
+def _check(cut: float, lam: float | None, steps: int | None, every: int | None) -> None:
     if not isinstance(cut, int | float) or not 0.0 < cut < 1.0:
         raise ArgumentError(f"cut={cut!r}: give the share of MACs to cut, between 0 and 1")
-    if not lam > 0:
+    if lam is not None and not lam > 0:
         raise ArgumentError(f"lam={lam!r}: nothing is cut without a strength λ above 0")
     for name, number in (("steps", steps), ("every", every)):
         if number is not None and (not isinstance(number, int) or number < 1):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..errors import ArgumentError, ScalingFactorError
 from ..kernels.table import Kind
@@ -50,9 +51,11 @@ class Regularizer:
         per_layer: the mean γ̄ is taken over each layer instead of over all n factors.
         clamp: "scales" clamps the factors that take part; "all" clamps `scales.others` too.
         weights: name of γ -> w_l ≥ 0, the weight of that layer in the sum; absent names weigh 1.
+        centers: c_l of each layer of the step, in order, where the kind goes by them.
     """
 
     kind: ClassVar[Kind]
+    centers: tuple[float, ...] | None = None
 
     def __init__(
         self,
@@ -158,15 +161,18 @@ class Regularizer:
         """Go on from `state_dict`."""
 
     def steer(
-        self, scales: "ScalingFactors", scale: Tensor | None = None, maximize: bool = False
+        self,
+        scales: "ScalingFactors",
+        optimizer: Optimizer,
+        scale: Tensor | None = None,
     ) -> None:
         """Called at each training step, gradients in place, before λ·∂R_s is added to them: for
         regularizers that change as γ do. This one does not.
 
         Args:
             scales: the factors that the step is for.
+            optimizer: whose step it is.
             scale: what the gradients are still multiplied with under AMP; None: nothing.
-            maximize: whether the optimizer maximizes.
         """
 
     def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:

@@ -249,7 +249,9 @@ class _Work:
             table.refresh(buffers)
         binding.warn_before_clamp(reg)
         scale = _amp_scalar(optimizer, "grad_scale", table.device)
-        reg.steer(self.scales, scale, any(group.get("maximize", False) for group in groups))
+        reg.steer(self.scales, optimizer, scale)
+        if reg.centers is not None:
+            table.centers = reg.centers
         # An optimizer passes over parameters that have no gradient; a stale one moves a frozen γ.
         for param in binding.params:
             if (options or not param.requires_grad) and param.grad is not None:

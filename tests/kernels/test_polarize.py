@@ -16,8 +16,17 @@ from support.backends import (
     random_gammas,
     table_of,
 )
-from support.oracles import DEEPHOYER, L1, POLARIZATION, REGULARIZERS, PlainTraining, subgradients
+from support.oracles import (
+    CENTERED,
+    DEEPHOYER,
+    L1,
+    POLARIZATION,
+    REGULARIZERS,
+    PlainTraining,
+    subgradients,
+)
 
+from polarfast.errors import ArgumentError
 from polarfast.kernels.table import Penalty, SgdStep
 
 SIZES = [3, 64, 700, 1]  # one longer than a Triton block, one of a single γ
@@ -83,6 +92,48 @@ def test_subgradient_with_ties(backend, rows, t, per_layer):
     want = subgradients(params, weights, POLARIZATION, t, per_layer)
     table_of(params, backend, weights).add_subgradient_(Penalty(POLARIZATION, 1.0, t, per_layer))
     assert_close([param.grad for param in params], want)
+
+
+@pytest.mark.slow
+@every_backend
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([-0.5, 0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=6),
+        min_size=1,
+        max_size=5,
+    ),
+    t=st.floats(-2, 2),
+)
+def test_subgradient_about_centers_with_ties(backend, rows, t):
+    params = with_zero_gradients(rows, backend)
+    weights = [1.0 + i for i in range(len(rows))]
+    want = subgradients(params, weights, CENTERED, t)
+    table_of(params, backend, weights).add_subgradient_(Penalty(CENTERED, 1.0, t))
+    assert_close([param.grad for param in params], want)
+
+
+@every_backend
+def test_centers_change_between_steps(backend):
+    """Above its center a factor of t = 1 feels nothing, under it 2λ, at 0 λ."""
+    params = with_zero_gradients([[0.0, 0.4, 0.8], [0.4, 0.8]], backend)
+    table = table_of(params, backend)
+    for centers, want in (
+        ((0.5, 0.5), [[1.0, 2.0, 0.0], [2.0, 0.0]]),
+        ((0.3, 0.9), [[1.0, 0.0, 0.0], [2.0, 2.0]]),
+    ):
+        table.centers = centers
+        for param in params:
+            param.grad.zero_()
+        table.add_subgradient_(Penalty(CENTERED, 1.0, 1.0))
+        assert_close([param.grad for param in params], [torch.tensor(row) for row in want])
+
+
+@every_backend
+def test_centers_are_as_many_as_layers(backend):
+    table = table_of(with_zero_gradients([[0.5], [0.5]], backend), backend)
+    with pytest.raises(ArgumentError, match="1 centers for 2"):
+        table.centers = (0.5,)
 
 
 @every_launch

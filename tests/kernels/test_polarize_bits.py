@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import TESTS
 from support.backends import bits, random_gammas
-from support.oracles import REGULARIZERS
+from support.oracles import REGULARIZERS, centers
 
 from polarfast.kernels import ScaleTable
 from polarfast.kernels.table import Penalty, SgdStep
@@ -18,6 +18,7 @@ def three_steps() -> list[bytes]:
     params = random_gammas([1, 17, 300, 5000])
     state = {param: {"momentum_buffer": torch.zeros_like(param)} for param in params}
     table = ScaleTable([str(i) for i in range(len(params))], params)
+    table.centers = centers(len(params))
     for kind, per_layer in REGULARIZERS:
         table.refresh(state)
         penalty = Penalty(kind, 0.1, 1.2, per_layer)

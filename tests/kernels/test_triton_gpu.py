@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import triton  # noqa: E402
 from support.backends import random_gammas  # noqa: E402
-from support.oracles import L1, POLARIZATION, REGULARIZERS  # noqa: E402
+from support.oracles import L1, POLARIZATION, REGULARIZERS, centers  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
@@ -45,6 +45,7 @@ class Factors:
         names = [f"{i}.weight" for i in range(len(sizes))]
         weights = [1.0 + 0.25 * i for i in range(len(sizes))]
         self.table = table_of(names, self.params, weights)
+        self.table.centers = centers(len(sizes))
         self.table.refresh(self.state)
 
     def values(self):

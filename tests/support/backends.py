@@ -10,6 +10,8 @@ from torch import Tensor
 from polarfast.kernels import EagerTable, ScaleTable, table_type
 from polarfast.kernels.table import Table
 
+from .oracles import centers
+
 _needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
@@ -49,7 +51,9 @@ def random_gammas(
 def table_of(
     params: Sequence[Tensor], backend: str, weights: Sequence[float] | None = None
 ) -> Table:
-    return kind_of(backend)([f"bn{i}.weight" for i in range(len(params))], params, weights)
+    table = kind_of(backend)([f"bn{i}.weight" for i in range(len(params))], params, weights)
+    table.centers = centers(len(params))
+    return table
 
 
 def kind_of(backend: str) -> type[Table]:

@@ -10,9 +10,22 @@ from torch import Tensor
 
 from polarfast.kernels.table import Kind, Penalty, SgdStep
 
-POLARIZATION, L1, DEEPHOYER = Kind
+POLARIZATION, L1, DEEPHOYER, CENTERED = Kind
 # (kind, per_layer)
-REGULARIZERS = [(POLARIZATION, False), (POLARIZATION, True), (L1, False), (DEEPHOYER, False)]
+REGULARIZERS = [
+    (POLARIZATION, False),
+    (POLARIZATION, True),
+    (L1, False),
+    (DEEPHOYER, False),
+    (CENTERED, False),
+]
+
+
+def centers(rows: int) -> list[float]:
+    """What CENTERED compares the γ of each of so many tensors with, in these tests: between two
+    float32 numbers, on a value that γ take, under and above all of them.
+    """
+    return [(0.3, 0.25, -1.0, 2.0)[row % 4] for row in range(rows)]
 
 
 def penalty(
@@ -22,13 +35,15 @@ def penalty(
     t: float,
     per_layer: bool = False,
 ) -> Tensor:
-    """R(γ; w): Eq. 2, ‖γ‖₁, or Σ ‖γ‖₁²/‖γ‖₂² over the layers."""
+    """R(γ; w): Eq. 2, ‖γ‖₁, Σ ‖γ‖₁²/‖γ‖₂² over the layers, or Eq. 2 about given centers."""
     network_mean = torch.cat([gamma.flatten() for gamma in gammas]).mean()
     total = torch.zeros((), dtype=torch.float64)
-    for gamma, weight in zip(gammas, weights, strict=True):
+    for gamma, weight, center in zip(gammas, weights, centers(len(gammas)), strict=True):
         if kind == POLARIZATION:
             mean = gamma.mean() if per_layer else network_mean
             total = total + weight * (t * gamma.abs() - (gamma - mean).abs()).sum()
+        elif kind == CENTERED:
+            total = total + weight * (t * gamma.abs() - (gamma - center).abs()).sum()
         elif kind == L1:
             total = total + weight * gamma.abs().sum()
         elif gamma.detach().any():

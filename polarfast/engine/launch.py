@@ -167,7 +167,7 @@ def introduction(run: Run) -> str:
     sparsity = recipe.sparsity
     aim = f"lam={sparsity.lam:g}, t={sparsity.t:g}"
     if sparsity.regularizer == "flops-target":
-        aim = f"lam={sparsity.lam:g}, t steered to cut {100 * (sparsity.cut or 0):g} % of the MACs"
+        aim = f"steered to cut {100 * (sparsity.cut or 0):g} % of the MACs"
     elif sparsity.regularizer != "polarization":
         aim = f"{sparsity.regularizer}, lam={sparsity.lam:g}"
     several = f", {run.workers.world} processes" if run.workers.world > 1 else ""

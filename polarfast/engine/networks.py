@@ -102,7 +102,6 @@ class Networks:
                 self.example,
                 scales,
                 cut=sparsity.cut,
-                lam=lam,
                 upper=upper,
                 clamp=clamp,
                 steps=steps,

@@ -60,10 +60,10 @@ class Sparsity:
     """What acts on the scaling factors (paper, Eq. 2).
 
     Attributes:
-        regularizer: "polarization"; "flops-target": polarization that steers t towards ``cut``;
+        regularizer: "polarization"; "flops-target": polarization that steers itself to ``cut``;
             "l1" (network slimming); "deephoyer"; "none".
-        lam: λ, strength.
-        t: balance of polarization's two terms.
+        lam: λ, strength; "flops-target" finds its own.
+        t: balance of polarization's two terms; "flops-target" has its own.
         upper: a, scaling factors are clamped to [0, a]; None: no clamp.
         mean: of γ, "global" (the paper) or of each "layer".
         clamp: "scales" clamps what is regularized; "all" every BatchNorm weight, or every gate.

@@ -67,7 +67,6 @@ class FlopsTarget(Polarization):
         cut: the share of MACs to cut, in (0, 1).
         steps: number of optimizer steps of the training, ``epochs * len(loader)``. Without it,
             1,000 are assumed: the share is reached after 700 and held from then on.
-        lam: λ > 0 to start from, in place of the estimate.
         upper, clamp: as in `Polarization`.
         fold, round_to, min_channels: those of the plan to be made at the end.
         every: steps between two looks at the γ; by default 10, and fewer in a short training.
@@ -92,7 +91,6 @@ class FlopsTarget(Polarization):
         cut: float = 0.54,
         *,
         steps: int | None = None,
-        lam: float | None = None,
         upper: float = 1.0,
         clamp: str = "scales",
         fold: str = "exact",
@@ -100,7 +98,7 @@ class FlopsTarget(Polarization):
         min_channels: int = 1,
         every: int | None = None,
     ) -> None:
-        _check(cut, lam, steps, every)
+        _check(cut, steps, every)
         super().__init__(0.0, 1.0, upper, clamp=clamp)
         self.cut, self.live = float(cut), 0.0
         self.predictor = CutPredictor(
@@ -109,7 +107,6 @@ class FlopsTarget(Polarization):
         self._steps = steps
         self._horizon = HORIZON if steps is None else steps
         self._every = every or min(max(self._horizon // 60, 1), 10)
-        self._given = lam
         self._steered: ScalingFactors | None = None  # those of the last step
         self._part: Part | None = None  # of these
         self._step = 0
@@ -242,7 +239,7 @@ class FlopsTarget(Polarization):
         """λ for the steps until the next look."""
         if self._estimate == 0.0:
             wanted = 0.5 / (FALL * self._horizon)  # a step: from where factors start
-            self._estimate = self._given or self._strength_for(wanted, scales, optimizer, scale)
+            self._estimate = self._strength_for(wanted, scales, optimizer, scale)
             self.lam = self._estimate
             return
         change = 1 / GROWTH**self._every
@@ -431,11 +428,9 @@ def _between(order: Tensor, count: int) -> float:
     return below
 
 
-def _check(cut: float, lam: float | None, steps: int | None, every: int | None) -> None:
+def _check(cut: float, steps: int | None, every: int | None) -> None:
     if not isinstance(cut, int | float) or not 0.0 < cut < 1.0:
         raise ArgumentError(f"cut={cut!r}: give the share of MACs to cut, between 0 and 1")
-    if lam is not None and not lam > 0:
-        raise ArgumentError(f"lam={lam!r}: nothing is cut without a strength λ above 0")
     for name, number in (("steps", steps), ("every", every)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ArgumentError(f"{name}={number!r}: give a whole number of steps, at least 1")

@@ -91,7 +91,7 @@ def test_fewer_are_stepped_than_are_pruned(gone: bool) -> None:
 def test_the_others_get_the_task_s_gradient_alone() -> None:
     model, scales = make()
     chosen = scales.select(INNER)
-    reg = pf.FlopsTarget(model, X, scales, 0.3, lam=0.1, steps=10)
+    reg = pf.FlopsTarget(model, X, scales, 0.3, steps=10)
     reg.load_state_dict({**reg.state_dict(), "step": 5})
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     model(X).square().sum().backward()
@@ -148,7 +148,7 @@ def test_factors_that_do_not_fit_are_refused() -> None:
 
 def test_one_set_of_factors_at_a_time() -> None:
     model, scales = make()
-    reg = pf.FlopsTarget(model, X, scales, 0.3, lam=1e-3)
+    reg = pf.FlopsTarget(model, X, scales, 0.3)
     train(model, scales, reg, 1)
     refused(model, scales.select(INNER), reg, "make one for each set of factors")
     train(model, scales.rebind(model), reg, 1)

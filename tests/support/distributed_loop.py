@@ -132,7 +132,7 @@ def target(how: str) -> tuple[nn.Module, pf.ScalingFactors, Loop]:
     model = network()
     scales = pf.scaling_factors(model, example())
     loop = Loop(steps=24, attach=how == "some")
-    loop.reg = pf.FlopsTarget(model, example(), scales, 0.5, lam=0.004, steps=100, every=4)
+    loop.reg = pf.FlopsTarget(model, example(), scales, 0.5, steps=30, every=4)
     return model, scales.select("^[17]") if how == "some" else scales, loop
 
 

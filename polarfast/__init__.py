@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .stepping.regularizers import Regularizer as Regularizer
     from .stepping.step import attach as attach
     from .stepping.step import step as step
+    from .stepping.strength import suggest_lam as suggest_lam
 
 __version__ = "0.1.0"
 
@@ -71,6 +72,7 @@ _PUBLIC = {
     "steering.search": "SearchResult Stability Trial search",
     "stepping.regularizers": "DeepHoyer L1 Polarization Regularizer",
     "stepping.step": "attach step",
+    "stepping.strength": "suggest_lam",
 }
 _DEFINED_IN = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 

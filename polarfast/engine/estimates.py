@@ -128,9 +128,8 @@ def _dry_run(run: Run, console: Console) -> None:
     if recipe.hardware.channels_last:
         model.to(memory_format=torch.channels_last)
     console.print(to_yaml(recipe), markup=False, highlight=False)
-    # Only a share to cut can be out of reach; thresholds say nothing before training.
-    pruning = recipe.pruning if recipe.pruning.cut is not None else Pruning(method="none")
-    plan = run.networks.plan(model.eval(), scales, pruning)
+    run.networks.check_reach(model.eval(), scales)
+    plan = run.networks.plan(model, scales, Pruning(method="none"))
     console.print(_model_table(model, scales, plan))
     cost = estimate(model.train(), data, recipe, run.workers.world)
     console.print(_cost_table(cost, run))

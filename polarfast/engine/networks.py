@@ -140,6 +140,16 @@ class Networks:
             return pf.plan(model, self.example, scales, cut=pruning.cut, scores=scores, **limits)
         return pf.plan(model, self.example, scales, pruning.method, value=pruning.value, **limits)
 
+    def check_reach(self, model: nn.Module, scales: pf.ScalingFactors) -> None:
+        """Raise PlanError if the recipe's ``pruning.cut`` is out of reach, before any training."""
+        pruning = self.recipe.pruning
+        if pruning.cut is None:
+            return
+        scores = _scores(scales, pruning.method, self.recipe.seed)
+        found = pf.reachable(model, self.example, scales, scores=scores, **_limits(pruning))
+        if pruning.cut > found.macs[1]:
+            raise found.refusal(pruning.cut)
+
     def _gated(self, model: nn.Module) -> nn.Module:
         sparsity = self.recipe.sparsity
         if sparsity.gates:

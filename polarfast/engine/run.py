@@ -116,8 +116,8 @@ class Run:
                 f"sparsity.init={sparsity.init:g} overwrites the scaling factors of "
                 f"'{self.recipe.weights}'; to keep them: --sparsity.init None"
             )
-        if self.recipe.pruning.cut is not None and self._trainer_state is None:
-            self.networks.plan(model, scales)  # a share out of reach is refused before training
+        if self._trainer_state is None:
+            self.networks.check_reach(model, scales)
         predict = self.networks.predictor(model, scales)
         steps = self.steps_per_epoch * self.recipe.train.epochs
         regularizer = self.networks.regularizer(model, scales, steps)

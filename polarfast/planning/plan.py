@@ -1,5 +1,6 @@
 """`plan`: from thresholds to the channels that stay, and what that saves."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..inputs import describe, unwrap
 from ..layers import lost_gates
 from ..scaling.factors import ScalingFactors
 from ..tracing.classes import Channels, Traced, trace_channels
+from . import remarks
 from .costs import Costs
 from .limits import Counts, Limits, Shares
 from .pruning_plan import LayerPlan, PruningPlan
@@ -43,6 +45,10 @@ def plan(
     scores: Mapping[str, Tensor] | None = None,
 ) -> PruningPlan:
     """Choose the channels that stay (Sec. 3.3). The model is left as found.
+
+    What should not pass in silence is warned of and in the plan's table (`PruningPlan.remarks`):
+    that γ have not parted and (almost) nothing goes, that a share to cut takes channels that do
+    something, that equal γ were told apart by their order.
 
     Limits only ever add channels back, the strongest first; the plan's notes say how many. Each is
     one number for all layers, or a mapping of regular expressions on γ's names to numbers, of which
@@ -104,6 +110,16 @@ def plan(
     _note_widths(notes, choice, folded, limits)
     asked = dict(limits.given) | ({} if aim is None else {"cut": aim.cut, "of": aim.of})
     written = _write_plan(chooser, choice, folded, bounds, notes, method=method, asked=asked)
+    if scores is None:
+        if aim is not None:
+            written.remarks = remarks.on_share(written, scales, ranking, trial.count)
+        elif method == "percentile":
+            written.remarks = remarks.on_share(written, scales)
+        else:
+            written.remarks = remarks.on_thresholds(written, scales)
+        for remark in written.remarks:
+            warnings.warn(f"pf.plan: {remark}", stacklevel=2)
+    written._gammas = {name: gamma.detach().clone() for name, gamma in scales.items()}
     written._traced = Traced(chooser.model, chooser.channels)
     written._folded = Folded(chooser.model, chooser.channels, choice.alive(), folded, fold)
     return written

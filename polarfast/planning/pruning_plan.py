@@ -54,6 +54,7 @@ class PruningPlan:
         inexact: reader's weight name -> why removed channels are not folded into it exactly.
         asked: the limits and the share to cut that the plan was made for, those that were given, by
             the name of `plan`'s argument (JSON data).
+        remarks: what is to be known before the plan is used, in sentences; `plan` warns of each.
         profiled: what `profile` measured last; not part of the plan's text.
     """
 
@@ -70,15 +71,17 @@ class PruningPlan:
     params: int
     inexact: dict[str, str] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     profiled: "Profile | None" = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # For `slim` on the same model; no part of the plan, so neither compared, copied nor kept.
         self._traced: Traced | None = None
         self._folded: Folded | None = None
+        self._gammas: dict[str, Tensor] = {}  # as they were
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_traced": None, "_folded": None}
+        return {**self.__dict__, "_traced": None, "_folded": None, "_gammas": {}}
 
     @property
     def flops_reduction(self) -> float:
@@ -111,6 +114,7 @@ class PruningPlan:
             "pinned": self.pinned,
             "inexact": self.inexact,
             "asked": self.asked,
+            "remarks": self.remarks,
         }
         return json.dumps(data, indent=1)
 
@@ -200,9 +204,13 @@ def _from_data(data: Mapping[str, Any]) -> PruningPlan:
         "pinned",
         "inexact",
     )
-    asked = dict(data.get("asked", {}))  # plans written before it was recorded
+    # Plans written before these were recorded have neither.
     return PruningPlan(
-        kept=kept, layers=layers, asked=asked, **{name: data[name] for name in names}
+        kept=kept,
+        layers=layers,
+        asked=dict(data.get("asked", {})),
+        remarks=list(data.get("remarks", [])),
+        **{name: data[name] for name in names},
     )
 
 
@@ -249,6 +257,7 @@ def table(plan: PruningPlan) -> str:
         lines.append(f"takes no part: {some}: {reason}")
     for name, why in plan.inexact.items():
         lines.append(f"not exact: {name}: {why}")
+    lines += [f"NOTE: {remark}" for remark in plan.remarks]
     if plan.profiled is not None:
         lines += ["", str(plan.profiled)]
     return "\n".join(lines)

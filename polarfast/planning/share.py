@@ -33,6 +33,14 @@ class Reach:
     params: tuple[float, float]
     binding: dict[str, tuple[float, float]]
 
+    def refusal(self, cut: float, of: str = "macs") -> PlanError:
+        """Says that this share is out of reach, and what is not."""
+        what = {"macs": "MACs", "params": "parameters"}[of]
+        return PlanError(
+            f"cut={cut:g} of the {what} is out of reach: {self}. Ask for less, ease a limit, or "
+            "let more layers take part (residual='expand' or 'couple' in scaling_factors)"
+        )
+
     def __str__(self) -> str:
         (low, high), (low_params, high_params) = self.macs, self.params
         lines = [
@@ -212,12 +220,8 @@ class _Search:
         return shares[self._aim.of] >= self._aim.cut - ROUNDING
 
     def _out_of_reach(self) -> PlanError:
-        what = {"macs": "MACs", "params": "parameters"}[self._aim.of]
-        return PlanError(
-            f"cut={self._aim.cut:g} of the {what} is out of reach: "
-            f"{reach(self._chooser, self._trials.ranking)}. Ask for less, ease a limit, or let "
-            "more layers take part (residual='expand' or 'couple' in scaling_factors)"
-        )
+        found = reach(self._chooser, self._trials.ranking)
+        return found.refusal(self._aim.cut, self._aim.of)
 
     def _crossing(self) -> int:
         """A count at which enough goes and with one channel less does not, as foretold."""

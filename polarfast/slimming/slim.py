@@ -1,6 +1,7 @@
 """`slim`: a new, smaller, dense model from a plan."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +82,7 @@ def slim(
     check_fold(fold)
     model = unwrap(model)
     channels, choice = _fit(model, plan)
+    _warn_of(plan, model)
     blueprint = _draw(model, plan, channels, choice, fold)
     if verify:
         # Built in float64, where only the algebra can be wrong.
@@ -90,6 +92,31 @@ def slim(
     if optimizer is not None:
         migrate_optimizer(optimizer, model, small, blueprint.layout, edits.blank)
     return small
+
+
+def _warn_of(plan: PruningPlan, model: nn.Module) -> None:
+    """Say it where nothing is cut, and where γ are no longer those that the plan was made from."""
+    if all(plan.kept[name].numel() == layer.channels for name, layer in plan.layers.items()):
+        warnings.warn(
+            "pf.slim: the plan removes no channel, so this is a copy of the model: print(plan) "
+            "says why",
+            stacklevel=3,
+        )
+    if plan._traced is None or not plan._traced.fits(model):
+        return  # another model than the plan's: an EMA copy has γ of its own
+    params = dict(model.named_parameters())
+    since = {
+        name: float((params[name].detach() - before).abs().max())
+        for name, before in plan._gammas.items()
+        if not torch.equal(params[name].detach(), before)
+    }
+    if since:
+        name = max(since, key=since.__getitem__)
+        warnings.warn(
+            f"pf.slim: the γ of {len(since)} layers have changed since the plan was made (by up to "
+            f"{since[name]:.2g}, in {name}), so it may remove channels that are used: plan anew",
+            stacklevel=3,
+        )
 
 
 #: From a tensor's name, its cut copy to be edited in place.

@@ -30,6 +30,8 @@ class Binding:
         sharded: whether they are DTensors.
         trainable: those with `requires_grad`, as of the last `check_members`.
         groups: indices of the optimizer's parameter groups that hold a trainable γ, as of then.
+        drift: how far λ·∂R_s could move a γ under SGD, in all steps so far; None: not known, since
+            the steps were those of an optimizer that scales gradients.
     """
 
     def __init__(self, scales: ScalingFactors) -> None:
@@ -39,6 +41,7 @@ class Binding:
         _check_sizes(scales)
         self.trainable: list[Tensor] = []
         self.groups: list[int] = []
+        self.drift: float | None = 0.0
         self._others: Mapping[str, Tensor] = scales.others
         self._model = scales._model
         self._seen: list[Any] = []  # by the last check: requires_grad of each γ, then the groups
@@ -114,6 +117,14 @@ class Binding:
                 "parameters were replaced: take scales.rebind(model), then make the optimizer"
                 f"{lost_gates(self.names)}"
             )
+
+    def add_drift(self, reg: Regularizer, group: Mapping[str, Any]) -> None:
+        """Count a step of a parameter group."""
+        lr = group["lr"]
+        if self.drift is None or isinstance(lr, Tensor) or "betas" in group or "eps" in group:
+            self.drift = None
+        else:
+            self.drift += reg.lam * (reg.t + 1.0) * lr / (1.0 - group.get("momentum", 0.0))
 
     def table(self, reg: Regularizer | None) -> Table:
         """The address table of all γ, with the layer weights of `reg` if they matter."""

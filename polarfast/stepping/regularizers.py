@@ -192,7 +192,7 @@ class Polarization(Regularizer):
 
     Args:
         lam: λ ≥ 0, strength; 3e-5 to 1e-4 in the paper's recipes.
-        t: balance; the larger, the more γ go to 0. 1.0 to 1.5 in the paper's recipes.
+        t: balance, in [-2, 2]; the larger, the more γ go to 0. 1.0 to 1.5 in the paper's recipes.
         upper: a; γ are clamped to [0, a] after each optimizer step. None: no clamp.
         mean: "global" (the paper): γ̄ over all n factors; "layer": over each layer.
         clamp: "scales", or "all" to clamp every BatchNorm weight as the paper's recipes do.
@@ -216,6 +216,19 @@ class Polarization(Regularizer):
         if mean not in ("global", "layer"):
             raise ArgumentError(f"mean={mean!r}: choose 'global' or 'layer'")
         super().__init__(lam, t, upper, mean == "layer", clamp, weights)
+
+    @property
+    def t(self) -> float:
+        return self._t
+
+    @t.setter
+    def t(self, value: float) -> None:
+        if not -2.0 <= _finite("t", value) <= 2.0:
+            raise ArgumentError(
+                f"t={value!r}: choose from -2 (no γ is pushed to 0) to 2 (all are); what lies "
+                "beyond does the same (Theorem 3.2)"
+            )
+        self._t = float(value)
 
     def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
         if self.per_layer:

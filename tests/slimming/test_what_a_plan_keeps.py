@@ -263,3 +263,29 @@ def test_a_plan_keeps_no_model_alive():
     del model, scales
     gc.collect()
     assert [ref() for ref in refs] == [None, None] and plan._traced is not None
+
+
+class Kernel(nn.Module):
+    """Reads a norm's channels by a kernel of its own, without a module that could have a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.kernel = nn.Parameter(torch.randn(4, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.relu(self.norm(self.conv(x))), self.kernel).mean((2, 3))
+
+
+def test_a_reader_without_a_place_for_a_bias() -> None:
+    """A constant channel stands for the constants; without it they are lost, and that is said."""
+    model, x = Kernel().eval(), torch.randn(1, 3, 8, 8)
+    scales = pf.scaling_factors(model, x)
+    with torch.no_grad():
+        model.norm.weight[:4] = 0
+        model.norm.bias.fill_(0.5)
+    exact = pf.plan(model, x, scales)
+    assert not exact.inexact and exact.layers["norm.weight"].constant == [0]
+    lost = pf.plan(model, x, scales, fold="bias")
+    assert lost.inexact == {"kernel": "its layer has no bias that could take up a constant"}
+    assert not pf.verify(model, pf.slim(model, lost), lost, x).exact

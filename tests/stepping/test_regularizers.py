@@ -16,7 +16,7 @@ from polarfast.scaling.factors import ScalingFactors
 from polarfast.stepping.regularizers import L1, DeepHoyer, Polarization, Regularizer
 
 FACTORS = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=12)
-BALANCES = st.floats(-3.0, 3.0)
+BALANCES = st.floats(-2.0, 2.0)
 
 
 def _scales(*layers: list[float], dtype: torch.dtype = torch.float64) -> ScalingFactors:
@@ -53,7 +53,7 @@ def test_polarization_is_eq_2(layers: list[list[float]], t: float, lam: float) -
     )
 
 
-@pytest.mark.parametrize("t", [-3.0, -2.0, -0.7, 0.0, 1.0, 1.2, 1.5, 2.0, 2.5])
+@pytest.mark.parametrize("t", [-2.0, -0.7, 0.0, 1.0, 1.2, 1.5, 2.0])
 @pytest.mark.parametrize("upper", [0.5, 1.0])
 def test_theorem_3_2(t: float, upper: float) -> None:
     """The minimum over [0, a]^n has ⌊nρ⌋ or ⌊nρ⌋ + 1 factors at a and the others at 0."""

@@ -20,8 +20,9 @@ from ..stepping.regularizers import Polarization
 HORIZON = 1000
 #: The share to cut rises from 0 to all of it between these parts of the training.
 FIRST, LAST = 0.1, 0.7
-#: The part of the training in which a factor is to fall to 0, from when it is chosen.
-FALL = 0.08
+#: The part of the training in which a factor is to fall to 0, from when it is chosen; and the
+#: largest that this may be, where an optimizer cannot move it as fast.
+FALL, LONGEST_FALL = 0.08, 0.4
 #: A factor under this has arrived at 0: in the first bin of the valley's histogram.
 AT_ZERO = 0.01
 #: What the live cut may lack, or the choice of before miss, before something is done about it.
@@ -113,6 +114,7 @@ class FlopsTarget(Polarization):
         self._estimate = 0.0  # λ at first; 0: not known yet
         self._count = 0  # factors to go
         self._before: Tensor | None = None  # their factors at the last look, one after the other
+        self._fall = FALL * self._horizon  # steps in which a factor is to fall to 0
         self._speed = 0.0  # by which factors that are to go have fallen a step, since then
         self._way = 0.0  # that they have to go, on average
         self._warned = False
@@ -185,6 +187,7 @@ class FlopsTarget(Polarization):
         if self._before is not None:
             moved = (self._before - flat)[self._below_centers(steered) & (flat > AT_ZERO)]
             self._speed = float(moved.mean()) / self._every if moved.numel() else 0.0
+        self._fall = self._steps_to_fall(flat, scales, optimizer)
         self._choose(compared, steered)
         chosen = self._below_centers(steered)
         falling = flat[chosen & (flat > AT_ZERO)]
@@ -192,6 +195,16 @@ class FlopsTarget(Polarization):
         if bool(chosen.any()):
             self._change_strength(scales, optimizer, scale)
         self._before = flat
+
+    def _steps_to_fall(self, flat: Tensor, scales: ScalingFactors, optimizer: Optimizer) -> float:
+        """In how many steps a factor is to fall to 0, from when it is chosen."""
+        usual = FALL * self._horizon
+        rate, group = _rate(scales, optimizer)
+        if not _scales_gradients(group):
+            return usual
+        up = flat[flat > AT_ZERO]
+        fastest = float(up.mean()) / rate if up.numel() else 0.0
+        return min(max(usual, fastest), LONGEST_FALL * self._horizon)
 
     def _below_centers(self, steered: Mapping[str, Tensor]) -> Tensor:
         """Which factors are to go, bool [n]."""
@@ -207,7 +220,7 @@ class FlopsTarget(Polarization):
         others = {name: gamma for name, gamma in compared.items() if name not in steered}
         held = thresholds(as_factors(others)) if others else {}
         order = torch.cat(list(ranked.values())).sort().values
-        due = self.due(self._step + round(FALL * self._horizon))
+        due = self.due(self._step + round(self._fall))
         if due == 0.0:
             self._count = 0
         else:
@@ -238,14 +251,14 @@ class FlopsTarget(Polarization):
     ) -> None:
         """λ for the steps until the next look."""
         if self._estimate == 0.0:
-            wanted = 0.5 / (FALL * self._horizon)  # a step: from where factors start
+            wanted = 0.5 / self._fall  # a step: from where factors start
             self._estimate = self._strength_for(wanted, scales, optimizer, scale)
             self.lam = self._estimate
             return
         change = 1 / GROWTH**self._every
         if self._way:
             # Half of the way is done and half of the time gone, on average over those that fall.
-            wanted = self._way / (FALL / 2 * self._horizon)
+            wanted = 2 * self._way / self._fall
             change = min(max(wanted / max(self._speed, 1e-12), change), 1 / change)
         lam = self.lam * change
         self.lam = min(max(lam, LEAST * self._estimate), MOST * self._estimate)
@@ -262,9 +275,8 @@ class FlopsTarget(Polarization):
         Args:
             speed: of a factor under its center, a step.
         """
-        group = max(_groups(scales, optimizer), key=lambda group: float(group["lr"]))
-        rate = max(float(group["lr"]), 1e-12)
-        if "eps" not in group and "betas" not in group:  # SGD: 2λ·lr/(1 − μ) a step
+        rate, group = _rate(scales, optimizer)
+        if not _scales_gradients(group):  # SGD: 2λ·lr/(1 − μ) a step
             return speed * (1 - group.get("momentum", 0.0)) / (2 * rate)
         # Adam and the like move by lr times the gradient in units of its usual size.
         assert self._part is not None
@@ -389,6 +401,7 @@ class FlopsTarget(Polarization):
             "before": [] if self._before is None else self._before.tolist(),
             "speed": self._speed,
             "way": self._way,
+            "fall": self._fall,
             "warned": self._warned,
         }
 
@@ -408,13 +421,24 @@ class FlopsTarget(Polarization):
         self.live, self._count, self._speed = state["live"], state["count"], state["speed"]
         self.centers = tuple(state["centers"]) or None
         self._before = torch.tensor(state["before"], device="cpu") if state["before"] else None
-        self._way, self._warned = state["way"], state["warned"]
+        self._way, self._fall, self._warned = state["way"], state["fall"], state["warned"]
 
 
 def _groups(scales: ScalingFactors, optimizer: Optimizer) -> list[dict[str, Any]]:
     """The parameter groups that hold these factors."""
     ids = {id(gamma) for gamma in scales.values()}
     return [g for g in optimizer.param_groups if not ids.isdisjoint(map(id, g["params"]))]
+
+
+def _rate(scales: ScalingFactors, optimizer: Optimizer) -> tuple[float, dict[str, Any]]:
+    """The largest learning rate of the factors, and the parameter group that has it."""
+    group = max(_groups(scales, optimizer), key=lambda group: float(group["lr"]))
+    return max(float(group["lr"]), 1e-12), group
+
+
+def _scales_gradients(group: Mapping[str, Any]) -> bool:
+    """Whether steps are gradients in units of their usual size, as Adam's: at most lr or so."""
+    return "betas" in group or "eps" in group
 
 
 def _between(order: Tensor, count: int) -> float:

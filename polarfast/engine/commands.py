@@ -257,7 +257,9 @@ def sweep(options: SweepOptions, console: Console) -> None:
 class SearchOptions:
     """λ and t for a share of the MACs to cut: Algorithm 1, each trial a sparsity training.
 
-    A trial is left off as soon as its share is stable. Finished trials are kept in a journal.
+    It starts from the recipe's λ and goes outward. A trial is left off as soon as its share is
+    stable, or clearly too large. Finished trials are kept in a journal. One training is enough with
+    --sparsity.regularizer flops-target.
 
     Attributes:
         recipe: what is trained; every setting.
@@ -265,7 +267,8 @@ class SearchOptions:
         cut: share of the MACs to cut.
         tol: δ, how far from it the result may be.
         max_trials: give up after so many.
-        lam_high: where the search for λ begins to halve.
+        lam_high: bisect λ between 0 and this from the start, as the paper prints the algorithm, in
+            place of starting from the recipe's.
         window: a trial's share is stable when the last WINDOW epochs span at most SPREAD.
         spread: see window.
         warm_epochs: train so long without a regularizer first, once, and start every trial there.
@@ -273,10 +276,10 @@ class SearchOptions:
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     out: Path
-    cut: float = 0.5
+    cut: float = tyro.MISSING
     tol: float = 0.05
     max_trials: int = 20
-    lam_high: float = 2e-4
+    lam_high: float | None = None
     window: int = Stability.window
     spread: float = Stability.spread
     warm_epochs: int = 0
@@ -287,6 +290,13 @@ def search(options: SearchOptions, console: Console) -> None:
     from .campaigns import seeking
     from .folder import NAMES
 
+    recipe, high = options.recipe, options.lam_high
+    console.print(
+        f"At most {options.max_trials} trainings of up to {recipe.train.epochs} epochs, "
+        + (f"from λ = {recipe.sparsity.lam:g} outward" if high is None else f"λ up to {high:g}")
+        + "; 2 to 8 are usual",
+        highlight=False,
+    )
     result = seeking.seek(
         options.recipe,
         options.cut,
@@ -295,7 +305,8 @@ def search(options: SearchOptions, console: Console) -> None:
         options.warm_epochs,
         tol=options.tol,
         max_trials=options.max_trials,
-        lam_high=options.lam_high,
+        lam=recipe.sparsity.lam if high is None else None,
+        lam_high=high,
         t=options.recipe.sparsity.t,
         stability=Stability(options.window, options.spread),
     )

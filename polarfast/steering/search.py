@@ -20,6 +20,8 @@ FORMAT, VERSION = "polarfast-search", 1  # of the journal
 RAISES = 4
 #: and its upper end grows by this factor, at most so often.
 GROWTH, GROWTHS = 4.0, 6
+#: A search from a λ goes outward by this factor until the share lies between those of two λ.
+OUTWARD = 4.0
 #: A bracket is given up when it has shrunk to this share of its first width: F jumps within it.
 NARROW = 1 / 64
 #: Beyond these, all factors end on one side (Theorem 3.2).
@@ -86,7 +88,8 @@ def search(
     tol: float = 0.05,
     journal: str | Path | None = None,
     *,
-    lam_high: float = 2e-4,
+    lam: float | None = None,
+    lam_high: float | None = None,
     t: float = 1.2,
     t_step: float = 0.1,
     stability: Stability | None = None,
@@ -99,6 +102,10 @@ def search(
 
     - the bracket of λ grows fourfold after four trials in a row that cut too little, and at each
       further one; where F does not answer to that, or jumps within the bracket, t takes over;
+    - with `lam`, a λ that is thought to be about right (a recipe's, or `suggest_lam`), the search
+      starts there and goes outward fourfold, out of regions where nothing is cut, until the share
+      lies between those of two λ, then halves their ratio; a trial ends as soon as it cuts more
+      than `cut` + 2·`tol`;
     - t is bisected once the share asked for lies between those of two t, and stays in [−2, 2];
     - there are `max_trials` trainings at most.
 
@@ -110,7 +117,9 @@ def search(
         tol: δ, how far from `cut` the result may be.
         journal: a file to which each finished trial is added. Started again with the same settings,
             the search goes on after the last of them.
-        lam_high, t, t_step: where λ's bracket ends, and where t starts and how far it steps.
+        lam: where λ starts; without it, Algorithm 1 as printed decides.
+        lam_high: where λ's bracket ends, in place of `lam`; 2e-4, the paper's, if neither is given.
+        t, t_step: where t starts and how far it steps.
         stability: when a trial's share is stable.
         max_trials: the most trainings, those in the journal included.
 
@@ -125,13 +134,24 @@ def search(
         SearchError: `train` yields nothing or what is no share of MACs; or the search ended without
             coming within 2·`tol`. The message lists all trials.
     """
-    numbers = {"cut": cut, "tol": tol, "lam_high": lam_high, "t": t, "t_step": t_step}
+    if lam is not None and lam_high is not None:
+        raise ArgumentError(
+            f"lam={lam!r} and lam_high={lam_high!r}: start from one λ, or bisect up to one; leave "
+            "one of them out"
+        )
+    if lam is None and lam_high is None:
+        lam_high = 2e-4
+    start = {"lam_high": lam_high} if lam is None else {"lam": lam}
+    numbers = {"cut": cut, "tol": tol, **start, "t": t, "t_step": t_step}
     _check(numbers, max_trials)
     stability = stability or Stability()
     settings = {**numbers, "stability": dataclasses.asdict(stability)}
     run = _Search(train, cut, tol, Journal(journal, settings), stability, max_trials)
     try:
-        run.find_lam(lam_high, t)
+        if lam is not None:
+            run.find_lam_from(lam, t)
+        elif lam_high is not None:
+            run.find_lam(lam_high, t)
         run.find_t(t_step)
         ending = ""
     except _Over as over:
@@ -146,16 +166,16 @@ def search(
     return SearchResult(best.lam, best.t, best.cut, tuple(run.trials), not ending)
 
 
-def _check(numbers: dict[str, float], max_trials: int) -> None:
+def _check(numbers: dict[str, Any], max_trials: int) -> None:
     for name, number in numbers.items():
         if not isinstance(number, int | float):
             raise ArgumentError(f"{name}={number!r}: it must be an int or a float")
-    cut, tol, lam_high, t, t_step = numbers.values()
+    cut, tol, strength, t, t_step = numbers.values()
     if not 0.0 < cut < 1.0:
         raise ArgumentError(f"cut={cut!r}: give the share of MACs to cut, between 0 and 1")
     if not 0.0 < tol < 1.0:
         raise ArgumentError(f"tol={tol!r}: give how far from cut= a result may be, e.g. 0.05")
-    for name, number in (("lam_high", lam_high), ("t_step", t_step)):
+    for name, number in ((list(numbers)[2], strength), ("t_step", t_step)):
         if not 0.0 < number < math.inf:
             raise ArgumentError(f"{name}={number!r}: give a finite number above 0")
     if not T_RANGE[0] <= t <= T_RANGE[1]:
@@ -283,6 +303,7 @@ class _Search:
     ) -> None:
         self._train, self._cut, self._tol = train, cut, tol
         self._journal, self._stability, self._max_trials = journal, stability, max_trials
+        self._most = math.inf  # a trial that cuts more has shown what it can
         self.trials: list[Trial] = []
 
     def off(self, trial: Trial) -> float:
@@ -320,6 +341,29 @@ class _Search:
                 width = high
             if high - low < width * NARROW:
                 return
+
+    def find_lam_from(self, lam: float, t: float) -> None:
+        """The first loop from a λ outward, then between two, until F is within 2δ."""
+        self._most = self._cut + 2 * self._tol
+        low = high = math.nan  # the last λ that cut too little, and too much
+        before, same = math.nan, 0  # how often in a row F did not answer to λ
+        while True:
+            trial = self._run(lam, t)
+            excess = trial.cut - self._cut
+            if abs(excess) < 2 * self._tol:
+                break
+            answers = math.isnan(before) or abs(trial.cut - before) > self._tol / 10
+            same, before = 0 if answers else same + 1, trial.cut
+            low, high = (low, lam) if excess > 0 else (lam, high)
+            if not math.isnan(low) and not math.isnan(high):
+                if high / low < 1 + NARROW:
+                    break
+                lam = math.sqrt(low * high)
+            elif same == GROWTHS:
+                break  # λ moves F no more
+            else:
+                lam = lam / OUTWARD if excess > 0 else lam * OUTWARD
+        self._most = math.inf
 
     def find_t(self, step: float) -> None:
         """The second loop: move t until F is within δ, from the trial that came closest."""
@@ -373,7 +417,7 @@ class _Search:
         try:
             for share in training:
                 cuts.append(self._share(share, lam, t))
-                if self._stability.reached(cuts):
+                if self._stability.reached(cuts) or cuts[-1] > self._most:
                     break
         finally:
             close = getattr(training, "close", None)

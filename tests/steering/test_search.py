@@ -1,5 +1,6 @@
 """The search: Algorithm 1 as printed, its mended endings, and the journal."""
 
+import itertools
 import json
 import math
 import os
@@ -71,6 +72,39 @@ def test_nominal_responses_are_searched_as_algorithm_1_says(middle, goal):
     assert calls == wanted == [(trial.lam, trial.t) for trial in result.trials]
     assert result.converged and abs(result.cut - goal) < 0.05
     assert result.cut == pytest.approx(response(result.lam, result.t))
+
+
+@pytest.mark.parametrize("start", [1e-7, 2e-5, 5e-3])
+@pytest.mark.parametrize("goal", [0.3, 0.5])
+def test_from_a_lam_it_goes_outward_and_then_between(start, goal):
+    calls = []
+    result = pf.search(trains(nominal(5e-5), calls), cut=goal, lam=start)
+    assert result.converged and calls[0] == (start, 1.2)
+    assert len(calls) <= 10
+    lams = [lam for lam, _ in calls]
+    ratios = [after / before for before, after in itertools.pairwise(lams)]
+    first = next((i for i, r in enumerate(ratios) if r not in (4.0, 0.25)), len(ratios))
+    assert len(set(ratios[:first])) <= 1, "one way until the share is passed"
+
+
+def test_from_a_lam_a_trial_ends_when_it_cuts_too_much():
+    lengths = {}
+    for name, options in {"outward": {"lam": 1e-2}, "printed": {"lam_high": 2e-2}}.items():
+        result = pf.search(trains(nominal(1e-4), epochs=40), cut=0.3, **options)
+        lengths[name] = result.trials[0].epochs
+    assert lengths["outward"] < 20 < lengths["printed"]
+
+
+def test_where_lam_does_not_matter_t_takes_over():
+    result = pf.search(trains(lambda lam, t: 0.3 * t), cut=0.42, tol=0.01, lam=1e-3)
+    assert result.converged and result.t == pytest.approx(1.4)
+
+
+def test_a_search_has_one_start():
+    with pytest.raises(pf.ArgumentError, match="leave one of them out"):
+        pf.search(trains(nominal(1e-4)), lam=1e-3, lam_high=1e-2)
+    with pytest.raises(pf.ArgumentError, match="lam=0"):
+        pf.search(trains(nominal(1e-4)), lam=0.0)
 
 
 def test_the_nominal_cases_need_both_loops():

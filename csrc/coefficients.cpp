@@ -58,29 +58,39 @@ int64_t sign_sum(const void* x, int64_t n, double mean) {
   return total;
 }
 
+// Eq. 2 and its form with squares. What each γ counts for in the mean is 1, or its layer's weight.
 template <class T>
 void polarization_coefficients(const Rows& rows, const Penalty& penalty, std::vector<Coefficients>& found) {
   const int64_t count = rows.count();
-  int64_t n = 0;
-  double total = 0;
+  const bool squared = penalty.kind == Kind::squared;
+  const auto counts_for = [&](int64_t l) { return penalty.weighted ? rows.weights[l] : 1.0; };
+  std::vector<double> totals(count);
+  double mass = 0, total = 0;
   for (int64_t l = 0; l < count; ++l) {
-    const double row_total = sum<T>(rows.gammas[l], rows.sizes[l]);
-    found[l].mean = row_total / rows.sizes[l];
-    n += rows.sizes[l];
-    total += row_total;
+    totals[l] = sum<T>(rows.gammas[l], rows.sizes[l]);
+    mass += counts_for(l) * rows.sizes[l];
+    total += counts_for(l) * totals[l];
   }
-  double weighted_signs = 0;
+  const double mean = mass == 0 ? 0 : total / mass;
+  double pull = 0;  // on the mean: Σ w_i·φ'(γ_i − mean)
   for (int64_t l = 0; l < count; ++l) {
     Coefficients& row = found[l];
-    if (!penalty.per_layer) row.mean = total / n;
-    const double signs = rows.weights[l] * sign_sum<T>(rows.gammas[l], rows.sizes[l], row.mean);
-    weighted_signs += signs;
-    row.a = penalty.lam * penalty.t * rows.weights[l];
-    row.c = -penalty.lam * rows.weights[l];
-    row.k = penalty.lam * signs / rows.sizes[l];
+    const double strength = penalty.lam * rows.weights[l];
+    row.mean = penalty.per_layer ? totals[l] / rows.sizes[l] : mean;
+    const double slopes = squared ? 2 * (totals[l] - rows.sizes[l] * row.mean)
+                                  : sign_sum<T>(rows.gammas[l], rows.sizes[l], row.mean);
+    pull += rows.weights[l] * slopes;
+    row.a = strength * (penalty.t + rows.tilts[l]);
+    if (squared) {
+      row.b = -2 * strength;
+      row.k = 2 * strength * row.mean;
+    } else {
+      row.c = -strength;
+    }
+    if (penalty.through && penalty.per_layer) row.k += strength * slopes / rows.sizes[l];
   }
-  if (penalty.per_layer) return;
-  for (Coefficients& row : found) row.k = penalty.lam * weighted_signs / n;
+  if (!penalty.through || penalty.per_layer || mass == 0) return;
+  for (int64_t l = 0; l < count; ++l) found[l].k += penalty.lam * counts_for(l) * pull / mass;
 }
 
 template <class T>
@@ -106,14 +116,14 @@ std::vector<Coefficients> coefficients(const Rows& rows, const Penalty& penalty)
   if (penalty.kind == Kind::centered) {
     for (int64_t l = 0; l < rows.count(); ++l) {
       const double strength = penalty.lam * rows.weights[l];
-      found[l] = {strength * penalty.t, 0, -strength, 0, rows.centers[l]};
+      found[l] = {strength * (penalty.t + rows.tilts[l]), 0, -strength, 0, rows.centers[l]};
     }
     return found;
   }
   dispatch(rows.dtype, [&](auto element) {
     using T = decltype(element);
-    if (penalty.kind == Kind::polarization) return polarization_coefficients<T>(rows, penalty, found);
-    deephoyer_coefficients<T>(rows, penalty, found);
+    if (penalty.kind == Kind::deephoyer) return deephoyer_coefficients<T>(rows, penalty, found);
+    polarization_coefficients<T>(rows, penalty, found);
   });
   return found;
 }

@@ -26,13 +26,13 @@ py::dict build_info() {
 }
 
 // Penalty and SgdStep of polarfast/kernels/table.py: named tuples.
-using PenaltyTuple = std::tuple<int64_t, double, double, bool>;
+using PenaltyTuple = std::tuple<int64_t, double, double, bool, bool, bool>;
 using SgdTuple = std::tuple<double, double, double, double, bool, bool, std::optional<double>, bool>;
 
 polarfast::Penalty penalty_of(const PenaltyTuple& given) {
-  const auto [kind, lam, t, per_layer] = given;
-  if (kind < 0 || kind > 3) throw py::value_error("polarfast: no regularizer has the kind " + std::to_string(kind));
-  return {static_cast<polarfast::Kind>(kind), lam, t, per_layer};
+  const auto [kind, lam, t, per_layer, weighted, through] = given;
+  if (kind < 0 || kind > 4) throw py::value_error("polarfast: no regularizer has the kind " + std::to_string(kind));
+  return {static_cast<polarfast::Kind>(kind), lam, t, per_layer, weighted, through};
 }
 
 polarfast::Sgd sgd_of(const SgdTuple& given, double grad_scale) {
@@ -46,7 +46,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "How this extension was built, and the SIMD level it runs at.");
 
   py::class_<ScaleRows>(m, "ScaleRows")
-      .def(py::init<py::tuple, const std::string&, std::vector<double>>())
+      .def(py::init<py::tuple, const std::string&, std::vector<double>, std::vector<double>>())
       .def("refresh", &ScaleRows::refresh)
       .def("moving", &ScaleRows::moving)
       .def("grads", &ScaleRows::grads)

@@ -22,6 +22,7 @@ struct Rows {
   ScalarType dtype = ScalarType::Float;
   std::vector<int64_t> sizes;
   std::vector<double> weights;
+  std::vector<double> tilts;  // what is added to t in each row
   std::vector<double> centers;  // for Kind::centered
   std::vector<void*> gammas;
   std::vector<void*> grads;
@@ -31,13 +32,15 @@ struct Rows {
 };
 
 // As in polarfast/kernels/table.py, like Penalty and Sgd.
-enum class Kind : int64_t { polarization = 0, l1 = 1, deephoyer = 2, centered = 3 };
+enum class Kind : int64_t { polarization = 0, l1 = 1, deephoyer = 2, centered = 3, squared = 4 };
 
 struct Penalty {
   Kind kind;
   double lam;
   double t;
   bool per_layer;
+  bool weighted;
+  bool through;
 };
 
 // One step of torch.optim.SGD, in the names of its arguments.

@@ -70,11 +70,13 @@ PyObject* momentum_buffer(PyObject* state, PyObject* param) {
 
 }  // namespace
 
-ScaleRows::ScaleRows(py::tuple params, const std::string& dtype, std::vector<double> weights)
+ScaleRows::ScaleRows(
+    py::tuple params, const std::string& dtype, std::vector<double> weights, std::vector<double> tilts)
     : params_(std::move(params)) {
   const Members& members = Members::get();
   rows_.dtype = scalar_type(dtype);
   rows_.weights = std::move(weights);
+  rows_.tilts = std::move(tilts);
   for (const py::handle& param : params_) rows_.sizes.push_back(integer(call(members.numel, param.ptr())));
   dtype_ = read(members.dtype, params_[0].ptr());
   device_ = read(members.device, params_[0].ptr());

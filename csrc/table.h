@@ -14,7 +14,7 @@ namespace polarfast {
 // addresses and re-reads them at each step through the descriptors of torch.Tensor (public, the same in every torch).
 class ScaleRows {
  public:
-  ScaleRows(pybind11::tuple params, const std::string& dtype, std::vector<double> weights);
+  ScaleRows(pybind11::tuple params, const std::string& dtype, std::vector<double> weights, std::vector<double> tilts);
 
   // Re-reads every address; `momentum_of` is optimizer.state or None. Returns the number of rows with a gradient, or
   // -1 - l if row l cannot be used as it stands: the caller finds out why and says so.

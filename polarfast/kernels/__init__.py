@@ -30,7 +30,10 @@ from .table import Table  # noqa: E402
 
 
 def table_of(
-    names: Sequence[str], params: Sequence[Tensor], weights: Sequence[float] | None = None
+    names: Sequence[str],
+    params: Sequence[Tensor],
+    weights: Sequence[float] | None = None,
+    tilts: Sequence[float] | None = None,
 ) -> Table:
     """The table for these γ, wherever they are; as for `Table`.
 
@@ -39,9 +42,9 @@ def table_of(
         BuildError: Triton is needed and cannot be imported.
     """
     if any(map(is_sharded, params)):
-        return EagerTable(names, params, weights)
+        return EagerTable(names, params, weights, tilts)
     device = params[0].device if params else torch.device("cpu")
-    return table_type(device.type)(names, params, weights)
+    return table_type(device.type)(names, params, weights, tilts)
 
 
 def table_type(device: str) -> type[Table]:

@@ -7,6 +7,9 @@ weights w and the mean over all γ of the network differentiated through:
     R_s(γ) = Σ_i w_i (t |γ_i| − |γ_i − mean|)
     ∂R_s/∂γ_j = w_j (t sgn γ_j − sgn(γ_j − mean)) + 1/n Σ_i w_i sgn(γ_i − mean)
 
+Its variants: another mean (of each layer, or weighted by w); the mean not differentiated through
+(no last term); squares about the mean in place of absolute values (2(γ − mean) for the sgn).
+
 Every regularizer's subgradient is  a_l sgn γ_j + b_l γ_j + c_l sgn(γ_j − m_l) + k_l  with l the
 layer of γ_j, which is how the kernels compute it.
 """
@@ -50,8 +53,9 @@ class EagerTable(Table):
         names: Sequence[str],
         params: Sequence[Tensor],
         weights: Sequence[float] | None = None,
+        tilts: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(names, params, weights)
+        super().__init__(names, params, weights, tilts)
         self._sharding: Sharding | None = None
         if any(map(is_sharded, self.params)):
             self._sharding = Sharding(dict(zip(self.names, self.params, strict=True)))
@@ -63,6 +67,7 @@ class EagerTable(Table):
             self._lengths
         )
         self._weights = torch.tensor(self._row_weights, dtype=self._wide, device=self.device)
+        self._tilt = torch.tensor(self._tilts, dtype=self._wide, device=self.device)
         self._numbers = torch.tensor(self._numels, dtype=self._wide, device=self.device)
         self._use_centers(self.centers)
         self.refresh()
@@ -161,9 +166,10 @@ class EagerTable(Table):
         gamma, weight, sum_over = self._flat(self.params), self._weights[self._row], self._sum
         if penalty.kind == Kind.L1:
             return penalty.lam * (weight * gamma.sign())
+        t = penalty.t + self._tilt[self._row]
         if penalty.kind == Kind.CENTERED:
             away = (gamma - self._at_center).sign()
-            return penalty.lam * weight * (penalty.t * gamma.sign() - away)
+            return penalty.lam * weight * (t * gamma.sign() - away)
         if penalty.kind == Kind.DEEPHOYER:
             norms, squares = sum_over(
                 torch.stack((self._by_layer(gamma.abs()), self._by_layer(gamma.square())))
@@ -173,15 +179,19 @@ class EagerTable(Table):
             a = 2 * self._weights * norms / squares
             b = -a * norms / squares
             return penalty.lam * (a[self._row] * gamma.sign() + b[self._row] * gamma)
+        counted = weight if penalty.weighted else torch.ones_like(weight)  # for in the mean
         if penalty.per_layer:
-            means = sum_over(self._by_layer(gamma)) / self._numbers
-            away = weight * (gamma - means[self._row]).sign()
-            offset = (sum_over(self._by_layer(away)) / self._numbers)[self._row]
+            mean = (sum_over(self._by_layer(gamma)) / self._numbers)[self._row]
         else:
-            mean = sum_over(gamma.sum()) / self.numel
-            away = weight * (gamma - mean).sign()
-            offset = sum_over(away.sum()) / self.numel
-        return penalty.lam * (penalty.t * weight * gamma.sign() - away + offset)
+            mean = sum_over((counted * gamma).sum()) / self._mass(penalty)
+        away = gamma - mean
+        away = weight * (2 * away if penalty.kind == Kind.SQUARED else away.sign())
+        added = t * weight * gamma.sign() - away
+        if penalty.through and penalty.per_layer:
+            added += (sum_over(self._by_layer(away)) / self._numbers)[self._row]
+        elif penalty.through:
+            added += counted * sum_over(away.sum()) / self._mass(penalty)
+        return penalty.lam * added
 
     def _use_centers(self, centers: Sequence[float]) -> None:
         each = torch.tensor(centers, dtype=self._wide, device=self.device)

@@ -27,9 +27,10 @@ class ScaleTable(Table):
         names: Sequence[str],
         params: Sequence[Tensor],
         weights: Sequence[float] | None = None,
+        tilts: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(names, params, weights)
-        self._rows = ScaleRows(self.params, str(self.dtype), self._row_weights)
+        super().__init__(names, params, weights, tilts)
+        self._rows = ScaleRows(self.params, str(self.dtype), self._row_weights, self._tilts)
         self.refresh()
 
     def refresh(self, momentum_of: dict[Any, Any] | None = None) -> int:

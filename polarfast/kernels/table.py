@@ -23,24 +23,32 @@ BINS = 100
 
 
 class Kind(IntEnum):
-    """Which regularizer: R_s of Eq. 2, Σ|γ|, Σ ‖γ_l‖₁²/‖γ_l‖₂² over the layers, or Eq. 2 with a
-    given center of each layer in place of the mean: Σ_l Σ_i (t·|γ_i| − |γ_i − c_l|).
+    """Which regularizer: R_s of Eq. 2, Σ|γ|, Σ ‖γ_l‖₁²/‖γ_l‖₂² over the layers; Eq. 2 with a given
+    center of each layer in place of the mean, Σ_l Σ_i (t·|γ_i| − |γ_i − c_l|); or Eq. 2 with
+    squares, Σ_i (t·|γ_i| − (γ_i − mean)²).
     """
 
     POLARIZATION = 0
     L1 = 1
     DEEPHOYER = 2
     CENTERED = 3
+    SQUARED = 4
 
 
 class Penalty(NamedTuple):
-    """λ·R(γ), as `pf.Regularizer` describes it. `per_layer`: the mean of each layer in place of the
-    mean of all. CENTERED goes by the table's `centers`."""
+    """λ·R(γ), as `pf.Regularizer` describes it.
+
+    CENTERED goes by the table's `centers`. The mean is that of all γ, or of each layer
+    (`per_layer`), or of all γ with each counting for its layer's weight (`weighted`). `through`: it
+    is differentiated through.
+    """
 
     kind: Kind
     lam: float
     t: float = 0.0
     per_layer: bool = False
+    weighted: bool = False
+    through: bool = True
 
 
 class SgdStep(NamedTuple):
@@ -72,6 +80,7 @@ class Table(ABC):
         params: the γ tensors, all of one dtype (float32, float16, bfloat16 or float64) on one
             device, contiguous.
         weights: layer weight w of each γ tensor; all 1 by default.
+        tilts: what is added to t for each γ tensor; all 0 by default.
 
     Attributes:
         names, params: as given, as tuples.
@@ -89,12 +98,14 @@ class Table(ABC):
         names: Sequence[str],
         params: Sequence[Tensor],
         weights: Sequence[float] | None = None,
+        tilts: Sequence[float] | None = None,
     ) -> None:
         self.names = tuple(names)
         self.params = tuple(params)
         self._row_weights = (
             [1.0] * len(self.params) if weights is None else list(map(float, weights))
         )
+        self._tilts = [0.0] * len(self.params) if tilts is None else list(map(float, tilts))
         self._check_arguments()
         self.dtype = self.params[0].dtype
         self.device = self.params[0].device
@@ -175,13 +186,19 @@ class Table(ABC):
             counts: int64 [L, 100]: numpy.histogram(γ as float32, bins=100, range=(0, 1)).
         """
 
+    def _mass(self, penalty: Penalty) -> float:
+        """What all γ together count for in the mean of all; 1 where that is nothing."""
+        counted = self._row_weights if penalty.weighted else (1.0,) * len(self.params)
+        return sum(w * n for w, n in zip(counted, self._numels, strict=True)) or 1.0
+
     def _check_arguments(self) -> None:
         if not self.params:
             raise ArgumentError("there is no scaling factor at all")
-        if not len(self.names) == len(self.params) == len(self._row_weights):
+        lengths = [len(each) for each in (self.names, self.params, self._row_weights, self._tilts)]
+        if len(set(lengths)) > 1:
             raise ArgumentError(
-                f"{len(self.names)} names, {len(self.params)} params and {len(self._row_weights)} "
-                "weights; give one of each for every scaling factor"
+                "{} names, {} params, {} weights and {} tilts; give one of each for every scaling "
+                "factor".format(*lengths)
             )
         first = self.params[0]
         seen: dict[int, str] = {}

@@ -4,10 +4,15 @@ Every regularizer is one arithmetic, for element γ_j of row (layer) l with weig
 
     ∂R/∂γ_j = a·sgn(γ_j) + b·γ_j + c·sgn(γ_j − m) + k
 
-    polarization   a = λ·t·w_l   c = −λ·w_l   m = mean of γ   k = λ/n·Σ_i w_l(i)·sgn(γ_i − m)
     L1             a = λ·w_l
-    centered       a = λ·t·w_l   c = −λ·w_l   m = the center of row l, given
+    polarization   a = λ·t_l·w_l   c = −λ·w_l   m = mean of γ   k = λ/n·Σ_i w_l(i)·sgn(γ_i − m)
+    squared        a = λ·t_l·w_l   b = −2λ·w_l   k = 2λ·w_l·m + 2λ/n·Σ_i w_l(i)·(γ_i − m)
+    centered       a = λ·t_l·w_l   c = −λ·w_l   m = the center of row l, given
     DeepHoyer      a = 2λ·w_l·A/S   b = −2λ·w_l·A²/S²,  with A = ‖γ_l‖₁ and S = ‖γ_l‖₂²
+
+with t_l = t + the row's tilt. Where γ count for their weights in the mean, so do they in k, and the
+sum of the weights ("mass") stands for n. What comes from the mean's own derivative is left out of k
+where the mean is not differentiated through.
 
 Sums and comparisons with the mean are float64, the rest float32 (float64 for float64 γ). A program
 adds in a fixed order and there are no atomics, so results repeat bit for bit. γ reach a kernel
@@ -30,6 +35,7 @@ from .table import Kind
 POLARIZATION = tl.constexpr(Kind.POLARIZATION.value)
 DEEPHOYER = tl.constexpr(Kind.DEEPHOYER.value)
 CENTERED = tl.constexpr(Kind.CENTERED.value)
+SQUARED = tl.constexpr(Kind.SQUARED.value)
 
 # Bits of the SGD kernels' argument `flags`.
 MOMENTUM = tl.constexpr(1)
@@ -154,6 +160,17 @@ def sum_over_rows(values_ptr, weights_ptr, rows, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
+def mean_of_rows(
+    sums_ptr, weights_ptr, rows, mass, WEIGHTED: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    """The mean of all γ from the sums of the rows."""
+    if WEIGHTED:
+        return sum_over_rows(sums_ptr, weights_ptr, rows, BLOCK_SIZE) / mass
+    else:
+        return sum_over_rows(sums_ptr, None, rows, BLOCK_SIZE) / mass
+
+
+@triton.jit
 def _penalty_gradient(gamma, a, b, c, k, mean, KIND: tl.constexpr):
     """The arithmetic at the head of this file; a term that `KIND` lacks is left out (0 · inf)."""
     gradient = a.to(gamma.dtype) * sign_around(gamma, 0.0).to(gamma.dtype)
@@ -162,9 +179,33 @@ def _penalty_gradient(gamma, a, b, c, k, mean, KIND: tl.constexpr):
         gradient += c.to(gamma.dtype) * side + k.to(gamma.dtype)
     elif KIND == CENTERED:
         gradient += c.to(gamma.dtype) * sign_around(gamma.to(tl.float64), mean).to(gamma.dtype)
+    elif KIND == SQUARED:
+        gradient += b.to(gamma.dtype) * gamma + k.to(gamma.dtype)
     elif KIND == DEEPHOYER:
         gradient += b.to(gamma.dtype) * gamma
     return gradient
+
+
+@triton.jit
+def _shift(
+    weight,
+    strength,
+    pull,
+    mean,
+    KIND: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    THROUGH: tl.constexpr,
+):
+    """k of a row under the mean of all; `pull`: λ/mass·Σ of what all γ do to the mean."""
+    shift = strength * 0.0
+    if THROUGH:
+        if WEIGHTED:
+            shift += weight * pull
+        else:
+            shift += pull
+    if KIND == SQUARED:
+        shift += 2.0 * strength * mean
+    return shift
 
 
 @triton.jit
@@ -216,6 +257,7 @@ def _polarize_flat_kernel(
     found_inf_ptr,
     rows,
     n,
+    mass: tl.float64,
     lam: tl.float64,
     t: tl.float64,
     lr: tl.float64,
@@ -226,6 +268,9 @@ def _polarize_flat_kernel(
     lower: tl.float64,
     upper: tl.float64,
     flags,
+    KIND: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    THROUGH: tl.constexpr,
     SGD: tl.constexpr,
     DTYPE: tl.constexpr,
     FLAT_SIZE: tl.constexpr,
@@ -241,10 +286,16 @@ def _polarize_flat_kernel(
     row_of = tl.load(row_of_ptr + every, mask=present, other=0)
     positions = every - tl.load(starts_ptr + row_of)
     scales = load_scales(tl.load(addresses_ptr + row_of), positions, present, DTYPE).to(tl.float64)
-    mean = tl.sum(scales, axis=0) / n
     weights = tl.load(weights_ptr + row_of, mask=present, other=0.0)
-    signs = tl.sum(weights * sign_around(scales, mean), axis=0)
-    shift = signs * lam / n
+    if WEIGHTED:
+        mean = tl.sum(weights * scales, axis=0) / mass
+    else:
+        mean = tl.sum(scales, axis=0) / mass
+    if KIND == SQUARED:
+        pull = tl.sum(weights * 2.0 * (scales - mean), axis=0)
+    else:
+        pull = tl.sum(weights * sign_around(scales, mean), axis=0)
+    pull *= lam / mass
     for start in range(0, n, BLOCK_SIZE):
         index = start + tl.arange(0, BLOCK_SIZE)
         mask = index < n
@@ -254,8 +305,11 @@ def _polarize_flat_kernel(
         grad_address = tl.load(addresses_ptr + rows + row)
         momentum_address = tl.load(addresses_ptr + 2 * rows + row)
         gamma = load_scales(address, offsets, mask, DTYPE)
-        strength = tl.load(weights_ptr + row) * lam
-        penalty = _penalty_gradient(gamma, strength * t, 0.0, -strength, shift, mean, POLARIZATION)
+        weight = tl.load(weights_ptr + row)
+        strength = weight * lam
+        shift = _shift(weight, strength, pull, mean, KIND, WEIGHTED, THROUGH)
+        a = strength * (t + tl.load(weights_ptr + rows + row))
+        penalty = _penalty_gradient(gamma, a, -2.0 * strength, -strength, shift, mean, KIND)
         _apply_penalty(
             gamma,
             penalty,
@@ -284,14 +338,28 @@ def _row_sums_kernel(
 
 @triton.jit(do_not_specialize=_RUNTIME_INTEGERS)
 def _row_signs_kernel(
-    addresses_ptr, sizes_ptr, scratch_ptr, rows, n, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr
+    addresses_ptr,
+    sizes_ptr,
+    weights_ptr,
+    scratch_ptr,
+    rows,
+    mass: tl.float64,
+    KIND: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    """Second: scratch[1] = Σ sgn(γ − mean) of each row; every program forms the mean itself."""
+    """Second: scratch[1] = Σ sgn(γ − mean) of each row, or Σ 2(γ − mean); every program forms the
+    mean itself.
+    """
     row = tl.program_id(0)
-    mean = sum_over_rows(scratch_ptr, None, rows, BLOCK_SIZE) / n
-    address = tl.load(addresses_ptr + row)
-    signs = row_signs(address, tl.load(sizes_ptr + row), mean, DTYPE, BLOCK_SIZE)
-    tl.store(scratch_ptr + rows + row, signs)
+    mean = mean_of_rows(scratch_ptr, weights_ptr, rows, mass, WEIGHTED, BLOCK_SIZE)
+    size = tl.load(sizes_ptr + row)
+    if KIND == SQUARED:
+        slopes = 2.0 * (tl.load(scratch_ptr + row) - size * mean)
+    else:
+        slopes = row_signs(tl.load(addresses_ptr + row), size, mean, DTYPE, BLOCK_SIZE)
+    tl.store(scratch_ptr + rows + row, slopes)
 
 
 @triton.jit(do_not_specialize=_RUNTIME_INTEGERS, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
@@ -303,7 +371,7 @@ def _polarize_rows_kernel(
     grad_scale_ptr,
     found_inf_ptr,
     rows,
-    n,
+    mass: tl.float64,
     lam: tl.float64,
     t: tl.float64,
     lr: tl.float64,
@@ -316,6 +384,8 @@ def _polarize_rows_kernel(
     flags,
     KIND: tl.constexpr,
     PER_LAYER: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    THROUGH: tl.constexpr,
     SGD: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -328,21 +398,27 @@ def _polarize_rows_kernel(
     address = tl.load(addresses_ptr + row)
     grad_address = tl.load(addresses_ptr + rows + row)
     momentum_address = tl.load(addresses_ptr + 2 * rows + row)
-    strength = tl.load(weights_ptr + row) * lam
+    weight = tl.load(weights_ptr + row)
+    strength = weight * lam
+    tilted = strength * (t + tl.load(weights_ptr + rows + row))
     a = strength
-    b = strength
+    b = -2.0 * strength
     mean = strength
     shift = strength
-    if KIND == POLARIZATION:
-        a = strength * t
+    if KIND == POLARIZATION or KIND == SQUARED:
+        a = tilted
         if PER_LAYER:
             mean = row_sum(address, size, DTYPE, BLOCK_SIZE) / size
-            shift = row_signs(address, size, mean, DTYPE, BLOCK_SIZE) * strength / size
+            pull = strength * 0.0
+            if THROUGH and KIND == POLARIZATION:  # the slopes of squares add up to 0
+                pull = row_signs(address, size, mean, DTYPE, BLOCK_SIZE) * strength / size
+            shift = _shift(weight, strength, pull, mean, KIND, False, THROUGH)
         else:
-            mean = sum_over_rows(scratch_ptr, None, rows, BLOCK_SIZE) / n
-            shift = sum_over_rows(scratch_ptr + rows, weights_ptr, rows, BLOCK_SIZE) * lam / n
+            mean = mean_of_rows(scratch_ptr, weights_ptr, rows, mass, WEIGHTED, BLOCK_SIZE)
+            pull = sum_over_rows(scratch_ptr + rows, weights_ptr, rows, BLOCK_SIZE) * lam / mass
+            shift = _shift(weight, strength, pull, mean, KIND, WEIGHTED, THROUGH)
     elif KIND == CENTERED:
-        a = strength * t
+        a = tilted
         mean = tl.load(scratch_ptr + row)
     elif KIND == DEEPHOYER:
         l1, squares = row_norms(address, size, DTYPE, BLOCK_SIZE)

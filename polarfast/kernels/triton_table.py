@@ -71,16 +71,18 @@ class TritonTable(ScaleTable):
         names: Sequence[str],
         params: Sequence[Tensor],
         weights: Sequence[float] | None = None,
+        tilts: Sequence[float] | None = None,
     ) -> None:
         self._version = -1  # of the addresses that the device has
         self._looked_at: tuple[list[int], _Uploaded] | None = None  # by `valley`
         self._captured: dict[int, _Uploaded] = {}
-        super().__init__(names, params, weights)
+        super().__init__(names, params, weights, tilts)
         sizes = torch.tensor(self._numels, dtype=torch.int64, device="cpu")
         rows = torch.arange(len(self.params), dtype=torch.int32, device="cpu")
         self._sizes = self._upload(sizes).device
         self._starts = self._upload(sizes.cumsum(0) - sizes).device  # of each row, among all γ
-        weighed = torch.tensor(self._row_weights, dtype=torch.float64, device="cpu")
+        each = (self._row_weights, self._tilts)
+        weighed = torch.tensor(each, dtype=torch.float64, device="cpu")
         self._weights = self._upload(weighed).device
         self._row_of = self._upload(rows.repeat_interleave(sizes)).device  # of each γ
         # Sums that one launch leaves to the next.
@@ -157,10 +159,12 @@ class TritonTable(ScaleTable):
     ) -> None:
         if self.numel == 0:
             return
-        kind, lam, t, per_layer = penalty
+        kind, lam, t, per_layer, weighted, through = penalty
         rows, addresses = len(self.params), self._addresses.device
-        scalars = (grad_scale, found_inf, rows, self.numel, lam, t, *(sgd or _SgdScalars()))
-        global_mean = kind == Kind.POLARIZATION and not per_layer
+        mass = float(self._mass(penalty))
+        numbers = (mass, lam, t, *(sgd or _SgdScalars()))
+        form = {"KIND": int(kind), "WEIGHTED": weighted, "THROUGH": through}
+        global_mean = kind in (Kind.POLARIZATION, Kind.SQUARED) and not per_layer
         with self._on_device():
             if global_mean and self.numel <= self.FLAT_SIZE:
                 kernels._polarize_flat_kernel[(1,)](
@@ -168,7 +172,12 @@ class TritonTable(ScaleTable):
                     self._starts,
                     self._weights,
                     self._row_of,
-                    *scalars,
+                    grad_scale,
+                    found_inf,
+                    rows,
+                    self.numel,
+                    *numbers,
+                    **form,
                     SGD=sgd is not None,
                     DTYPE=TRITON_DTYPES[self.dtype],
                     FLAT_SIZE=self.FLAT_SIZE,
@@ -183,14 +192,24 @@ class TritonTable(ScaleTable):
             if global_mean:
                 kernels._row_sums_kernel[(rows,)](*row_table, self._scratch, **shape)
                 kernels._row_signs_kernel[(rows,)](
-                    *row_table, self._scratch, rows, self.numel, **shape
+                    *row_table,
+                    self._weights,
+                    self._scratch,
+                    rows,
+                    mass,
+                    KIND=int(kind),
+                    WEIGHTED=weighted,
+                    **shape,
                 )
             kernels._polarize_rows_kernel[(rows,)](
                 *row_table,
                 self._weights,
                 self._uploaded_centers.device if centered else self._scratch,
-                *scalars,
-                KIND=int(kind),
+                grad_scale,
+                found_inf,
+                rows,
+                *numbers,
+                **form,
                 PER_LAYER=per_layer,
                 SGD=sgd is not None,
                 **shape,

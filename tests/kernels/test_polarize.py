@@ -22,8 +22,10 @@ from support.oracles import (
     L1,
     POLARIZATION,
     REGULARIZERS,
+    VARIANTS,
     PlainTraining,
     subgradients,
+    variant,
 )
 
 from polarfast.errors import ArgumentError
@@ -71,6 +73,36 @@ def test_subgradient_is_that_of_autograd(backend, kind, per_layer, dtype):
     grad_scale = torch.tensor(scale, device=device_of(backend))
     table.add_subgradient_(Penalty(kind, lam, t, per_layer), grad_scale)
     assert_close([param.grad for param in params], want, dtype)
+
+
+@every_launch
+@pytest.mark.parametrize("form", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_variants_of_eq_2_are_those_of_autograd(backend, form, dtype):
+    """And one t for each layer; a step of SGD takes them too."""
+    params = random_gammas(SIZES, dtype, device_of(backend))
+    penalty, tilts = VARIANTS[form], [0.0, -0.4, 0.3, 0.1]
+    leaves = [param.detach().double().cpu().requires_grad_() for param in params]
+    added = torch.autograd.grad(variant(leaves, WEIGHTS, penalty, tilts), leaves)
+    grads = [param.grad.double().cpu() for param in params]
+    want = [grad + extra for grad, extra in zip(grads, added, strict=True)]
+    moved = [leaf.detach() - 0.5 * each for leaf, each in zip(leaves, want, strict=True)]
+    twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    for twin, param in zip(twins, params, strict=True):
+        twin.grad = param.grad.clone()
+    table_of(params, backend, WEIGHTS, tilts).add_subgradient_(penalty)
+    assert_close([param.grad for param in params], want, dtype)
+    table_of(twins, backend, WEIGHTS, tilts).sgd_step_(penalty, SgdStep(lr=0.5))
+    assert_close(twins, moved, dtype)
+
+
+@every_launch
+@pytest.mark.parametrize("form", ["weighted", "squared, weighted"])
+def test_a_weighted_mean_of_nothing(backend, form):
+    """All weights are 0: nothing is penalized, and nothing is NaN."""
+    params = with_zero_gradients([[0.1, 0.9], [0.5]], backend)
+    table_of(params, backend, [0.0, 0.0]).add_subgradient_(VARIANTS[form])
+    assert not any(param.grad.any() for param in params)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import triton  # noqa: E402
 from support.backends import random_gammas  # noqa: E402
-from support.oracles import L1, POLARIZATION, REGULARIZERS, centers  # noqa: E402
+from support.oracles import L1, POLARIZATION, REGULARIZERS, VARIANTS, centers  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
@@ -58,6 +58,8 @@ class Factors:
         for kind, per_layer in REGULARIZERS:
             self.table.add_subgradient_(Penalty(kind, lam, t, per_layer))
             self.table.sgd_step_(Penalty(kind, lam, t, per_layer), SGD)
+        for penalty in VARIANTS.values():
+            self.table.sgd_step_(penalty, SGD)
         self.table.clamp_(0.75)
         self.table.valley()
 

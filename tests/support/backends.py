@@ -49,9 +49,13 @@ def random_gammas(
 
 
 def table_of(
-    params: Sequence[Tensor], backend: str, weights: Sequence[float] | None = None
+    params: Sequence[Tensor],
+    backend: str,
+    weights: Sequence[float] | None = None,
+    tilts: Sequence[float] | None = None,
 ) -> Table:
-    table = kind_of(backend)([f"bn{i}.weight" for i in range(len(params))], params, weights)
+    names = [f"bn{i}.weight" for i in range(len(params))]
+    table = kind_of(backend)(names, params, weights, tilts)
     table.centers = centers(len(params))
     return table
 

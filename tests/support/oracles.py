@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polarfast.kernels.table import Kind, Penalty, SgdStep
 
-POLARIZATION, L1, DEEPHOYER, CENTERED = Kind
+POLARIZATION, L1, DEEPHOYER, CENTERED, SQUARED = Kind
 # (kind, per_layer)
 REGULARIZERS = [
     (POLARIZATION, False),
@@ -19,6 +19,16 @@ REGULARIZERS = [
     (DEEPHOYER, False),
     (CENTERED, False),
 ]
+# Of Eq. 2: other means, the mean not differentiated through, squares.
+VARIANTS = {
+    "weighted": Penalty(POLARIZATION, 0.1, 1.2, weighted=True),
+    "not through": Penalty(POLARIZATION, 0.1, 1.2, through=False),
+    "layer, not through": Penalty(POLARIZATION, 0.1, 1.2, per_layer=True, through=False),
+    "squared": Penalty(SQUARED, 0.1, 1.2),
+    "squared, layer": Penalty(SQUARED, 0.1, 1.2, per_layer=True),
+    "squared, weighted": Penalty(SQUARED, 0.1, 1.2, weighted=True),
+    "squared, not through": Penalty(SQUARED, 0.1, 1.2, through=False),
+}
 
 
 def centers(rows: int) -> list[float]:
@@ -49,6 +59,25 @@ def penalty(
         elif gamma.detach().any():
             total = total + weight * gamma.abs().sum() ** 2 / gamma.square().sum()
     return total
+
+
+def variant(
+    gammas: Sequence[Tensor],
+    weights: Sequence[float],
+    form: Penalty,
+    tilts: Sequence[float],
+) -> Tensor:
+    """λ·R(γ; w) of one of `VARIANTS`, with a t of its own for each γ tensor."""
+    each = [torch.full_like(g, w) for g, w in zip(gammas, weights, strict=True)]
+    flat, counted = torch.cat(list(gammas)), torch.cat(each)
+    mean = (counted * flat).sum() / counted.sum() if form.weighted else flat.mean()
+    total = torch.zeros((), dtype=torch.float64)
+    for gamma, weight, tilt in zip(gammas, weights, tilts, strict=True):
+        middle = gamma.mean() if form.per_layer else mean
+        away = gamma - (middle if form.through else middle.detach())
+        away = away.square() if form.kind == SQUARED else away.abs()
+        total = total + weight * ((form.t + tilt) * gamma.abs() - away).sum()
+    return form.lam * total
 
 
 def subgradients(

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 from polarfast.kernels.table import Penalty, SgdStep, Table
 from polarfast.kernels.triton_table import TRITON_DTYPES, TritonTable
 from support.backends import random_gammas, table_of
-from support.oracles import REGULARIZERS
+from support.oracles import REGULARIZERS, VARIANTS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -89,6 +89,9 @@ def calls(table: Table, scalar: Tensor | None) -> dict[str, Callable[[], object]
         name = f"kind {kind}, per layer" if per_layer else f"kind {kind}"
         found[f"subgradient, {name}"] = lambda p=penalty: table.add_subgradient_(p, scalar)
         found[f"SGD, {name}"] = lambda p=penalty: table.sgd_step_(p, SGD, scalar, scalar)
+    if scalar is None:  # the variants of Eq. 2: in float32, once
+        for name, penalty in VARIANTS.items():
+            found[f"SGD, {name}"] = lambda p=penalty: table.sgd_step_(p, SGD)
     return found
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .errors import TracingError as TracingError
     from .errors import VerificationError as VerificationError
     from .layers import convert_sync_batchnorm as convert_sync_batchnorm
+    from .planning.plan import mac_weights as mac_weights
     from .planning.plan import plan as plan
     from .planning.plan import reachable as reachable
     from .planning.prediction import CutPredictor as CutPredictor
@@ -57,7 +58,7 @@ _PUBLIC = {
     "errors": "ArgumentError BuildError FileFormatError PlanError PolarfastError "
     "ScalingFactorError SearchError StepError ThresholdError TracingError VerificationError",
     "layers": "convert_sync_batchnorm",
-    "planning.plan": "plan reachable",
+    "planning.plan": "mac_weights plan reachable",
     "planning.prediction": "CutPredictor",
     "planning.pruning_plan": "PruningPlan",
     "planning.share": "Reach",

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import PlanError
+from ..errors import ArgumentError, PlanError
 from ..folding.fold import Folded, check_fold, new_biases
 from ..folding.replay import Fold
 from ..inputs import describe, unwrap
@@ -152,6 +152,45 @@ def reachable(
     if scores is None:
         check_finite(scales)
     return reach(chooser, Ranking(magnitudes(scales, scores)))
+
+
+def mac_weights(
+    model: nn.Module,
+    example_inputs: Any,
+    scales: ScalingFactors,
+    low: float = 0.5,
+    high: float = 1.5,
+) -> dict[str, float]:
+    """Layer weights by what a channel costs, for `Polarization(weights=...)`: the multiply-
+    accumulates that go when one of the layer's channels goes, rescaled to [low, high] (the authors'
+    program). The model is left as found.
+
+    Args:
+        model, example_inputs, scales: as in `plan`.
+        low, high: weights of the layers with the cheapest and the dearest channels; `high` for all
+            where there is no difference.
+
+    Returns:
+        Name of γ -> weight.
+
+    Raises:
+        ArgumentError: not 0 <= low <= high.
+        PlanError, TracingError: as in `plan`.
+    """
+    if not 0.0 <= low <= high < float("inf"):
+        raise ArgumentError(f"low={low!r}, high={high!r}: give 0 <= low <= high")
+    model = unwrap(model)
+    channels = trace_channels(model, example_inputs, scales.residual)
+    check_belongs(model, channels, scales)
+    costs, everything = Costs(model, channels), ~channels.graph.mask()
+    saved = {}
+    for name in scales:
+        one = everything.clone()
+        one[channels.layers[name][0]] = False
+        saved[name] = costs.macs(everything) - costs.macs(one)
+    least, most = min(saved.values()), max(saved.values())
+    span = (high - low) / max(most - least, 1)
+    return {name: high - span * (most - macs) for name, macs in saved.items()}
 
 
 def _sizes(scales: ScalingFactors) -> dict[str, int]:

@@ -82,8 +82,6 @@ class FlopsTarget(Polarization):
         PlanError, TracingError: as in `plan`.
     """
 
-    kind = Kind.CENTERED
-
     def __init__(
         self,
         model: nn.Module,
@@ -101,6 +99,7 @@ class FlopsTarget(Polarization):
     ) -> None:
         _check(cut, steps, every)
         super().__init__(0.0, 1.0, upper, clamp=clamp)
+        self.kind = Kind.CENTERED
         self.cut, self.live = float(cut), 0.0
         self.predictor = CutPredictor(
             model, example_inputs, scales, fold=fold, round_to=round_to, min_channels=min_channels
@@ -342,7 +341,9 @@ class FlopsTarget(Polarization):
 
     # --- the penalty's value, what people see, checkpoints
 
-    def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+    def _sum(
+        self, layers: list[Tensor], weights: tuple[float, ...], tilts: tuple[float, ...]
+    ) -> Tensor:
         centers = self.centers or (0.0,) * len(layers)
         if len(centers) != len(layers):
             raise ArgumentError(

@@ -47,7 +47,7 @@ class Binding:
         self._seen: list[Any] = []  # by the last check: requires_grad of each γ, then the groups
         self._table: Table | None = None
         self._looked_at: Table | None = None  # the table of thresholds, while there was no step
-        self._table_weights: Mapping[str, float] | None = None  # where the table's came from
+        self._table_from: tuple[object, object] = (None, None)  # the table's weights and groups
         self._warned_for: tuple[float | None, str] | None = None  # upper and clamp
 
     @staticmethod
@@ -131,15 +131,17 @@ class Binding:
         first = self.params[0]
         for table in (self._table,) if reg is not None else (self._table, self._looked_at):
             if table is not None and (table.device, table.dtype) == (first.device, first.dtype):
-                if reg is None or reg.weights is self._table_weights:
+                weights, groups = self._table_from
+                if reg is None or (reg.weights is weights and reg.groups is groups):
                     return table
         # New, or moved by model.to(...), or of other weights. What else changes, a table notices.
         weights = None if reg is None else reg.weights_of(self.names)
-        made = table_of(self.names, self.params, weights)
+        tilts = None if reg is None else reg.tilts_of(self.names)
+        made = table_of(self.names, self.params, weights, tilts)
         if reg is None:  # thresholds, from whatever thread, leave a step its table
             self._looked_at = made
         else:
-            self._table, self._table_weights = made, reg.weights
+            self._table, self._table_from = made, (reg.weights, reg.groups)
         return made
 
     def warn_before_clamp(self, reg: Regularizer) -> None:

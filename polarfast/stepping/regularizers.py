@@ -4,20 +4,25 @@ Polarization: "Neuron-level Structured Pruning using Polarization Regularizer" (
 """
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import ArgumentError, ScalingFactorError
-from ..kernels.table import Kind
+from ..kernels.table import Kind, Penalty
 from ..sharding import whole
 
 if TYPE_CHECKING:
     from ..scaling.factors import ScalingFactors
+
+
+#: Names, what their λ is multiplied with, what is added to their t.
+_Group = tuple[re.Pattern[str], float, float]
 
 
 def _finite(name: str, value: float) -> float:
@@ -49,13 +54,19 @@ class Regularizer:
         t: balance of the two terms of polarization (0 where the formula has no t).
         upper: after each optimizer step γ is clamped to [0, upper]; None: no clamp.
         per_layer: the mean γ̄ is taken over each layer instead of over all n factors.
+        weighted: in the mean over all, each γ counts for its layer's weight.
+        through: the mean is differentiated through.
         clamp: "scales" clamps the factors that take part; "all" clamps `scales.others` too.
         weights: name of γ -> w_l ≥ 0, the weight of that layer in the sum; absent names weigh 1.
         centers: c_l of each layer of the step, in order, where the kind goes by them.
+        groups: layers with a λ and t of their own, if any; replaced, never changed.
     """
 
-    kind: ClassVar[Kind]
+    kind: Kind
     centers: tuple[float, ...] | None = None
+    weighted: bool = False
+    through: bool = True
+    groups: list[_Group] | None = None
 
     def __init__(
         self,
@@ -127,6 +138,14 @@ class Regularizer:
             )
         return tuple(self._weights.get(name, 1.0) for name in names)
 
+    def tilts_of(self, names: Collection[str]) -> tuple[float, ...] | None:
+        """What is added to t in each layer, in the order of `names`; None where nothing is."""
+        return None
+
+    def penalty(self) -> Penalty:
+        """What the kernels need to know at this moment."""
+        return Penalty(self.kind, self.lam, self.t, self.per_layer, self.weighted, self.through)
+
     def value(self, scales: Mapping[str, Tensor]) -> Tensor:
         """λ·R_s(γ), for logging: the penalty itself, in the unit of the loss.
 
@@ -150,7 +169,8 @@ class Regularizer:
         layers = [gamma.reshape(-1).double() for gamma in whole(scales).values()]
         weights = self.weights_of(scales) or (1.0,) * len(layers)
         dtype = next(iter(scales.values())).dtype
-        value = self.lam * self._sum(layers, weights)
+        tilts = self.tilts_of(scales) or (0.0,) * len(layers)
+        value = self.penalty().lam * self._sum(layers, weights, tilts)
         return value.to(torch.promote_types(dtype, torch.float32))
 
     def state_dict(self) -> dict[str, Any]:
@@ -175,12 +195,14 @@ class Regularizer:
             scale: what the gradients are still multiplied with under AMP; None: nothing.
         """
 
-    def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+    def _sum(
+        self, layers: list[Tensor], weights: tuple[float, ...], tilts: tuple[float, ...]
+    ) -> Tensor:
         """R_s of 1-D float64 layers."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        t = f", t={self.t:g}" if self.kind == Kind.POLARIZATION else ""
+        t = f", t={self.t:g}" if isinstance(self, Polarization) else ""
         return f"{type(self).__name__}(lam={self.lam:g}{t}, upper={self.upper})"
 
 
@@ -190,19 +212,27 @@ class Polarization(Regularizer):
     γ̄ is the mean of all γ of the network and is differentiated through. By Theorem 3.2, a share
     ρ = 1/2 − t/4 of the factors ends at `upper` where the task has no say.
 
+    What follows `weights` are options of the authors' program, off by default.
+
     Args:
         lam: λ ≥ 0, strength; 3e-5 to 1e-4 in the paper's recipes.
         t: balance, in [-2, 2]; the larger, the more γ go to 0. 1.0 to 1.5 in the paper's recipes.
         upper: a; γ are clamped to [0, a] after each optimizer step. None: no clamp.
-        mean: "global" (the paper): γ̄ over all n factors; "layer": over each layer.
+        mean: "global" (the paper): γ̄ over all n factors; "layer": over each layer; "weighted": over
+            all, each counting for its layer's weight.
         clamp: "scales", or "all" to clamp every BatchNorm weight as the paper's recipes do.
-        weights: name of γ -> weight of that layer; the global mean stays unweighted.
+        weights: name of γ -> weight of that layer; the global mean stays unweighted. `mac_weights`
+            makes them from what a channel costs.
+        squared: (γ_i − γ̄)² in place of |γ_i − γ̄|.
+        through_mean: whether γ̄ is differentiated through; False: it is a constant of each step.
+        groups: regular expression on names -> {"lam": λ, "t": t}, either or both, for layers with
+            their own; the first that matches a name decides. Where `lam` is assigned later, these λ
+            change in proportion.
+        start: number of steps before λ acts; γ are clamped from the first one on.
 
     Raises:
         ArgumentError: an argument is out of its range; the message names it.
     """
-
-    kind = Kind.POLARIZATION
 
     def __init__(
         self,
@@ -212,10 +242,21 @@ class Polarization(Regularizer):
         mean: str = "global",
         clamp: str = "scales",
         weights: Mapping[str, float] | None = None,
+        *,
+        squared: bool = False,
+        through_mean: bool = True,
+        groups: Mapping[str, Mapping[str, float]] | None = None,
+        start: int = 0,
     ) -> None:
-        if mean not in ("global", "layer"):
-            raise ArgumentError(f"mean={mean!r}: choose 'global' or 'layer'")
+        if mean not in ("global", "layer", "weighted"):
+            raise ArgumentError(f"mean={mean!r}: choose 'global', 'layer' or 'weighted'")
+        if not isinstance(start, int) or start < 0:
+            raise ArgumentError(f"start={start!r}: give a number of steps, 0 or more")
         super().__init__(lam, t, upper, mean == "layer", clamp, weights)
+        self.kind = Kind.SQUARED if squared else Kind.POLARIZATION
+        self.weighted, self.through = mean == "weighted", through_mean
+        self.groups = _checked_groups(groups, lam, t, self.weighted) if groups else None
+        self._start, self._taken = start, 0
 
     @property
     def t(self) -> float:
@@ -230,18 +271,86 @@ class Polarization(Regularizer):
             )
         self._t = float(value)
 
-    def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
-        if self.per_layer:
-            terms = [self._terms(gamma, gamma.mean()).sum() for gamma in layers]
-            return torch.stack([w * term for w, term in zip(weights, terms, strict=True)]).sum()
-        gamma = torch.cat(layers)
-        each = gamma.new_tensor(weights).repeat_interleave(
-            torch.tensor([layer.numel() for layer in layers], device=gamma.device)
-        )
-        return (each * self._terms(gamma, gamma.mean())).sum()
+    def penalty(self) -> Penalty:
+        now = super().penalty()
+        return now._replace(lam=0.0) if self._taken <= self._start and self._start else now
 
-    def _terms(self, gamma: Tensor, mean: Tensor) -> Tensor:
-        return self.t * gamma.abs() - (gamma - mean).abs()
+    def steer(
+        self, scales: "ScalingFactors", optimizer: Optimizer, scale: Tensor | None = None
+    ) -> None:
+        self._taken += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self._taken} if self._start else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._taken = state.get("taken", 0)
+
+    def weights_of(self, names: Collection[str]) -> tuple[float, ...] | None:
+        weights = super().weights_of(names)
+        if not self.groups:
+            return weights
+        factors = [group[0] for group in self._by_groups(names)]
+        return tuple(w * f for w, f in zip(weights or (1.0,) * len(factors), factors, strict=True))
+
+    def tilts_of(self, names: Collection[str]) -> tuple[float, ...] | None:
+        return tuple(group[1] for group in self._by_groups(names)) if self.groups else None
+
+    def _by_groups(self, names: Collection[str]) -> list[tuple[float, float]]:
+        """For each name, what its λ is multiplied with, and what is added to its t."""
+        groups = self.groups or []
+        unused = [p for p, *_ in groups if not any(p.search(name) for name in names)]
+        if unused:
+            raise ArgumentError(
+                f"groups[{unused[0].pattern!r}] matches no scaling factor here; "
+                f"names look like {', '.join(map(repr, list(names)[:2]))}"
+            )
+        every = [*groups, (re.compile(""), 1.0, 0.0)]
+        return [next((f, tilt) for p, f, tilt in every if p.search(name)) for name in names]
+
+    def _sum(
+        self, layers: list[Tensor], weights: tuple[float, ...], tilts: tuple[float, ...]
+    ) -> Tensor:
+        gamma = torch.cat(layers)
+        numels = torch.tensor([layer.numel() for layer in layers], device=gamma.device)
+        each, tilt = (
+            gamma.new_tensor(values).repeat_interleave(numels) for values in (weights, tilts)
+        )
+        if self.per_layer:
+            means = torch.stack([layer.mean() for layer in layers])
+            mean = means.repeat_interleave(numels)
+        elif self.weighted:
+            mean = (each * gamma).sum() / each.sum().clamp(min=torch.finfo(gamma.dtype).tiny)
+        else:
+            mean = gamma.mean()
+        away = gamma - (mean if self.through else mean.detach())
+        away = away.square() if self.kind == Kind.SQUARED else away.abs()
+        return (each * ((self.t + tilt) * gamma.abs() - away)).sum()
+
+
+def _checked_groups(
+    groups: Mapping[str, Mapping[str, float]], lam: float, t: float, weighted: bool
+) -> list[_Group]:
+    found: list[_Group] = []
+    for pattern, own in groups.items():
+        where = f"groups[{pattern!r}]"
+        try:
+            names = re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ArgumentError(f"{where}: not a regular expression on names: {error}") from error
+        if not own or set(own) - {"lam", "t"}:
+            raise ArgumentError(f"{where}={dict(own)!r}: give 'lam', 't' or both")
+        strength = _finite(f"{where}['lam']", own.get("lam", lam))
+        balance = _finite(f"{where}['t']", own.get("t", t))
+        if strength < 0 or not -2.0 <= balance <= 2.0:
+            raise ArgumentError(f"{where}={dict(own)!r}: λ cannot be negative, t lies in [-2, 2]")
+        if "lam" in own and (weighted or not lam > 0):
+            raise ArgumentError(
+                f"{where}: a λ of its own is relative to lam=, which must be above 0, and would "
+                "count in a weighted mean; use weights= there"
+            )
+        found.append((names, strength / lam if "lam" in own else 1.0, balance - t))
+    return found
 
 
 class _Rival(Regularizer):
@@ -271,7 +380,9 @@ class L1(_Rival):
 
     kind = Kind.L1
 
-    def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+    def _sum(
+        self, layers: list[Tensor], weights: tuple[float, ...], tilts: tuple[float, ...]
+    ) -> Tensor:
         norms = torch.stack([gamma.abs().sum() for gamma in layers])
         return (norms * norms.new_tensor(weights)).sum()
 
@@ -290,7 +401,9 @@ class DeepHoyer(_Rival):
 
     kind = Kind.DEEPHOYER
 
-    def _sum(self, layers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+    def _sum(
+        self, layers: list[Tensor], weights: tuple[float, ...], tilts: tuple[float, ...]
+    ) -> Tensor:
         norms = torch.stack([gamma.abs().sum() for gamma in layers])
         squares = torch.stack([gamma.square().sum() for gamma in layers])
         ratio = norms.square() / torch.where(squares > 0, squares, 1.0)

@@ -14,7 +14,7 @@ from torch.optim import LBFGS, SGD, Optimizer
 from torch.optim import optimizer as optimizer_module
 
 from ..errors import ArgumentError, StepError
-from ..kernels.table import Penalty, SgdStep, Table
+from ..kernels.table import SgdStep, Table
 from ..sharding import local
 from .binding import Binding
 
@@ -260,8 +260,9 @@ class _Work:
         if options:
             return
         maximize = _shared_maximize(groups)
-        lam = -reg.lam if maximize else reg.lam
-        table.add_subgradient_(Penalty(reg.kind, lam, reg.t, reg.per_layer), scale)
+        penalty = reg.penalty()
+        lam = -penalty.lam if maximize else penalty.lam
+        table.add_subgradient_(penalty._replace(lam=lam), scale)
         self._memory = [gamma.data_ptr() for gamma in binding.params]
 
     def _fused_options(
@@ -327,7 +328,7 @@ class _Work:
             table.refresh(optimizer.state)
         reg = self.reg
         table.sgd_step_(
-            Penalty(reg.kind, reg.lam, reg.t, reg.per_layer),
+            reg.penalty(),
             SgdStep(**options, upper=reg.upper),
             grad_scale=_amp_scalar(optimizer, "grad_scale", table.device),
             found_inf=found_inf,

@@ -259,3 +259,36 @@ def test_arguments_are_checked():
         pf.plan(prepared(chain)[0], X, scales)
     with pytest.raises(pf.ArgumentError, match="method"):
         pf.plan(model, X, scales, method="median")
+
+
+def test_mac_weights_are_what_a_channel_costs():
+    """Counted by FlopCounterMode on networks with one channel less, then rescaled."""
+    from torchvision.models import resnet18
+
+    x = torch.randn(1, 3, 64, 64)
+
+    def net(first, second):
+        return nn.Sequential(
+            *(nn.Conv2d(3, first, 3, padding=1), nn.BatchNorm2d(first), nn.ReLU()),
+            *(nn.Conv2d(first, second, 5, stride=2), nn.BatchNorm2d(second), nn.ReLU()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(second, 7)),
+        ).eval()
+
+    def macs(*widths):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(*widths)(x)
+        return counter.get_total_flops() / 2
+
+    model = net(6, 9)
+    scales = pf.scaling_factors(model, x)
+    found = list(pf.mac_weights(model, x, scales, 0.2, 2.0).values())
+    saved = [macs(6, 9) - macs(5, 9), macs(6, 9) - macs(6, 8)]
+    assert sorted(found) == pytest.approx([0.2, 2.0]) and (found[0] > found[1]) == (saved[0] > saved[1])
+    residual = resnet18(num_classes=10).eval()
+    scales = pf.scaling_factors(residual, x, residual="expand")
+    weights = pf.mac_weights(residual, x, scales)
+    assert set(weights) == set(scales)
+    assert min(weights.values()) == 0.5 and max(weights.values()) == 1.5
+    pf.Polarization(1e-4, 1.2, weights=weights).value(scales)
+    with pytest.raises(pf.ArgumentError, match="low=2"):
+        pf.mac_weights(residual, x, scales, 2.0, 1.0)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support.stepping import make_scales
 from torch import Tensor, nn
 
+import polarfast as pf
 from polarfast.errors import ArgumentError, ScalingFactorError
 from polarfast.scaling.factors import ScalingFactors
 from polarfast.stepping.regularizers import L1, DeepHoyer, Polarization, Regularizer
@@ -182,3 +183,89 @@ def test_wrong_arguments_name_the_argument() -> None:
         reg.weights["a"] = 2.0  # type: ignore[index]  # assign a new mapping, so that it is noticed
     assert repr(reg) == "Polarization(lam=0.02, t=1.2, upper=1.0)"
     assert repr(L1(1e-4)) == "L1(lam=0.0001, upper=None)"
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"squared": True},
+    {"squared": True, "mean": "layer"},
+    {"mean": "weighted", "weights": {"b": 2.0}},
+    {"through_mean": False},
+    {"through_mean": False, "squared": True, "mean": "weighted", "weights": {"b": 0.5}},
+    {"groups": {"^a": {"lam": 0.06, "t": -0.5}, "c": {"t": 1.5}}},
+    {"groups": {"^b": {"lam": 0.0}}, "mean": "layer", "weights": {"c": 3.0}},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_step_adds_the_gradient_of_the_value(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    gammas = {n: nn.Parameter(torch.rand(k)) for n, k in (("a", 5), ("b", 3), ("c", 8))}
+    scales = ScalingFactors(gammas)
+    reg = Polarization(0.02, 1.2, upper=None, **options)
+    wanted = torch.autograd.grad(reg.value(scales), list(gammas.values()))
+    for gamma in gammas.values():
+        gamma.grad = torch.zeros_like(gamma)
+    optimizer = torch.optim.Adam(gammas.values(), lr=0.0)
+    pf.step(optimizer, scales, reg)
+    for gamma, want in zip(gammas.values(), wanted, strict=True):
+        torch.testing.assert_close(gamma.grad, want)
+
+
+def test_groups_by_hand() -> None:
+    """As three penalties about one mean."""
+    gammas = {n: torch.rand(4, dtype=torch.float64) for n in "abc"}
+    mean = torch.cat(list(gammas.values())).mean()
+    own = {"a": (0.06, -0.5), "b": (0.02, 1.2), "c": (0.02, 1.5)}
+    want = sum(
+        lam * (t * gamma.abs() - (gamma - mean).abs()).sum()
+        for gamma, (lam, t) in zip(gammas.values(), own.values(), strict=True)
+    )
+    reg = Polarization(0.02, 1.2, groups={"a": {"lam": 0.06, "t": -0.5}, "c": {"t": 1.5}})
+    torch.testing.assert_close(reg.value(gammas), want)
+
+
+def test_one_set_of_factors_may_be_stepped_with_several() -> None:
+    gammas = {n: nn.Parameter(torch.rand(4)) for n in "ab"}
+    scales, optimizer = ScalingFactors(gammas), torch.optim.Adam(gammas.values(), lr=0.0)
+    regs = [Polarization(0.02, 1.2), Polarization(0.02, 1.2, groups={"a": {"t": 0.0}})]
+    for reg in (*regs, *regs):
+        for gamma in gammas.values():
+            gamma.grad = torch.zeros_like(gamma)
+        wanted = torch.autograd.grad(reg.value(scales), list(gammas.values()))
+        pf.step(optimizer, scales, reg)
+        for gamma, want in zip(gammas.values(), wanted, strict=True):
+            torch.testing.assert_close(gamma.grad, want)
+
+
+def test_lam_may_start_late_and_goes_on_after_a_checkpoint() -> None:
+    gammas = {n: nn.Parameter(torch.rand(4)) for n in "ab"}
+    scales, optimizer = ScalingFactors(gammas), torch.optim.Adam(gammas.values(), lr=0.0)
+    reg, acted = Polarization(0.02, 1.2, start=3), []
+    for _ in range(5):
+        for gamma in gammas.values():
+            gamma.grad = torch.zeros_like(gamma)
+        again = Polarization(0.02, 1.2, start=3)
+        again.load_state_dict(reg.state_dict())
+        reg = again
+        pf.step(optimizer, scales, reg)
+        acted.append(any(bool(gamma.grad.any()) for gamma in gammas.values()))
+        assert (reg.value(scales) != 0) == acted[-1]
+    assert acted == [False] * 3 + [True] * 2
+
+
+def test_options_are_checked() -> None:
+    for options, message in [
+        ({"groups": {"(": {"t": 1.0}}}, r"groups\['\('\]: not a regular expression"),
+        ({"groups": {"a": {}}}, "give 'lam', 't' or both"),
+        ({"groups": {"a": {"tt": 1.0}}}, "give 'lam', 't' or both"),
+        ({"groups": {"a": {"t": 2.5}}}, r"t lies in \[-2, 2\]"),
+        ({"groups": {"a": {"lam": -1.0}}}, "λ cannot be negative"),
+        ({"groups": {"a": {"lam": 1.0}}, "mean": "weighted"}, "would count in a weighted mean"),
+        ({"start": -1}, "start=-1"),
+        ({"start": 1.5}, "start=1.5"),
+    ]:
+        with pytest.raises(ArgumentError, match=message):
+            Polarization(0.02, 1.2, **options)
+    reg = Polarization(0.02, 1.2, groups={"x": {"t": 1.0}})
+    with pytest.raises(ArgumentError, match="matches no scaling factor here"):
+        reg.value({"a": torch.rand(3)})

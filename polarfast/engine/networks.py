@@ -163,9 +163,14 @@ def _limits(pruning: Pruning) -> dict[str, Any]:
 
 
 def _scores(scales: pf.ScalingFactors, method: str, seed: int) -> dict[str, Tensor] | None:
-    """Scores in (0, 1] by which every layer loses the same share; None: γ decide."""
+    """What is compared in place of |γ|: these in units of their layer's mean, or scores in (0, 1]
+    by which every layer loses the same share; None: γ decide.
+    """
     if method == "percentile":
         return None
+    if method == "relative":
+        sizes = {name: gamma.detach().abs().float() for name, gamma in scales.items()}
+        return {name: each / each.mean().clamp(min=1e-12) for name, each in sizes.items()}
     generator = torch.Generator().manual_seed(seed_at(seed, len(scales)))
     scores = {}
     for name, gamma in scales.items():

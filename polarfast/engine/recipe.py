@@ -17,9 +17,9 @@ from .data.settings import Data
 
 PHASES = ("train", "prune", "finetune")
 Schedule = Literal["cosine", "step", "constant"]
-Method = Literal["valley", "fixed", "percentile", "uniform", "random", "none"]
-#: Methods that choose by a share of the MACs to cut, not by where γ stand.
-BUDGETED = ("uniform", "random")
+Method = Literal["valley", "fixed", "percentile", "relative", "uniform", "random", "none"]
+#: Methods that need a share of the MACs to cut.
+BUDGETED = ("relative", "uniform", "random")
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,13 @@ class Pruning:
     """How the trained network is cut.
 
     Attributes:
-        method: "valley" (the paper), "fixed", "percentile" (network slimming) on γ; "uniform":
-            every layer of an untrained network gets the same share of its width; "random": random
-            channels of the trained network, the same share of every layer; "none".
+        method: "valley" (the paper), "fixed", "percentile" (network slimming) on γ; "relative": the
+            smallest γ in proportion to the mean of their layer; "uniform": every layer of an
+            untrained network gets the same share of its width; "random": random channels of the
+            trained network, the same share of every layer; "none".
         value: threshold of "fixed", share of the channels to remove of "percentile".
-        cut: in place of ``value``, the share of the MACs to cut ("percentile", "uniform",
-            "random").
+        cut: in place of ``value``, the share of the MACs to cut ("percentile", "relative",
+            "uniform", "random").
         fold: what becomes of removed channels' constants: "exact", "bias" or "none".
         round_to: widths become multiples of this.
         min_channels: no layer is narrower.

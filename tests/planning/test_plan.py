@@ -283,7 +283,8 @@ def test_mac_weights_are_what_a_channel_costs():
     scales = pf.scaling_factors(model, x)
     found = list(pf.mac_weights(model, x, scales, 0.2, 2.0).values())
     saved = [macs(6, 9) - macs(5, 9), macs(6, 9) - macs(6, 8)]
-    assert sorted(found) == pytest.approx([0.2, 2.0]) and (found[0] > found[1]) == (saved[0] > saved[1])
+    assert sorted(found) == pytest.approx([0.2, 2.0])
+    assert (found[0] > found[1]) == (saved[0] > saved[1])
     residual = resnet18(num_classes=10).eval()
     scales = pf.scaling_factors(residual, x, residual="expand")
     weights = pf.mac_weights(residual, x, scales)

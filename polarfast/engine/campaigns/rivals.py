@@ -11,19 +11,29 @@ METHODS = {
     "polarization": "polarization",
     "network-slimming": "network slimming (L1)",
     "deephoyer": "DeepHoyer",
+    "no-penalty": "no penalty, smallest γ",
+    "no-penalty-relative": "no penalty, smallest γ ÷ layer mean",
     "uniform": "uniform width",
     "random": "random channels",
 }
 DENSE = "dense"
 _REGULARIZERS = {"network-slimming": "l1", "deephoyer": "deephoyer"}
+#: Methods that train without a penalty -> how they prune.
+_PLAIN = {
+    "no-penalty": "percentile",
+    "no-penalty-relative": "relative",
+    "uniform": "uniform",
+    "random": "random",
+}
 
 
 def method_recipe(recipe: Recipe, method: str, cut: float, lam: float | None = None) -> Recipe:
     """A recipe changed so that one method cuts a share of the MACs; all else stays.
 
-    Polarization steers t until its valleys give the share. Network slimming and DeepHoyer take the
-    percentile of |γ| that does, random choice and uniform width the share of every layer that does.
-    Only polarization clamps γ.
+    Polarization steers itself until its valleys give the share. Network slimming, DeepHoyer and
+    training without a penalty take the percentile of |γ| that does (or of |γ| in proportion to the
+    layer's mean), random choice and uniform width the share of every layer that does. Only
+    polarization clamps γ.
 
     Args:
         method: one of ``METHODS``, or "dense", which is trained for as long and not pruned.
@@ -38,9 +48,9 @@ def method_recipe(recipe: Recipe, method: str, cut: float, lam: float | None = N
         changes = {"regularizer": _REGULARIZERS[method], "upper": None, "clamp": "scales"}
         sparsity = dataclasses.replace(sparsity, **changes, cut=None)
         pruning = dataclasses.replace(recipe.pruning, method="percentile", value=None, cut=cut)
-    elif method in ("uniform", "random"):
+    elif method in _PLAIN:
         sparsity = _plain(sparsity)
-        changes = {"method": method, "value": None, "cut": cut}
+        changes = {"method": _PLAIN[method], "value": None, "cut": cut}
         pruning = dataclasses.replace(recipe.pruning, **changes)
     elif method == DENSE:
         sparsity = _plain(sparsity)

@@ -101,9 +101,14 @@ class FlopsTarget(Polarization):
         super().__init__(0.0, 1.0, upper, clamp=clamp)
         self.kind = Kind.CENTERED
         self.cut, self.live = float(cut), 0.0
-        self.predictor = CutPredictor(
-            model, example_inputs, scales, fold=fold, round_to=round_to, min_channels=min_channels
-        )
+        self._left = 1.0  # of the first network's MACs, in the one that is steered now
+        self._limits: dict[str, Any] = {
+            "fold": fold,
+            "round_to": round_to,
+            "min_channels": min_channels,
+        }
+        self.predictor = CutPredictor(model, example_inputs, scales, **self._limits)
+        self._macs = self.predictor.macs_before
         self._steps = steps
         self._horizon = HORIZON if steps is None else steps
         self._every = every or min(max(self._horizon // 60, 1), 10)
@@ -117,9 +122,35 @@ class FlopsTarget(Polarization):
         self._speed = 0.0  # by which factors that are to go have fallen a step, since then
         self._way = 0.0  # that they have to go, on average
         self._warned = False
-        names = list(scales)
-        self._staying = {names[row] for row in self.predictor.layers_that_stay()}
+        self._find_staying()
         self._check_reachable()
+
+    def follow(self, model: nn.Module, example_inputs: Any, scales: ScalingFactors) -> None:
+        """Go on with a network that was made smaller in the middle of the training (`shrink`).
+        Shares are still those of the first network.
+
+        Args:
+            model: the slim network.
+            example_inputs: of the size that the first ones had.
+            scales: its scaling factors.
+
+        Raises:
+            ArgumentError, PlanError, TracingError: as when it was made.
+        """
+        predictor = CutPredictor(model, example_inputs, scales, **self._limits)
+        if predictor.macs_before > self._macs:
+            raise ArgumentError(
+                f"this network has {predictor.macs_before:,} MACs, more than the {self._macs:,} "
+                "that FlopsTarget began with: follow what pf.shrink returns, on inputs of that size"
+            )
+        self.predictor, self._left = predictor, predictor.macs_before / self._macs
+        self._steered, self._part = None, None
+        self.centers, self._before, self._count = None, None, 0
+        self._find_staying()
+
+    def _find_staying(self) -> None:
+        names = list(self.predictor.scales)
+        self._staying = {names[row] for row in self.predictor.layers_that_stay()}
 
     def due(self, step: int) -> float:
         """The share of MACs that is to be cut after so many steps."""
@@ -181,7 +212,7 @@ class FlopsTarget(Polarization):
         """Set the centers and λ from the γ of the moment."""
         compared = self.predictor.look()
         steered = {name: compared[name] for name in scales}
-        self.live = self.predictor.cut_of(compared)
+        self.live = self._of_first(self.predictor.cut_of(compared))
         flat = torch.cat(list(steered.values()))
         if self._before is not None:
             moved = (self._before - flat)[self._below_centers(steered) & (flat > AT_ZERO)]
@@ -219,8 +250,8 @@ class FlopsTarget(Polarization):
         others = {name: gamma for name, gamma in compared.items() if name not in steered}
         held = thresholds(as_factors(others)) if others else {}
         order = torch.cat(list(ranked.values())).sort().values
-        due = self.due(self._step + round(self._fall))
-        if due == 0.0:
+        due = 1.0 - (1.0 - self.due(self._step + round(self._fall))) / self._left
+        if due <= 0.0:
             self._count = 0
         else:
             self._count = self.predictor.count_for(
@@ -230,6 +261,10 @@ class FlopsTarget(Polarization):
         self.centers = tuple(
             min(border * units[name], self._limit(name, gamma)) for name, gamma in steered.items()
         )
+
+    def _of_first(self, share: float) -> float:
+        """A share cut of the network that is steered now, as one of the first network."""
+        return 1.0 - self._left * (1.0 - share)
 
     def _units(self, steered: Mapping[str, Tensor]) -> dict[str, float]:
         """What the factors of each layer are measured in when they are compared."""
@@ -330,7 +365,7 @@ class FlopsTarget(Polarization):
         )
 
     def _check_reachable(self, steered: Mapping[str, Tensor] | None = None) -> None:
-        largest = self.predictor.largest_cut(steered)
+        largest = self._of_first(self.predictor.largest_cut(steered))
         if self.cut > largest:
             some = "" if steered is None else " that are stepped"
             raise ArgumentError(
@@ -393,6 +428,7 @@ class FlopsTarget(Polarization):
         return {
             "cut": self.cut,
             "steps": self._steps,
+            "macs": self._macs,
             "step": self._step,
             "lam": self.lam,
             "estimate": self._estimate,
@@ -418,6 +454,8 @@ class FlopsTarget(Polarization):
         for name, mine in (("cut", self.cut), ("steps", self._steps)):
             if state[name] != mine:
                 raise ArgumentError(f"state is of {name}={state[name]!r}, not of {name}={mine!r}")
+        self._macs = state["macs"]  # of the first network, where this one was made smaller
+        self._left = self.predictor.macs_before / self._macs
         self._step, self.lam, self._estimate = state["step"], state["lam"], state["estimate"]
         self.live, self._count, self._speed = state["live"], state["count"], state["speed"]
         self.centers = tuple(state["centers"]) or None

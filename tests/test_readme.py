@@ -80,7 +80,7 @@ def test_loop(make_optimizer, digits, capsys, recwarn):
         "loss_fn": nn.CrossEntropyLoss(),
         "optimizer": {
             "SGD": lambda: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
-            "AdamW": lambda: torch.optim.AdamW(model.parameters(), lr=1e-2),
+            "AdamW": lambda: torch.optim.AdamW(model.parameters(), lr=5e-3),
         }[make_optimizer](),
     }
     exec(loop, names)

@@ -119,7 +119,7 @@ def plan(
             written.remarks = remarks.on_thresholds(written, scales)
         for remark in written.remarks:
             warnings.warn(f"pf.plan: {remark}", stacklevel=2)
-    written._gammas = {name: gamma.detach().clone() for name, gamma in scales.items()}
+        written._gammas = {name: gamma.detach().clone() for name, gamma in scales.items()}
     written._traced = Traced(chooser.model, chooser.channels)
     written._folded = Folded(chooser.model, chooser.channels, choice.alive(), folded, fold)
     return written

@@ -14,24 +14,33 @@ from .thresholds import Ranking
 LITTLE = 0.01
 #: Removed channels that hold a larger share of all |γ| were doing something.
 MASS = 0.02
-#: Where γ have parted, those that go are under this.
+#: Where γ have parted, those that go are under this; a larger one was doing something.
 AT_ZERO = 0.01
 
 
 def on_thresholds(plan: PruningPlan, scales: ScalingFactors) -> list[str]:
     """Of a plan that γ themselves decided."""
-    if plan.flops_reduction >= LITTLE:
-        return []
-    channels = sum(layer.channels for layer in plan.layers.values())
-    gone = channels - sum(kept.numel() for kept in plan.kept.values())
-    sizes = {name: float(gamma.detach().abs().min()) for name, gamma in scales.items()}
-    name = min(sizes, key=sizes.__getitem__)
-    return [
-        f"{gone} of {channels} channels go, {plan.flops_reduction:.1%} of the MACs: the γ have not "
-        f"parted into small and large ones. The smallest is {sizes[name]:.2g}, in {name}"
-        f"{_drift(scales)}. Train with pf.FlopsTarget(model, x, scales, cut=0.5, steps=epochs * "
-        "len(loader)), or with a larger λ; pf.plan(..., cut=0.5) takes the smallest as they are"
-    ]
+    last = Binding.of(scales).last
+    found = [text] if last is not None and (text := last.remark()) else []
+    sizes = {name: gamma.detach().abs().float().cpu() for name, gamma in scales.items()}
+    if plan.flops_reduction < LITTLE:
+        channels = sum(layer.channels for layer in plan.layers.values())
+        gone = channels - sum(kept.numel() for kept in plan.kept.values())
+        smallest = {name: float(each.min()) for name, each in sizes.items()}
+        name = min(smallest, key=smallest.__getitem__)
+        found.append(
+            f"{gone} of {channels} channels go, {plan.flops_reduction:.1%} of the MACs: hardly any "
+            f"γ has reached 0. The smallest is {smallest[name]:.2g}, in {name}{_drift(scales)}. "
+            "Train with pf.FlopsTarget(model, x, scales, cut=0.5, steps=epochs * len(loader)), or "
+            "with a larger λ; pf.plan(..., cut=0.5) takes the smallest as they are"
+        )
+    _, largest, name = removed(plan, sizes)
+    if largest > AT_ZERO:
+        found.append(
+            f"γ that go are up to {largest:.2g} (in {name}) and count as 0, which changes what the "
+            "network computes by as much: a smaller learning rate at the end lets them settle at 0"
+        )
+    return found
 
 
 def _drift(scales: ScalingFactors) -> str:
@@ -51,7 +60,7 @@ def on_share(
     """
     found = []
     sizes = {name: gamma.detach().abs().float().cpu() for name, gamma in scales.items()}
-    gone, largest, name = _removed(plan, sizes)
+    gone, largest, name = removed(plan, sizes)
     if gone > MASS:
         found.append(
             f"the channels that go hold {gone:.0%} of the sum of |γ| (up to {largest:.2g}, in "
@@ -71,7 +80,7 @@ def on_share(
     return found
 
 
-def _removed(plan: PruningPlan, sizes: Mapping[str, Tensor]) -> tuple[float, float, str]:
+def removed(plan: PruningPlan, sizes: Mapping[str, Tensor]) -> tuple[float, float, str]:
     """The share of all |γ| that removed channels hold; the largest of them, and its layer."""
     total = sum(float(each.sum()) for each in sizes.values())
     gone, largest, where = 0.0, 0.0, ""

@@ -17,6 +17,7 @@ from ..inputs import device_of, dtype_of, generate, unwrap
 from ..kernels.gather import gather_channels
 from ..layers import drop_gate, fold_gate, gate_name, gated_modules, lost_gates
 from ..planning.pruning_plan import PruningPlan
+from ..planning.remarks import MASS, removed
 from ..planning.selection import Selection, can_vanish, is_balanced
 from ..tracing.classes import Channels, trace_channels
 from ..tracing.graph import ProjectionCall
@@ -102,9 +103,18 @@ def _warn_of(plan: PruningPlan, model: nn.Module) -> None:
             "says why",
             stacklevel=3,
         )
-    if plan._traced is None or not plan._traced.fits(model):
-        return  # another model than the plan's: an EMA copy has γ of its own
     params = dict(model.named_parameters())
+    if plan._traced is None or not plan._traced.fits(model):
+        # Another model than the plan's: an EMA copy, or one that the plan has nothing to do with.
+        gone, largest, name = removed(plan, {n: params[n].detach().abs() for n in plan._gammas})
+        if gone > MASS and not plan.remarks:
+            warnings.warn(
+                f"pf.slim: in this model, which is not the one that was planned, the channels that "
+                f"go hold {gone:.0%} of the sum of |γ| (up to {largest:.2g}, in {name}): is it "
+                "trained, and the plan of it?",
+                stacklevel=3,
+            )
+        return
     since = {
         name: float((params[name].detach() - before).abs().max())
         for name, before in plan._gammas.items()

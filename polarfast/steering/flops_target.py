@@ -23,12 +23,17 @@ FIRST, LAST = 0.1, 0.7
 #: The part of the training in which a factor is to fall to 0, from when it is chosen; and the
 #: largest that this may be, where an optimizer cannot move it as fast.
 FALL, LONGEST_FALL = 0.08, 0.4
-#: A factor under this has arrived at 0: in the first bin of the valley's histogram.
-AT_ZERO = 0.01
+#: A factor up to the first is as good as at 0: in the first bin of the valley's histogram. One that
+#: is to go is pushed on until it is at the second.
+AT_ZERO, ARRIVED = 0.01, 0.001
 #: What the live cut may lack, or the choice of before miss, before something is done about it.
 CLOSE = 0.003
+#: From this part of the training on, it is said where the share is out of reach.
+EARLY = 0.15
 #: What the training may miss at its end before a warning says so.
 MISSED = 0.01
+#: How much longer a fall may take than at the learning rate of now, which will be smaller.
+SLACK = 1.5
 #: λ changes by up to this factor a step, up and down.
 GROWTH = 1.035
 #: How many times less and more than estimated at first λ may become.
@@ -121,6 +126,7 @@ class FlopsTarget(Polarization):
         self._fall = FALL * self._horizon  # steps in which a factor is to fall to 0
         self._speed = 0.0  # by which factors that are to go have fallen a step, since then
         self._way = 0.0  # that they have to go, on average
+        self._up = 0.0  # the mean of all factors that are not at 0
         self._warned = False
         self._find_staying()
         self._check_reachable()
@@ -215,26 +221,27 @@ class FlopsTarget(Polarization):
         self.live = self._of_first(self.predictor.cut_of(compared))
         flat = torch.cat(list(steered.values()))
         if self._before is not None:
-            moved = (self._before - flat)[self._below_centers(steered) & (flat > AT_ZERO)]
+            moved = (self._before - flat)[self._below_centers(steered) & (flat > ARRIVED)]
             self._speed = float(moved.mean()) / self._every if moved.numel() else 0.0
-        self._fall = self._steps_to_fall(flat, scales, optimizer)
+        up = flat[flat > AT_ZERO]
+        self._up = float(up.mean()) if up.numel() else 0.0
+        self._fall = self._steps_to_fall(scales, optimizer)
         self._choose(compared, steered)
         chosen = self._below_centers(steered)
-        falling = flat[chosen & (flat > AT_ZERO)]
+        falling = flat[chosen & (flat > ARRIVED)]
         self._way = float(falling.mean()) if falling.numel() else 0.0
         if bool(chosen.any()):
             self._change_strength(scales, optimizer, scale)
         self._before = flat
 
-    def _steps_to_fall(self, flat: Tensor, scales: ScalingFactors, optimizer: Optimizer) -> float:
+    def _steps_to_fall(self, scales: ScalingFactors, optimizer: Optimizer) -> float:
         """In how many steps a factor is to fall to 0, from when it is chosen."""
         usual = FALL * self._horizon
         rate, group = _rate(scales, optimizer)
         if not _scales_gradients(group):
             return usual
-        up = flat[flat > AT_ZERO]
-        fastest = float(up.mean()) / rate if up.numel() else 0.0
-        return min(max(usual, fastest), LONGEST_FALL * self._horizon)
+        slowest = SLACK * self._up / rate
+        return min(max(usual, slowest), LONGEST_FALL * self._horizon)
 
     def _below_centers(self, steered: Mapping[str, Tensor]) -> Tensor:
         """Which factors are to go, bool [n]."""
@@ -284,15 +291,13 @@ class FlopsTarget(Polarization):
         self, scales: ScalingFactors, optimizer: Optimizer, scale: Tensor | None
     ) -> None:
         """λ for the steps until the next look."""
+        wanted = self._up / (FALL * self._horizon)  # the whole way, from where factors start
         if self._estimate == 0.0:
-            wanted = 0.5 / self._fall  # a step: from where factors start
             self._estimate = self._strength_for(wanted, scales, optimizer, scale)
             self.lam = self._estimate
             return
         change = 1 / GROWTH**self._every
         if self._way:
-            # Half of the way is done and half of the time gone, on average over those that fall.
-            wanted = 2 * self._way / self._fall
             change = min(max(wanted / max(self._speed, 1e-12), change), 1 / change)
         lam = self.lam * change
         self.lam = min(max(lam, LEAST * self._estimate), MOST * self._estimate)
@@ -328,17 +333,25 @@ class FlopsTarget(Polarization):
         if self._steps is None:
             return
         left = self._steps - self._step - 1
-        behind = self.due(self._step) - self.live
         if last:
             missed = abs(self.live - self.cut) > MISSED
+        elif self._warned or self._step < EARLY * self._steps:
+            return
         else:
-            arrives = self._speed * left >= self._way
-            missed = 2 * self._step >= self._steps and not (self._warned or arrives)
-            missed &= behind > max(0.1 * self.cut, MISSED)
+            late = self.due(self._step) - self.live > max(0.1 * self.cut, MISSED)
+            slow = 2 * self._step >= self._steps and self._speed * left < self._way
+            missed = late and (slow or self._hopeless(left, scales, optimizer))
         if missed:
             self._warned = True
             message = self._what_lacks(_groups(scales, optimizer), left)
             warnings.warn(message, stacklevel=6)  # who called pf.step or an attached step
+
+    def _hopeless(self, left: int, scales: ScalingFactors, optimizer: Optimizer) -> bool:
+        """Whether an optimizer that moves factors by at most its learning rate a step has too few
+        steps left.
+        """
+        rate, group = _rate(scales, optimizer)
+        return _scales_gradients(group) and rate * left < self._way
 
     def _what_lacks(self, groups: list[dict[str, Any]], left: int) -> str:
         """The state of things, why it is so, and what to change."""
@@ -357,11 +370,29 @@ class FlopsTarget(Polarization):
                 "longer, or take pf.plan(..., cut=)"
             )
         rate = max(float(group["lr"]) for group in groups)
+        longer = "Train longer" if left else "Go on with this same FlopsTarget for more steps"
+        lower = (
+            ""
+            if self._up < 0.6
+            else (
+                ", or start them lower (pf.init_scales(scales, 0.5) before a training from scratch)"
+            )
+        )
         return (
             f"{found}. The γ that are to go are at {self._way:.2g} on average and fall by "
             f"{max(self._speed, 0.0):.1g} a step at a learning rate of {rate:.2g}, with {left} "
-            "steps left. Train longer, give the γ a parameter group with a larger lr, or start "
-            "them lower (pf.init_scales(scales, 0.5) before a training from scratch)"
+            f"steps left. {longer}, or give the γ a parameter group of their own with a larger lr "
+            f"and no weight decay{lower}"
+        )
+
+    def remark(self) -> str | None:
+        due = self.due(self._step)
+        if due >= self.cut or self._step == 0:
+            return None
+        told = "1,000 were assumed" if self._steps is None else f"it was told {self._steps:,}"
+        return (
+            f"FlopsTarget has taken {self._step:,} steps and {told}: so far {due:.1%} of the MACs "
+            f"were due, of {self.cut:.1%} asked for. Give it steps= of the whole training, or go on"
         )
 
     def _check_reachable(self, steered: Mapping[str, Tensor] | None = None) -> None:
@@ -438,6 +469,7 @@ class FlopsTarget(Polarization):
             "before": [] if self._before is None else self._before.tolist(),
             "speed": self._speed,
             "way": self._way,
+            "up": self._up,
             "fall": self._fall,
             "warned": self._warned,
         }
@@ -453,14 +485,18 @@ class FlopsTarget(Polarization):
             raise ArgumentError(f"state lacks {', '.join(sorted(missing))}: not of a FlopsTarget")
         for name, mine in (("cut", self.cut), ("steps", self._steps)):
             if state[name] != mine:
-                raise ArgumentError(f"state is of {name}={state[name]!r}, not of {name}={mine!r}")
+                raise ArgumentError(
+                    f"state is of {name}={state[name]!r}, not of {name}={mine!r}: make the "
+                    f"FlopsTarget with {name}={state[name]!r}"
+                )
         self._macs = state["macs"]  # of the first network, where this one was made smaller
         self._left = self.predictor.macs_before / self._macs
         self._step, self.lam, self._estimate = state["step"], state["lam"], state["estimate"]
         self.live, self._count, self._speed = state["live"], state["count"], state["speed"]
         self.centers = tuple(state["centers"]) or None
         self._before = torch.tensor(state["before"], device="cpu") if state["before"] else None
-        self._way, self._fall, self._warned = state["way"], state["fall"], state["warned"]
+        self._way, self._up, self._fall = state["way"], state["up"], state["fall"]
+        self._warned = state["warned"]
 
 
 def _groups(scales: ScalingFactors, optimizer: Optimizer) -> list[dict[str, Any]]:

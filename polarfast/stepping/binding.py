@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class Binding:
         groups: indices of the optimizer's parameter groups that hold a trainable γ, as of then.
         drift: how far λ·∂R_s could move a γ under SGD, in all steps so far; None: not known, since
             the steps were those of an optimizer that scales gradients.
+        last: the regularizer of the last step, if it is still there.
     """
 
     def __init__(self, scales: ScalingFactors) -> None:
@@ -42,6 +44,7 @@ class Binding:
         self.trainable: list[Tensor] = []
         self.groups: list[int] = []
         self.drift: float | None = 0.0
+        self._last: weakref.ref[Regularizer] | None = None
         self._others: Mapping[str, Tensor] = scales.others
         self._model = scales._model
         self._seen: list[Any] = []  # by the last check: requires_grad of each γ, then the groups
@@ -118,8 +121,14 @@ class Binding:
                 f"{lost_gates(self.names)}"
             )
 
-    def add_drift(self, reg: Regularizer, group: Mapping[str, Any]) -> None:
+    @property
+    def last(self) -> Regularizer | None:
+        return None if self._last is None else self._last()
+
+    def note_step(self, reg: Regularizer, group: Mapping[str, Any]) -> None:
         """Count a step of a parameter group."""
+        if self.last is not reg:
+            self._last = weakref.ref(reg)
         lr = group["lr"]
         if self.drift is None or isinstance(lr, Tensor) or "betas" in group or "eps" in group:
             self.drift = None

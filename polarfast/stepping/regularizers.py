@@ -195,6 +195,10 @@ class Regularizer:
             scale: what the gradients are still multiplied with under AMP; None: nothing.
         """
 
+    def remark(self) -> str | None:
+        """What whoever plans a pruning now should know about the training; None: nothing."""
+        return None
+
     def _sum(
         self, layers: list[Tensor], weights: tuple[float, ...], tilts: tuple[float, ...]
     ) -> Tensor:

@@ -250,7 +250,7 @@ class _Work:
         binding.warn_before_clamp(reg)
         scale = _amp_scalar(optimizer, "grad_scale", table.device)
         reg.steer(self.scales, optimizer, scale)
-        binding.add_drift(reg, groups[0])
+        binding.note_step(reg, groups[0])
         if reg.centers is not None:
             table.centers = reg.centers
         # An optimizer passes over parameters that have no gradient; a stale one moves a frozen γ.

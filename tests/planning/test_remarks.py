@@ -109,3 +109,51 @@ def test_an_old_plan():
     # A copy has γ of its own, and a plan from a file knows none.
     same = pf.PruningPlan.from_json(plan.to_json())
     assert said(lambda: pf.slim(model, same))[1] == []
+
+
+def trained(steps, told):
+    """A few steps with a FlopsTarget that was told of more."""
+    model, scales = start()
+    reg = pf.FlopsTarget(model, X, scales, 0.3, steps=told)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(8, 3, 12, 12)).square().mean().backward()
+        pf.step(optimizer, scales, reg)
+    return model.eval(), scales, reg
+
+
+def test_a_training_that_was_not_finished():
+    for told, text in ((100, "it was told 100"), (None, "1,000 were assumed")):
+        model, scales, reg = trained(15, told)
+        plan, warned = said(lambda: pf.plan(model, X, scales))  # noqa: B023
+        assert f"has taken 15 steps and {text}" in warned[0] and warned[0].endswith("or go on")
+        assert plan.remarks[0] == reg.remark()
+    model, scales, reg = trained(15, 15)
+    assert reg.remark() is None
+
+
+def test_what_goes_without_being_at_zero():
+    model, scales = start()
+    name, gamma = next(iter(scales.items()))
+    with torch.no_grad():
+        for each in scales.values():
+            each[::2] = 0.0
+        gamma[0] = 0.015
+    _, (warning,) = said(lambda: pf.plan(model, X, scales, "fixed", value=0.02))
+    assert f"γ that go are up to 0.015 (in {name}) and count as 0" in warning
+
+
+def test_a_plan_of_another_model():
+    model, scales = start()
+    with torch.no_grad():
+        for gamma in scales.values():
+            gamma[::2] = 0.0
+    plan = pf.plan(model, X, scales)
+    copied = chain().eval()
+    copied.load_state_dict(model.state_dict())
+    assert said(lambda: pf.slim(copied, plan))[1] == []
+    fresh = chain().eval()
+    _, (warning,) = said(lambda: pf.slim(fresh, plan))
+    assert "the channels that go hold" in warning and "is it trained" in warning

@@ -60,7 +60,7 @@ def train(model, take_step, optimizer, steps, first=0, last=None, schedule="cosi
             "step": 1.0 if share < 0.5 else 0.1,
             "constant": 1.0,
         }[schedule]
-        optimizer.param_groups[0]["lr"] = 0.1 * rate
+        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
         rows = torch.randperm(256, generator=torch.Generator().manual_seed(step))[:32]
         optimizer.zero_grad()
         F.cross_entropy(model(IMAGES[rows]), LABELS[rows]).backward()
@@ -74,7 +74,7 @@ def sgd(model):
 OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, 0.3),
     "momentum": lambda params: torch.optim.SGD(params, 0.1, momentum=0.9, weight_decay=5e-4),
-    "adam": lambda params: torch.optim.Adam(params, 0.01),
+    "adam": lambda params: torch.optim.Adam(params, 0.02),
     "adamw": lambda params: torch.optim.AdamW(params, 0.02, weight_decay=0.05),
 }
 
@@ -94,17 +94,22 @@ OPTIMIZERS = {
 def test_the_plan_cuts_the_share_asked_for(
     build, residual, cut, schedule, optimizer, steps, recwarn
 ):
+    """Under SGD always; under Adam, whose steps are bounded, or else it warns."""
     model, scales = make(build, residual)
     reg = pf.FlopsTarget(model, X, scales, cut, steps=steps)
     steps = steps or 1000
+    sure = "adam" not in optimizer
     optimizer = OPTIMIZERS[optimizer](model.parameters())
     train(model, lambda: pf.step(optimizer, scales, reg), optimizer, steps, schedule=schedule)
+    warned = any(str(w.message).startswith("FlopsTarget") for w in recwarn.list)
     plan = pf.plan(model.eval(), X, scales)
     channel = 1 / min(gamma.numel() for gamma in scales.values())  # of a layer, both sides
-    assert abs(plan.flops_reduction - cut) <= (0.01 if build is Small else channel / 2)
+    off = abs(plan.flops_reduction - cut)
     assert plan.flops_reduction == pytest.approx(reg.predictor.cut())
-    if abs(plan.flops_reduction - cut) <= 0.01:
-        assert not recwarn.list
+    assert off <= (0.01 if build is Small else channel / 2) or (warned and not sure)
+    assert warned == (off > 0.01)
+    if warned and not sure:
+        return
     # Two groups and nothing between: the valley is a real one.
     gamma = torch.cat([values.detach() for values in scales.values()])
     gone = torch.cat(
@@ -133,7 +138,7 @@ def test_a_training_that_cannot_get_there_says_so_while_there_is_time(rate):
 
     train(model, take_step, optimizer, 100)
     (first, early, where), (last, late, _) = warned
-    assert 40 <= first <= 60 and last == 100
+    assert 15 <= first <= 30 and last == 100
     assert where == __file__, "it points at the user's line"
     assert "50.0% are asked for" in early and f"a learning rate of {rate:.2g}" in early
     assert "larger lr" in early and early != late

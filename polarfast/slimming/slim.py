@@ -116,9 +116,9 @@ def _warn_of(plan: PruningPlan, model: nn.Module) -> None:
             )
         return
     since = {
-        name: float((params[name].detach() - before).abs().max())
+        name: float((params[name].detach() - before.to(params[name])).abs().max())
         for name, before in plan._gammas.items()
-        if not torch.equal(params[name].detach(), before)
+        if not torch.equal(params[name].detach(), before.to(params[name]))  # moved since, perhaps
     }
     if since:
         name = max(since, key=since.__getitem__)

@@ -1,5 +1,6 @@
 """`FlopsTarget`: polarization that steers itself to a share of MACs, in one training."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -240,8 +241,8 @@ class FlopsTarget(Polarization):
         rate, group = _rate(scales, optimizer)
         if not _scales_gradients(group):
             return usual
-        slowest = SLACK * self._up / rate
-        return min(max(usual, slowest), LONGEST_FALL * self._horizon)
+        longest = LONGEST_FALL * self._horizon
+        return min(max(usual, SLACK * self._up / rate), longest) if rate else longest
 
     def _below_centers(self, steered: Mapping[str, Tensor]) -> Tensor:
         """Which factors are to go, bool [n]."""
@@ -292,10 +293,17 @@ class FlopsTarget(Polarization):
     ) -> None:
         """λ for the steps until the next look."""
         wanted = self._up / (FALL * self._horizon)  # the whole way, from where factors start
+        rate, group = _rate(scales, optimizer)
+        if rate == 0.0:
+            return  # a warm-up that has not begun: nothing moves, whatever λ is
         if self._estimate == 0.0:
-            self._estimate = self._strength_for(wanted, scales, optimizer, scale)
-            self.lam = self._estimate
+            found = self._strength_for(wanted, scales, optimizer, scale)
+            if math.isfinite(found):  # no infinite gradient, in a step that is going to be skipped
+                self.lam = self._estimate = found
             return
+        if not _scales_gradients(group):  # a larger learning rate than any before needs less
+            less = min(self._strength_for(wanted, scales, optimizer, scale) / self._estimate, 1.0)
+            self._estimate, self.lam = less * self._estimate, less * self.lam
         change = 1 / GROWTH**self._every
         if self._way:
             change = min(max(wanted / max(self._speed, 1e-12), change), 1 / change)
@@ -322,7 +330,7 @@ class FlopsTarget(Polarization):
         moving = {gamma: gamma.grad for gamma in scales.values() if gamma.grad is not None}
         grads = torch.cat([local(grad).reshape(-1) for grad in moving.values()])
         squares = grads.double().square() / (1.0 if scale is None else scale.double() ** 2)
-        known = [optimizer.state[gamma].get("exp_avg_sq") for gamma in moving]
+        known = [optimizer.state.get(gamma, {}).get("exp_avg_sq") for gamma in moving]
         if all(isinstance(each, Tensor) for each in known):  # what they have been up to now
             usual = torch.cat([local(each).reshape(-1) for each in known]).double()
             squares = torch.maximum(squares, usual)
@@ -508,7 +516,7 @@ def _groups(scales: ScalingFactors, optimizer: Optimizer) -> list[dict[str, Any]
 def _rate(scales: ScalingFactors, optimizer: Optimizer) -> tuple[float, dict[str, Any]]:
     """The largest learning rate of the factors, and the parameter group that has it."""
     group = max(_groups(scales, optimizer), key=lambda group: float(group["lr"]))
-    return max(float(group["lr"]), 1e-12), group
+    return float(group["lr"]), group
 
 
 def _scales_gradients(group: Mapping[str, Any]) -> bool:

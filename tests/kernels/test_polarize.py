@@ -35,6 +35,12 @@ SIZES = [3, 64, 700, 1]  # one longer than a Triton block, one of a single γ
 WEIGHTS = [1.0, 0.5, 2.0, 1.25]
 FROZEN = 1
 
+ROWS_WITH_TIES = st.lists(
+    st.lists(st.sampled_from([-0.5, 0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=6),
+    min_size=1,
+    max_size=5,
+)
+
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_launch = pytest.mark.parametrize("backend", WITH_ALL_LAUNCHES)
 every_case = pytest.mark.parametrize(
@@ -109,11 +115,7 @@ def test_a_weighted_mean_of_nothing(backend, form):
 @every_backend
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    rows=st.lists(
-        st.lists(st.sampled_from([-0.5, 0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=6),
-        min_size=1,
-        max_size=5,
-    ),
+    rows=ROWS_WITH_TIES,
     t=st.floats(-2, 2),
     per_layer=st.booleans(),
 )
@@ -130,11 +132,7 @@ def test_subgradient_with_ties(backend, rows, t, per_layer):
 @every_backend
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    rows=st.lists(
-        st.lists(st.sampled_from([-0.5, 0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=6),
-        min_size=1,
-        max_size=5,
-    ),
+    rows=ROWS_WITH_TIES,
     t=st.floats(-2, 2),
 )
 def test_subgradient_about_centers_with_ties(backend, rows, t):

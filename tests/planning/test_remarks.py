@@ -99,9 +99,12 @@ def test_an_old_plan():
     model, scales = start()
     with torch.no_grad():
         for gamma in scales.values():
+            gamma.fill_(0.3)
             gamma[::2] = 0.0
     plan = pf.plan(model, X, scales)
     assert said(lambda: pf.slim(model, plan))[1] == []
+    assert said(lambda: pf.slim(model.bfloat16(), plan))[1] == [], "converted, not changed"
+    model.float()
     with torch.no_grad():
         next(iter(scales.values()))[0] = 0.25
     _, (warning,) = said(lambda: pf.slim(model, plan))

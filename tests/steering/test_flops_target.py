@@ -212,6 +212,46 @@ def test_what_goes_is_small_for_its_layer():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cold", [0.0, 1e-6])
+def test_a_warm_up_from_nothing_does_not_blow_lam_up(cold):
+    """λ follows from the largest learning rate so far, not from that of the first look."""
+    model, scales = make()
+    reg = pf.FlopsTarget(model, X, scales, 0.5, steps=300)
+    optimizer, largest = sgd(model), []
+
+    def take_step():
+        step = reg.state_dict()["step"]
+        optimizer.param_groups[0]["lr"] = cold if step < 30 else 0.1
+        pf.step(optimizer, scales, reg)
+        if step > 60:
+            largest.append(reg.lam)
+
+    train(model, take_step, optimizer, 300)
+    assert abs(pf.plan(model.eval(), X, scales).flops_reduction - 0.5) <= 0.01
+    assert max(largest) < 1.0  # 0.5 / 24 steps · (1 − μ) / (2 lr) is 0.01
+
+
+def test_an_infinite_gradient_decides_nothing():
+    """A GradScaler that unscales within the optimizer shows them to the step that it skips."""
+    model, scales = make()
+    with torch.no_grad():
+        for gamma in scales.values():
+            gamma.uniform_(0.2, 0.9)
+    reg = pf.FlopsTarget(model, X, scales, 0.3, steps=10, every=1)
+    reg.load_state_dict({**reg.state_dict(), "step": 5})
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    F.cross_entropy(model(IMAGES[:32]), LABELS[:32]).backward()
+    first = next(iter(scales.values()))
+    right = first.grad.clone()
+    first.grad[0] = float("inf")
+    reg.steer(scales, optimizer)
+    assert reg.lam == 0.0
+    first.grad.copy_(right)
+    reg.steer(scales, optimizer)
+    assert 0.0 < reg.lam < 1.0
+
+
+@pytest.mark.slow
 def test_attach_steers_as_step_does_and_it_is_deterministic():
     results = []
     for way in ("step", "attach", "attach"):

@@ -1,6 +1,6 @@
 """Networks by name: the paper's for CIFAR, and torchvision's; weights to start from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,6 +11,8 @@ from ..errors import ArgumentError
 from ..storage import read_tensors
 
 TORCHVISION = "torchvision/"
+#: Widths of the convolutions between two poolings (Simonyan and Zisserman 2015, A and D).
+VGG11_STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
@@ -80,29 +82,43 @@ class CifarResNet(nn.Module):
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
-class Vgg16(nn.Module):
-    """VGG-16 with BatchNorm and one hidden linear layer, for 32x32 images.
+class Vgg(nn.Module):
+    """VGG with BatchNorm and one hidden linear layer, for 32x32 images.
 
     Five stages of 3x3 convolutions with max-pooling between them (the last one averages), then
     linear 512 - BatchNorm - ReLU - linear.
+
+    Args:
+        stages: widths of each stage's convolutions.
+        width: share of all widths, the hidden layer's too.
 
     Shape:
         ``[N, in_channels, H, W]`` with H, W multiples of 16, to ``[N, classes]``.
     """
 
-    def __init__(self, classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Sequence[int]],
+        classes: int = 10,
+        in_channels: int = 3,
+        width: float = 1.0,
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for number, stage in enumerate(VGG16_STAGES):
+        for number, stage in enumerate(stages):
             if number:
                 layers.append(nn.MaxPool2d(2))
-            for channels in stage:
+            for channels in (int(width * each) for each in stage):
                 layers.append(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False))
                 layers += [nn.BatchNorm2d(channels), nn.ReLU()]
                 in_channels = channels
         self.features = nn.Sequential(*layers)
+        hidden = int(width * 512)
         self.classifier = nn.Sequential(
-            nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, classes)
+            nn.Linear(in_channels, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, classes),
         )
         initialize(self)
 
@@ -125,13 +141,19 @@ def resnet(depth: int, classes: int = 10, in_channels: int = 3) -> CifarResNet:
     return CifarResNet(depth, classes, in_channels)
 
 
-def vgg16_bn(classes: int = 10, in_channels: int = 3) -> Vgg16:
+def vgg16_bn(classes: int = 10, in_channels: int = 3) -> Vgg:
     """VGG-16 with BatchNorm and one hidden 512-wide linear layer."""
-    return Vgg16(classes, in_channels)
+    return Vgg(VGG16_STAGES, classes, in_channels)
+
+
+def vgg11_half(classes: int = 10, in_channels: int = 3) -> Vgg:
+    """VGG-11 with BatchNorm, every layer half as wide: for experiments on a CPU."""
+    return Vgg(VGG11_STAGES, classes, in_channels, width=0.5)
 
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     **{f"resnet{depth}": partial(resnet, depth) for depth in (8, 20, 32, 44, 56, 110)},
+    "vgg11-half": vgg11_half,
     "vgg16": vgg16_bn,
 }
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import polarfast as pf
 
+from . import scores
 from .data.source import DataSource
 from .folder import Artifacts
 from .models import build, load_weights
@@ -136,8 +137,8 @@ class Networks:
         if pruning.method == "none":
             return pf.plan(model, self.example, scales, "percentile", value=0.0, **limits)
         if pruning.cut is not None:
-            scores = _scores(scales, pruning.method, self.recipe.seed)
-            return pf.plan(model, self.example, scales, cut=pruning.cut, scores=scores, **limits)
+            compared = self._scores(model, scales, pruning.method)
+            return pf.plan(model, self.example, scales, cut=pruning.cut, scores=compared, **limits)
         return pf.plan(model, self.example, scales, pruning.method, value=pruning.value, **limits)
 
     def check_reach(self, model: nn.Module, scales: pf.ScalingFactors) -> None:
@@ -145,10 +146,25 @@ class Networks:
         pruning = self.recipe.pruning
         if pruning.cut is None:
             return
-        scores = _scores(scales, pruning.method, self.recipe.seed)
-        found = pf.reachable(model, self.example, scales, scores=scores, **_limits(pruning))
+        compared = self._scores(model, scales, pruning.method)
+        found = pf.reachable(model, self.example, scales, scores=compared, **_limits(pruning))
         if pruning.cut > found.macs[1]:
             raise found.refusal(pruning.cut)
+
+    def _scores(
+        self, model: nn.Module, scales: pf.ScalingFactors, method: str
+    ) -> dict[str, Tensor] | None:
+        """What is compared in place of |γ|; None: γ decide."""
+        seed = seed_at(self.recipe.seed, len(scales))
+        if method == "relative":
+            return scores.relative(scales)
+        if method == "uniform":
+            return scores.in_order(scales)
+        if method == "random":
+            return scores.drawn(scales, seed)
+        if method == "taylor":
+            return scores.taylor(model, scales, self.data, self.recipe.batch_size, seed)
+        return None
 
     def _gated(self, model: nn.Module) -> nn.Module:
         sparsity = self.recipe.sparsity
@@ -160,23 +176,3 @@ class Networks:
 def _limits(pruning: Pruning) -> dict[str, Any]:
     """What plans, predictions and steering have in common."""
     return {name: getattr(pruning, name) for name in ("fold", "round_to", "min_channels")}
-
-
-def _scores(scales: pf.ScalingFactors, method: str, seed: int) -> dict[str, Tensor] | None:
-    """What is compared in place of |γ|: these in units of their layer's mean, or scores in (0, 1]
-    by which every layer loses the same share; None: γ decide.
-    """
-    if method == "percentile":
-        return None
-    if method == "relative":
-        sizes = {name: gamma.detach().abs().float() for name, gamma in scales.items()}
-        return {name: each / each.mean().clamp(min=1e-12) for name, each in sizes.items()}
-    generator = torch.Generator().manual_seed(seed_at(seed, len(scales)))
-    scores = {}
-    for name, gamma in scales.items():
-        count = gamma.numel()
-        ranks = torch.arange(count, 0, -1)
-        if method == "random":
-            ranks = ranks[torch.randperm(count, generator=generator)]
-        scores[name] = ranks.float() / count
-    return scores

@@ -17,9 +17,9 @@ from .data.settings import Data
 
 PHASES = ("train", "prune", "finetune")
 Schedule = Literal["cosine", "step", "constant"]
-Method = Literal["valley", "fixed", "percentile", "relative", "uniform", "random", "none"]
+Method = Literal["valley", "fixed", "percentile", "relative", "taylor", "uniform", "random", "none"]
 #: Methods that need a share of the MACs to cut.
-BUDGETED = ("relative", "uniform", "random")
+BUDGETED = ("relative", "taylor", "uniform", "random")
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,13 @@ class Pruning:
 
     Attributes:
         method: "valley" (the paper), "fixed", "percentile" (network slimming) on γ; "relative": the
-            smallest γ in proportion to the mean of their layer; "uniform": every layer of an
-            untrained network gets the same share of its width; "random": random channels of the
-            trained network, the same share of every layer; "none".
+            smallest γ in proportion to the mean of their layer; "taylor": the channels whose
+            removal changes the loss least, to first order; "uniform": every layer of an untrained
+            network gets the same share of its width; "random": random channels of the trained
+            network, the same share of every layer; "none".
         value: threshold of "fixed", share of the channels to remove of "percentile".
         cut: in place of ``value``, the share of the MACs to cut ("percentile", "relative",
-            "uniform", "random").
+            "taylor", "uniform", "random").
         fold: what becomes of removed channels' constants: "exact", "bias" or "none".
         round_to: widths become multiples of this.
         min_channels: no layer is narrower.

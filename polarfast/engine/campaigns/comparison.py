@@ -23,7 +23,7 @@ from ..launch import find_state
 from ..recipe import Recipe
 from ..results import read_results
 from ..run import Run
-from .rivals import DENSE, METHODS, method_recipe
+from .rivals import DENSE, METHODS, PLAIN, method_recipe
 from .trials import Trial, run_all
 
 LATENCY_BATCH, LATENCY_SECONDS = 64, 60.0
@@ -35,6 +35,9 @@ STYLES = {
     "deephoyer": ("#009E73", "^"),
     "uniform": ("#CC79A7", "D"),
     "random": ("#E69F00", "v"),
+    "no-penalty": ("#56B4E9", "P"),
+    "no-penalty-relative": ("#F0E442", "X"),
+    "taylor": ("#7F7F7F", "p"),
 }
 HEADINGS = (
     "method",
@@ -110,7 +113,7 @@ def chains(
 ) -> list[list[Trial]]:
     """All trials; those of a chain share one sparsity training where it does not depend on the cut.
 
-    The dense network shares its training with random choice.
+    The dense network shares its training with the methods that prune it as it is.
 
     Raises:
         ArgumentError: a method that is not known, or something given twice.
@@ -134,7 +137,7 @@ def chains(
                 name = f"{method}-{100 * cut:g}-seed{seed}"
                 alone = method in ("polarization", "uniform") or not trials
                 trials.append(Trial(name, changed, None if alone else trials[0].name))
-            if method == "random":
+            if method in PLAIN and method != "uniform":
                 plain += [dataclasses.replace(trial, trained=first.name) for trial in trials]
             elif method in ("polarization", "uniform"):
                 found += [[trial] for trial in trials]

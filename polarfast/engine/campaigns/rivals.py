@@ -13,15 +13,17 @@ METHODS = {
     "deephoyer": "DeepHoyer",
     "no-penalty": "no penalty, smallest γ",
     "no-penalty-relative": "no penalty, smallest γ ÷ layer mean",
+    "taylor": "no penalty, smallest Taylor score",
     "uniform": "uniform width",
     "random": "random channels",
 }
 DENSE = "dense"
 _REGULARIZERS = {"network-slimming": "l1", "deephoyer": "deephoyer"}
 #: Methods that train without a penalty -> how they prune.
-_PLAIN = {
+PLAIN = {
     "no-penalty": "percentile",
     "no-penalty-relative": "relative",
+    "taylor": "taylor",
     "uniform": "uniform",
     "random": "random",
 }
@@ -32,7 +34,7 @@ def method_recipe(recipe: Recipe, method: str, cut: float, lam: float | None = N
 
     Polarization steers itself until its valleys give the share. Network slimming, DeepHoyer and
     training without a penalty take the percentile of |γ| that does (or of |γ| in proportion to the
-    layer's mean), random choice and uniform width the share of every layer that does. Only
+    layer's mean, or of the Taylor score), random choice and uniform width the share of every layer that does. Only
     polarization clamps γ.
 
     Args:
@@ -48,9 +50,9 @@ def method_recipe(recipe: Recipe, method: str, cut: float, lam: float | None = N
         changes = {"regularizer": _REGULARIZERS[method], "upper": None, "clamp": "scales"}
         sparsity = dataclasses.replace(sparsity, **changes, cut=None)
         pruning = dataclasses.replace(recipe.pruning, method="percentile", value=None, cut=cut)
-    elif method in _PLAIN:
+    elif method in PLAIN:
         sparsity = _plain(sparsity)
-        changes = {"method": _PLAIN[method], "value": None, "cut": cut}
+        changes = {"method": PLAIN[method], "value": None, "cut": cut}
         pruning = dataclasses.replace(recipe.pruning, **changes)
     elif method == DENSE:
         sparsity = _plain(sparsity)

@@ -105,7 +105,7 @@ def _run_chain(chain: Sequence[Trial], folder: Path) -> None:
         path = folder / trial.name
         path.mkdir(parents=True, exist_ok=True)
         if trial.trained is not None:
-            _adopt_training(folder / trial.trained, path, trial.recipe)
+            adopt_training(folder / trial.trained, path, trial.recipe)
         with (path / "log.txt").open("a", encoding="utf-8") as log:
             console = Console(file=log, width=100)
             try:
@@ -115,7 +115,7 @@ def _run_chain(chain: Sequence[Trial], folder: Path) -> None:
                 raise SystemExit(1) from stop
 
 
-def _adopt_training(source: Path, target: Path, recipe: Recipe) -> None:
+def adopt_training(source: Path, target: Path, recipe: Recipe) -> None:
     """Give a run that has not begun the sparsity training of another one."""
     checkpoints = Checkpoints(target)
     if checkpoints.numbered():

@@ -1,0 +1,276 @@
+"""Polarization and its rivals on a subset of CIFAR-10: strengths chosen on held-out images, tables
+on fresh seeds and all 10,000 test images.
+
+ResNet-20 and a VGG-11 of half the width, 5,000 training images, 12 + 6 epochs, 50 and 70 % of the
+MACs; bfloat16 and channels_last, for every method alike.
+
+    python benchmarks/bench_comparison.py tune  --root CIFAR10_AS_A_FOLDER
+    python benchmarks/bench_comparison.py final --root CIFAR10_AS_A_FOLDER [--seeds 1 2 3]
+    python benchmarks/bench_comparison.py table
+
+"tune" gives each method that has something to choose three tries, one seed, and compares their
+fine-tuned accuracy on 5,000 training images that are held out. "final" takes the best ones, and
+seeds that "tune" did not see. Finished runs are lines of results/comparison.jsonl and are not run
+again, so that all of it (8 hours on one core) can be done in parts. "table" prints what there is.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import polarfast as pf
+from polarfast.engine.campaigns.comparison import chains, spread
+from polarfast.engine.campaigns.rivals import DENSE, METHODS
+from polarfast.engine.campaigns.trials import Trial, adopt_training
+from polarfast.engine.data.source import DataSource, load
+from polarfast.engine.launch import launch
+from polarfast.engine.recipe import Recipe, load_recipe
+from polarfast.engine.run import Run
+from polarfast.engine.trainer import evaluate
+from polarfast.steering.flops_target import AT_ZERO, FlopsTarget
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "comparison.jsonl"
+MODELS = {"resnet20": "ResNet-20", "vgg11-half": "VGG-11, half width"}
+CUTS = (0.5, 0.7)
+TUNED_AT, TUNED_SEED, HELD_OUT = 0.7, 100, 0.1
+#: Three tries for each method that has something to choose.
+TRIES: dict[str, tuple[Any, ...]] = {
+    "polarization": ("mean", "none", "mean of MACs"),
+    "network-slimming": (1e-3, 2e-3, 4e-3),
+    "deephoyer": (5e-4, 1e-3, 2e-3),
+}
+
+
+def recipe(model: str, root: str, seed: int) -> Recipe:
+    """The schedule of every method."""
+    found = load_recipe(HERE / "cifar10-subset.yaml")
+    hardware = dataclasses.replace(found.hardware, threads=1, channels_last=True)
+    data = dataclasses.replace(found.data, root=root)
+    return dataclasses.replace(
+        found, data=data, model=model, seed=seed, precision="bf16", hardware=hardware
+    )
+
+
+def units(chosen: str, macs: Mapping[str, float]) -> Any:
+    """What FlopsTarget measures the γ of a layer in; "mean" is what it ships with."""
+
+    def of(self: FlopsTarget, steered: Mapping[str, Tensor]) -> dict[str, float]:
+        means = {name: max(float(gamma.mean()), AT_ZERO) for name, gamma in steered.items()}
+        if chosen == "none":
+            return dict.fromkeys(means, 1.0)
+        # A channel that saves more goes earlier: the square root, as γ ÷ ΔMACs itself empties
+        # layers in which channels are dear.
+        return {name: mean * macs[name] ** 0.5 for name, mean in means.items()}
+
+    return of
+
+
+@contextlib.contextmanager
+def measured_in(chosen: Any, run_recipe: Recipe) -> Iterator[None]:
+    """FlopsTarget as it would be with other units, for a try."""
+    if chosen not in ("none", "mean of MACs"):
+        yield
+        return
+    model = torch.nn.Module()
+    macs: Mapping[str, float] = {}
+    if chosen == "mean of MACs":
+        from polarfast.engine.models import build
+
+        model, example = build(run_recipe.model, 10, 3), torch.zeros(1, 3, 32, 32)
+        scales = pf.scaling_factors(model, example, residual=run_recipe.sparsity.residual)
+        macs = pf.mac_weights(model, example, scales, 0.1, 1.0)
+    shipped = FlopsTarget._units
+    FlopsTarget._units = units(chosen, macs)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        FlopsTarget._units = shipped  # type: ignore[method-assign]
+
+
+def lines() -> list[dict[str, Any]]:
+    """Every finished run."""
+    if not RESULTS.is_file():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()]
+
+
+def known(key: Mapping[str, Any]) -> bool:
+    """Whether a run is finished."""
+    return any(all(line.get(k) == v for k, v in key.items()) for line in lines())
+
+
+def record(key: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**key, **found}) + "\n")
+    print({**key, **found}, flush=True)
+
+
+def carry_out(trial: Trial, folder: Path, test: DataSource) -> dict[str, Any]:
+    """One run, and its networks on all test images."""
+    path = folder / trial.name
+    path.mkdir(parents=True, exist_ok=True)
+    if trial.trained is not None:
+        adopt_training(folder / trial.trained, path, trial.recipe)
+    start = time.perf_counter()
+    with (path / "log.txt").open("a", encoding="utf-8") as log:
+        results = launch(trial.recipe, path, Console(file=log, width=100))
+    assert results is not None
+    seconds = time.perf_counter() - start
+    run = Run(trial.recipe, path, *_place(trial.recipe))
+    found: dict[str, Any] = {"cut": round(results.macs.cut, 4), "seconds": round(seconds)}
+    for name, network in (
+        ("pruned", run.networks.slim("pruned")),
+        ("finetuned", run.networks.slim()),
+    ):
+        right = evaluate(network, test, run.workers, trial.recipe.precision)
+        found[name] = round(right, 2)
+    return found
+
+
+def _place(run_recipe: Recipe) -> tuple[Any, Any]:
+    from polarfast.engine.distributed import Workers
+
+    return Workers(run_recipe.hardware), None
+
+
+def tune(model: str, root: str, folder: Path) -> None:
+    """Three tries for each method, on held-out training images."""
+    for method, tries in TRIES.items():
+        for tried in tries:
+            key = {"stage": "tune", "model": model, "method": method, "tried": tried}
+            if known(key):
+                continue
+            base = recipe(model, root, TUNED_SEED)
+            held = dataclasses.replace(base.data, validation=HELD_OUT)
+            lams = {} if method == "polarization" else {method: tried}
+            made = chains(dataclasses.replace(base, data=held), [method], [TUNED_AT], 1, lams)
+            (trial,) = (trial for chain in made for trial in chain if DENSE not in trial.name)
+            test = load(dataclasses.replace(held, test_images=0), torch.device("cpu"))
+            with measured_in(tried, trial.recipe):
+                found = carry_out(trial, folder / "tune" / model / str(tried), test)
+            record(key, found)
+            shutil.rmtree(folder / "tune" / model / str(tried))
+
+
+def best(model: str, method: str) -> Any:
+    """What "tune" chose; the middle try where it did not run."""
+    tries = [
+        (line["finetuned"], line["tried"])
+        for line in lines()
+        if line["stage"] == "tune" and (line["model"], line["method"]) == (model, method)
+    ]
+    if len(tries) < len(TRIES[method]):
+        raise SystemExit(f"{model}, {method}: not all tries have run; run 'tune' first")
+    return max(tries, key=lambda pair: pair[0])[1]
+
+
+def final(model: str, root: str, folder: Path, seed: int, methods: list[str]) -> None:
+    """Every method at one seed."""
+    chosen = {method: best(model, method) for method in TRIES if method in methods}
+    lams = {method: value for method, value in chosen.items() if method != "polarization"}
+    base = recipe(model, root, seed)
+    test = load(dataclasses.replace(base.data, test_images=0), torch.device("cpu"))
+    with measured_in(chosen.get("polarization"), base):
+        for chain in chains(base, methods, CUTS, 1, lams):
+            keys = {trial.name: _key(model, trial, seed) for trial in chain}
+            todo = [trial for trial in chain if not known(keys[trial.name])]
+            for trial in chain if todo else ():
+                again = folder / f"final-{model}"
+                found = carry_out(trial, again, test)
+                if trial in todo:
+                    record(keys[trial.name], found)
+            for trial in chain:
+                shutil.rmtree(folder / f"final-{model}" / trial.name, ignore_errors=True)
+
+
+def _key(model: str, trial: Trial, seed: int) -> dict[str, Any]:
+    method = trial.name.rpartition("-seed")[0]
+    asked = None
+    if method != DENSE:
+        method, _, percent = method.rpartition("-")
+        asked = float(percent) / 100
+    return {"stage": "final", "model": model, "method": method, "asked": asked, "seed": seed}
+
+
+def table() -> None:
+    """What there is, as markdown."""
+    every = lines()
+    for model, title in MODELS.items():
+        print(f"\n### {title}\n")
+        print("| method | asked | MACs cut % | right after % | fine-tuned % | against L1 | seeds |")
+        print("|---|---:|---:|---:|---:|---:|---:|")
+        mine = [line for line in every if line["stage"] == "final" and line["model"] == model]
+        rows = {(line["asked"] or 0.0, line["method"]) for line in mine}
+        order = [DENSE, *METHODS]
+        for asked, method in sorted(rows, key=lambda row: (row[0], order.index(row[1]))):
+            runs = {
+                line["seed"]: line
+                for line in mine
+                if ((line["asked"] or 0.0), line["method"]) == (asked, method)
+            }
+            rival = {
+                line["seed"]: line["finetuned"]
+                for line in mine
+                if ((line["asked"] or 0.0), line["method"]) == (asked, "network-slimming")
+            }
+            against = [runs[s]["finetuned"] - rival[s] for s in runs if s in rival]
+            pruned = [run["pruned"] for run in runs.values()]
+            cells = [
+                METHODS.get(method, "dense"),
+                f"{asked:.0%}" if asked else "",
+                spread([100 * run["cut"] for run in runs.values()], 1),
+                spread(pruned) if method not in (DENSE, "uniform") else "",
+                spread([run["finetuned"] for run in runs.values()]),
+                spread(against) if against and method != "network-slimming" else "",
+                str(len(runs)),
+            ]
+            print("| " + " | ".join(cells) + " |")
+    print("\n| network | method | tried | held-out accuracy % |\n|---|---|---|---:|")
+    for line in every:
+        if line["stage"] == "tune":
+            tried, right = line["tried"], line["finetuned"]
+            print(f"| {MODELS[line['model']]} | {line['method']} | {tried} | {right:.2f} |")
+    total = sum(line["seconds"] for line in every)
+    print(f"\n{len(every)} runs, {total / 3600:.1f} hours; median {_median(every):.0f} s a run")
+
+
+def _median(every: list[dict[str, Any]]) -> float:
+    return statistics.median(line["seconds"] for line in every) if every else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("stage", choices=("tune", "final", "table"))
+    parser.add_argument("--root", default="data/cifar10", help="folder with train/ and test/")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--folder", type=Path, default=Path("runs/comparison"))
+    options = parser.parse_args()
+    if options.stage == "table":
+        table()
+        return
+    torch.set_num_threads(1)
+    if options.stage == "tune":
+        for model in options.models:
+            tune(model, options.root, options.folder)
+        return
+    for seed in options.seeds:
+        for model in options.models:
+            final(model, options.root, options.folder, seed, options.methods)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,7 @@ from .errors import FileFormatError, PlanError
 from .inputs import unwrap
 from .planning.pruning_plan import PruningPlan
 from .sharding import refuse_sharded
+from .slimming.origin import Origin
 from .slimming.slim import SlimInfo
 from .slimming.structure import Structure, blank
 from .storage import read_tensors, write_atomically
@@ -51,7 +52,12 @@ def save(slim: nn.Module, plan: PruningPlan, path: str | os.PathLike[str]) -> No
         "version": VERSION,
         "plan": plan.to_json(),
         "info": json.dumps(
-            {"structure": info.structure.to_data(), "fold": info.fold, "inexact": info.inexact}
+            {
+                "structure": info.structure.to_data(),
+                "fold": info.fold,
+                "inexact": info.inexact,
+                "origin": None if info.origin is None else info.origin.to_data(),
+            }
         ),
         "tensors": _tensors(slim, info.structure),
     }
@@ -77,7 +83,9 @@ def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Mod
     try:
         info = json.loads(data["info"])
         structure = Structure.from_data(info["structure"])
-        loaded = SlimInfo(structure, info["fold"], info["inexact"])
+        known = info.get("origin")
+        origin = None if known is None else Origin.from_data(known)
+        loaded = SlimInfo(structure, info["fold"], info["inexact"], origin)
         tensors = data["tensors"]
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(

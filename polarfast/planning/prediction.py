@@ -143,6 +143,13 @@ class CutPredictor:
         self._beta = {name: present[bias] for name, bias in self._counter.readers.items()}
         self.look()  # sharded β made whole, for predictions from other numbers than γ
 
+    def watched(self) -> dict[str, Tensor]:
+        """The parameters that a prediction reads, γ and β, by name."""
+        return {
+            **self.scales,
+            **{self._counter.readers[name]: beta for name, beta in self._beta.items()},
+        }
+
     def look(self, scores: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What is compared with thresholds: name -> float32 [C] on the CPU, for `cut_of` and
         `count_for`. Sharded γ and β are gathered, in one collective.

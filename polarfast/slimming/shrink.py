@@ -19,7 +19,7 @@ def shrink(
 
     The optimizer's groups and state are cut along, in place; a `GradScaler` and learning-rate
     schedulers go on as they are. What else refers to the old parameters is made anew from the slim
-    model: `scaling_factors` (then `FlopsTarget.follow`), data-parallel and compiled wrappers,
+    model: scaling factors (`FlopsTarget.follow` returns them), data-parallel and compiled wrappers,
     averages of weights. Detach before (`handle.remove()`), attach after.
 
     Args:
@@ -32,8 +32,8 @@ def shrink(
         A new module of the same class, in the same mode; `model` is untouched.
 
     Raises:
-        ArgumentError: a channel that would go has a γ other than 0; or the network has gates, which
-            a slim model has no more.
+        ArgumentError: a channel that would go has a γ other than 0, or leaves a constant behind
+            that cannot be folded exactly; or the network has gates, which a slim model has no more.
         PlanError, VerificationError: as in `slim`.
     """
     model = unwrap(model)
@@ -42,6 +42,12 @@ def shrink(
         raise ArgumentError(
             f"the model has gates ({gates[0]} and others), which are multiplied into their layers "
             "when it is made slim: pf.slim after the training"
+        )
+    if plan.inexact:
+        reader, why = next(iter(plan.inexact.items()))
+        raise ArgumentError(
+            f"what the removed channels leave behind does not fold exactly into {reader} ({why}), "
+            "and the network would compute something else: pf.slim after the training"
         )
     params = dict(model.named_parameters())
     for name, kept in plan.kept.items():

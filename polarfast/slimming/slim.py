@@ -22,6 +22,7 @@ from ..planning.selection import Selection, can_vanish, is_balanced
 from ..tracing.classes import Channels, trace_channels
 from ..tracing.graph import ProjectionCall
 from .optimizer import migrate_optimizer
+from .origin import Origin
 from .structure import Layout, Structure, fill_, structure_of
 from .verify import check_slim
 
@@ -34,18 +35,23 @@ class SlimInfo:
         structure: its differences in shape from the original.
         fold: what became of the removed channels' constants.
         inexact: reader's weight name -> why its fold is not exact.
+        origin: where its tensors' positions lie in the original; None where that was not kept.
     """
 
     structure: Structure
     fold: str
     inexact: dict[str, str]
+    origin: Origin | None = None
 
     def after(self, before: "SlimInfo | None") -> "SlimInfo":
         """The same for a model that was itself slim: differences from the first original."""
         if before is None:
             return self
+        origin = None
+        if self.origin is not None and before.origin is not None:
+            origin = self.origin.after(before.origin)
         structure = self.structure.after(before.structure)
-        return SlimInfo(structure, self.fold, {**before.inexact, **self.inexact})
+        return SlimInfo(structure, self.fold, {**before.inexact, **self.inexact}, origin)
 
 
 def slim(
@@ -241,7 +247,9 @@ def _draw(
     created = new_biases(model, channels, folded)
     lengths = {name: int(stays[labels].sum()) for name, labels in created.items()}
     structure = structure_of(layout, model, lengths)
-    return _Blueprint(channels, folded, layout, SlimInfo(structure, fold, folded.notes()))
+    origin = Origin.of(layout, channels, structure)
+    info = SlimInfo(structure, fold, folded.notes(), origin)
+    return _Blueprint(channels, folded, layout, info)
 
 
 def _new_tensors(

@@ -1,5 +1,6 @@
 """`FlopsTarget`: polarization that steers itself to a share of MACs, in one training."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Mapping
@@ -14,7 +15,9 @@ from ..kernels.table import Kind
 from ..planning.prediction import CutPredictor
 from ..planning.thresholds import as_factors, thresholds
 from ..scaling.factors import ScalingFactors
-from ..sharding import Part, local
+from ..inputs import unwrap
+from ..sharding import Part, local, present_parameters, whole
+from ..slimming.slim import SlimInfo
 from ..stepping.regularizers import Polarization
 
 #: Optimizer steps that a training is taken to have where `steps` is not given.
@@ -107,14 +110,16 @@ class FlopsTarget(Polarization):
         super().__init__(0.0, 1.0, upper, clamp=clamp)
         self.kind = Kind.CENTERED
         self.cut, self.live = float(cut), 0.0
-        self._left = 1.0  # of the first network's MACs, in the one that is steered now
-        self._limits: dict[str, Any] = {
-            "fold": fold,
-            "round_to": round_to,
-            "min_channels": min_channels,
-        }
-        self.predictor = CutPredictor(model, example_inputs, scales, **self._limits)
-        self._macs = self.predictor.macs_before
+        self.predictor = CutPredictor(
+            model,
+            example_inputs,
+            scales,
+            fold=fold,
+            round_to=round_to,
+            min_channels=min_channels,
+        )
+        self._followed: nn.Module | None = None  # the network's slim form, where that trains now
+        self._gone: set[str] = set()  # layers that this one has no more
         self._steps = steps
         self._horizon = HORIZON if steps is None else steps
         self._every = every or min(max(self._horizon // 60, 1), 10)
@@ -129,35 +134,52 @@ class FlopsTarget(Polarization):
         self._way = 0.0  # that they have to go, on average
         self._up = 0.0  # the mean of all factors that are not at 0
         self._warned = False
-        self._find_staying()
-        self._check_reachable()
-
-    def follow(self, model: nn.Module, example_inputs: Any, scales: ScalingFactors) -> None:
-        """Go on with a network that was made smaller in the middle of the training (`shrink`).
-        Shares are still those of the first network.
-
-        Args:
-            model: the slim network.
-            example_inputs: of the size that the first ones had.
-            scales: its scaling factors.
-
-        Raises:
-            ArgumentError, PlanError, TracingError: as when it was made.
-        """
-        predictor = CutPredictor(model, example_inputs, scales, **self._limits)
-        if predictor.macs_before > self._macs:
-            raise ArgumentError(
-                f"this network has {predictor.macs_before:,} MACs, more than the {self._macs:,} "
-                "that FlopsTarget began with: follow what pf.shrink returns, on inputs of that size"
-            )
-        self.predictor, self._left = predictor, predictor.macs_before / self._macs
-        self._steered, self._part = None, None
-        self.centers, self._before, self._count = None, None, 0
-        self._find_staying()
-
-    def _find_staying(self) -> None:
         names = list(self.predictor.scales)
         self._staying = {names[row] for row in self.predictor.layers_that_stay()}
+        self._check_reachable()
+
+    def follow(self, slim: nn.Module) -> ScalingFactors:
+        """Go on with the network's slim form, in the middle of the training (`shrink`). Nothing
+        changes but that channels at 0 are no longer there: shares are still those of the network
+        that this was made with, whose γ and β are kept up to date from now on. To resume: follow
+        first, then `load_state_dict`.
+
+        Args:
+            slim: what `shrink` returned, made from that network, at once or step by step.
+
+        Returns:
+            The slim network's scaling factors, to step with from now on.
+
+        Raises:
+            ArgumentError: `slim` was not made from that network.
+        """
+        slim = unwrap(slim)
+        info = getattr(slim, "polarfast_info", None)
+        origin = info.origin if isinstance(info, SlimInfo) else None
+        params = present_parameters(slim)
+        watched = self.predictor.watched()
+        for name, tensor in watched.items():
+            kept = {} if origin is None else origin.index.get(name, {})
+            last = int(kept[0].max()) if 0 in kept and kept[0].numel() else -1
+            size = kept[0].numel() if 0 in kept else tensor.numel()
+            if origin is None or name not in params or params[name].numel() != size:
+                last = tensor.numel()
+            if last >= tensor.numel():
+                raise ArgumentError(
+                    f"{name}: this network is no slim form of the one that FlopsTarget was made "
+                    "with; give it what pf.shrink returns"
+                )
+        pruned = self.predictor.scales
+        gone = {name for name in pruned if not params[name].numel()}
+        if self._steered is not None and self.centers is not None:
+            sizes = [pruned[name].numel() for name in self._steered if name not in self._gone]
+            left = [name not in gone for name in self._steered if name not in self._gone]
+            self.centers = tuple(itertools.compress(self.centers, left))
+            if self._before is not None:
+                self._before = torch.cat([*itertools.compress(self._before.split(sizes), left)])
+        self._followed, self._gone = slim, gone
+        factors = {name: params[name] for name in pruned if name not in gone}
+        return ScalingFactors(factors, residual=pruned.residual, model=slim)
 
     def due(self, step: int) -> float:
         """The share of MACs that is to be cut after so many steps."""
@@ -181,19 +203,19 @@ class FlopsTarget(Polarization):
                 "None and per_layer False, or use Polarization"
             )
         if scales is not self._steered:
-            self._follow(scales)
+            self._steer(scales)
         last = self._step + 1 == self._steps
         if self._step % self._every == 0 or last:
             self._look(scales, optimizer, scale)
             self._warn(scales, optimizer, last)
         self._step += 1
 
-    def _follow(self, scales: ScalingFactors) -> None:
+    def _steer(self, scales: ScalingFactors) -> None:
         """Steer these factors from now on: those that were given, as their parameters are now, or
         some of them. The others are predicted to be pruned where their own valleys say so.
         """
         pruned = self.predictor.scales
-        if self._steered is not None and set(scales) != set(self._steered):
+        if self._steered is not None and set(scales) != set(self._steered) - self._gone:
             raise ArgumentError(
                 f"this FlopsTarget steered {len(self._steered)} layers before and is now to steer "
                 f"{len(scales)}, others among them: make one for each set of factors"
@@ -204,9 +226,10 @@ class FlopsTarget(Polarization):
                     f"{name!r} is stepped, and is not among the scales that FlopsTarget was made "
                     "with: give it all that are pruned"
                 )
-        self.predictor.rebind(scales)
-        if len(scales) < len(pruned):
-            self._check_reachable(scales)
+        if self._followed is None:
+            self.predictor.rebind(scales)
+            if len(scales) < len(pruned):
+                self._check_reachable(scales)
         self._steered, self._part = scales, Part(scales)
 
     @torch.no_grad()
@@ -217,9 +240,10 @@ class FlopsTarget(Polarization):
         scale: Tensor | None,
     ) -> None:
         """Set the centers and λ from the γ of the moment."""
+        self._keep_up()
         compared = self.predictor.look()
         steered = {name: compared[name] for name in scales}
-        self.live = self._of_first(self.predictor.cut_of(compared))
+        self.live = self.predictor.cut_of(compared)
         flat = torch.cat(list(steered.values()))
         if self._before is not None:
             moved = (self._before - flat)[self._below_centers(steered) & (flat > ARRIVED)]
@@ -234,6 +258,15 @@ class FlopsTarget(Polarization):
         if bool(chosen.any()):
             self._change_strength(scales, optimizer, scale)
         self._before = flat
+
+    def _keep_up(self) -> None:
+        """Give the network that predictions are made for the γ and β of its slim form."""
+        if self._followed is None:
+            return
+        watched = self.predictor.watched()
+        present = present_parameters(self._followed)
+        now = whole({name: present[name].detach() for name in watched})
+        self._followed.polarfast_info.origin.write_vectors(now, watched)  # type: ignore[union-attr]
 
     def _steps_to_fall(self, scales: ScalingFactors, optimizer: Optimizer) -> float:
         """In how many steps a factor is to fall to 0, from when it is chosen."""
@@ -255,10 +288,12 @@ class FlopsTarget(Polarization):
         ranked = {name: gamma / units[name] for name, gamma in steered.items()}
         for name in self._staying & ranked.keys():
             ranked[name][ranked[name].argmax()] = float("inf")
-        others = {name: gamma for name, gamma in compared.items() if name not in steered}
+        out = self._gone | steered.keys()
+        others = {name: gamma for name, gamma in compared.items() if name not in out}
         held = thresholds(as_factors(others)) if others else {}
+        held |= dict.fromkeys(self._gone, 0.0)
         order = torch.cat(list(ranked.values())).sort().values
-        due = 1.0 - (1.0 - self.due(self._step + round(self._fall))) / self._left
+        due = self.due(self._step + round(self._fall))
         if due <= 0.0:
             self._count = 0
         else:
@@ -269,10 +304,6 @@ class FlopsTarget(Polarization):
         self.centers = tuple(
             min(border * units[name], self._limit(name, gamma)) for name, gamma in steered.items()
         )
-
-    def _of_first(self, share: float) -> float:
-        """A share cut of the network that is steered now, as one of the first network."""
-        return 1.0 - self._left * (1.0 - share)
 
     def _units(self, steered: Mapping[str, Tensor]) -> dict[str, float]:
         """What the factors of each layer are measured in when they are compared."""
@@ -404,7 +435,7 @@ class FlopsTarget(Polarization):
         )
 
     def _check_reachable(self, steered: Mapping[str, Tensor] | None = None) -> None:
-        largest = self._of_first(self.predictor.largest_cut(steered))
+        largest = self.predictor.largest_cut(steered)
         if self.cut > largest:
             some = "" if steered is None else " that are stepped"
             raise ArgumentError(
@@ -467,7 +498,6 @@ class FlopsTarget(Polarization):
         return {
             "cut": self.cut,
             "steps": self._steps,
-            "macs": self._macs,
             "step": self._step,
             "lam": self.lam,
             "estimate": self._estimate,
@@ -497,8 +527,6 @@ class FlopsTarget(Polarization):
                     f"state is of {name}={state[name]!r}, not of {name}={mine!r}: make the "
                     f"FlopsTarget with {name}={state[name]!r}"
                 )
-        self._macs = state["macs"]  # of the first network, where this one was made smaller
-        self._left = self.predictor.macs_before / self._macs
         self._step, self.lam, self._estimate = state["step"], state["lam"], state["estimate"]
         self.live, self._count, self._speed = state["live"], state["count"], state["speed"]
         self.centers = tuple(state["centers"]) or None

@@ -1,11 +1,12 @@
 """A network made smaller in the middle of its training goes on as the large one would."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.nets import Residual, chain
+from support.nets import Residual, SqueezeExcite, chain
 from torch import nn
 
 import polarfast as pf
@@ -129,27 +130,57 @@ def test_flops_target_goes_on_with_the_smaller_network():
     pf.init_scales(scales, 0.5)
     reg = pf.FlopsTarget(model, X, scales, 0.6, steps=300)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    sizes = []
+    sizes, live = [], []
     for step in range(300):
         rows = torch.randperm(128, generator=torch.Generator().manual_seed(step))[:32]
         optimizer.zero_grad()
         F.cross_entropy(model(images[rows]), labels[rows]).backward()
         pf.step(optimizer, scales, reg)
-        if step in (120, 200):
-            plan = pf.plan(model, X, scales, "fixed", value=0.0)
+        live.append(reg.live)
+        if step in (123, 203):
+            plan = pf.plan(model, X, pf.scaling_factors(model, X, "expand"), "fixed", value=0.0)
             model = pf.shrink(model, optimizer, plan)
-            scales = pf.scaling_factors(model, X, residual="expand")
-            reg.follow(model, X, scales)
+            scales = reg.follow(model)
             sizes.append(plan.macs)
-            again = pf.FlopsTarget(model, X, scales, 0.6, steps=300)  # from a checkpoint
+            fresh, factors = start(Net)  # as in another process, from a checkpoint
+            again = pf.FlopsTarget(fresh, X, factors, 0.6, steps=300)
+            again.follow(model)
             again.load_state_dict(reg.state_dict())
-            assert again.due(step) == reg.due(step)
+            assert again.state_dict() == reg.state_dict()
             reg = again
     assert first > sizes[0] > sizes[1]
-    plan = pf.plan(model.eval(), X, scales)
-    assert abs(1 - plan.macs / first - 0.6) <= 0.015
-    slim = pf.slim(model, plan)
+    assert max(abs(b - a) for a, b in itertools.pairwise(live)) < 0.06
+    assert abs(reg.live - 0.6) <= 0.015
+    dense, _ = start(Net)
+    model.polarfast_info.origin.write_back(model, dense)
+    plan = pf.plan(dense.eval(), X, pf.scaling_factors(dense, X, "expand"))
+    assert abs(plan.flops_reduction - reg.live) < 1e-6
+    slim = pf.slim(dense, plan)
     assert (slim(images).argmax(1) == labels).float().mean() > 0.9
-    larger, factors = start(Net)
-    with pytest.raises(pf.ArgumentError, match="more than the"):
-        reg.follow(larger, torch.randn(2, 3, 24, 24), pf.scaling_factors(larger, X, "expand"))
+
+
+def test_another_network_is_refused():
+    model, scales = start()
+    reg = pf.FlopsTarget(model, X, scales, 0.3, steps=10)
+    with pytest.raises(pf.ArgumentError, match="no slim form"):
+        reg.follow(start()[0])
+    other, factors = start(chain)
+    silence(factors)
+    plan = pf.plan(other, X, factors, "fixed", value=0.0)
+    slim = pf.shrink(other, torch.optim.SGD(other.parameters(), 0.1), plan)
+    with pytest.raises(pf.ArgumentError, match="no slim form"):
+        reg.follow(slim)
+
+
+def test_what_would_not_fold_exactly_stays():
+    model, scales = start(SqueezeExcite)
+    with torch.no_grad():
+        for gamma in scales.values():
+            gamma[::2] = 0
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.bias)
+    plan = pf.plan(model, X, scales, "fixed", value=0.0)
+    assert plan.inexact
+    with pytest.raises(pf.ArgumentError, match="does not fold exactly"):
+        pf.shrink(model, torch.optim.SGD(model.parameters(), 0.1), plan)

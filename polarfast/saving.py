@@ -2,7 +2,6 @@
 code.
 """
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,8 @@ from .errors import FileFormatError, PlanError
 from .inputs import unwrap
 from .planning.pruning_plan import PruningPlan
 from .sharding import refuse_sharded
-from .slimming.origin import Origin
-from .slimming.slim import SlimInfo
-from .slimming.structure import Structure, blank
+from .slimming.slim import SlimInfo, rebuild
+from .slimming.structure import Structure
 from .storage import read_tensors, write_atomically
 
 FORMAT = "polarfast-model"
@@ -51,14 +49,7 @@ def save(slim: nn.Module, plan: PruningPlan, path: str | os.PathLike[str]) -> No
         "format": FORMAT,
         "version": VERSION,
         "plan": plan.to_json(),
-        "info": json.dumps(
-            {
-                "structure": info.structure.to_data(),
-                "fold": info.fold,
-                "inexact": info.inexact,
-                "origin": None if info.origin is None else info.origin.to_data(),
-            }
-        ),
+        "info": info.to_json(),
         "tensors": _tensors(slim, info.structure),
     }
     write_atomically(Path(path), lambda file: torch.save(data, file))
@@ -81,19 +72,14 @@ def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Mod
     """
     data = _read(path)
     try:
-        info = json.loads(data["info"])
-        structure = Structure.from_data(info["structure"])
-        known = info.get("origin")
-        origin = None if known is None else Origin.from_data(known)
-        loaded = SlimInfo(structure, info["fold"], info["inexact"], origin)
+        info = SlimInfo.from_json(data["info"])
         tensors = data["tensors"]
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(
             f"{path} is damaged ({error}): save it again or take a copy"
         ) from error
-    model = unwrap(build())
-    structure.apply(model, blank(structure.shapes))
-    state = model.state_dict(keep_vars=True)
+    model = rebuild(unwrap(build()), info)
+    state, structure = model.state_dict(keep_vars=True), info.structure
     rest = {name: tensors.pop(name) for name in [*tensors] if _not_in_state(name, state, structure)}
     # Where the model was built, in the dtype that was saved.
     placed = {
@@ -111,7 +97,6 @@ def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Mod
     for name, tensor in rest.items():
         old = model.get_buffer(name)
         old.data = tensor.to(old.device)
-    model.polarfast_info = loaded  # type: ignore[assignment]
     return model
 
 

@@ -4,6 +4,8 @@ import io
 import json
 import logging
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,9 @@ def launch(
         if workers.first:
             _execute_and_show(run, console, phases, fresh=state is None)
             return report(run, console) if run.phase == DONE else None
-        run.execute(until=phases[-1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the first process says it
+            run.execute(until=phases[-1])
         return None
     finally:
         workers.close()
@@ -128,7 +132,10 @@ def _execute_and_show(run: Run, console: Console, phases: tuple[str, ...], fresh
         display.note(introduction(run))
         if not fresh:
             display.note(_place(run, phases))
-        run.execute(until=phases[-1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = _shower(display)
+            run.execute(until=phases[-1])
     finally:
         logging.getLogger("polarfast").removeHandler(handler)
         for observer in observers:
@@ -178,8 +185,20 @@ def introduction(run: Run) -> str:
     )
 
 
+def _shower(display: Observer) -> Callable[..., None]:
+    """Shows what is passed to ``warnings.warn`` as a line of the display, each once."""
+    told: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in told:
+            told.add(str(message))
+            display.note(f"Warning: {message}")
+
+    return show
+
+
 class _Notes(logging.Handler):
-    """The library's warnings, as lines of the display."""
+    """What is logged as a warning, as lines of the display."""
 
     def __init__(self, display: Observer) -> None:
         super().__init__(logging.WARNING)
@@ -239,6 +258,7 @@ def measure(run: Run) -> Results:
         params=Pair(plan.params_before, plan.params),
         file_bytes=Pair(_saved_bytes(dense), run.files.path("slim").stat().st_size),
         latency_ms=latency,
+        epochs=Pair(len(run.history), sum(epoch["computed"] for epoch in run.history)),
         threads=torch.get_num_threads(),
         verified_error=run.facts["verified_error"],
         seconds=run.facts["seconds"],

@@ -141,6 +141,20 @@ class Networks:
             return pf.plan(model, self.example, scales, cut=pruning.cut, scores=compared, **limits)
         return pf.plan(model, self.example, scales, pruning.method, value=pruning.value, **limits)
 
+    def at_zero(self, model: nn.Module, scales: pf.ScalingFactors) -> pf.CutPredictor:
+        """Predicts the share of the MACs that channels with γ = 0 take."""
+        limits = _limits(self.recipe.pruning)
+        return pf.CutPredictor(model, self.example, scales, "fixed", value=0.0, **limits)
+
+    def plan_at_zero(
+        self, model: nn.Module, scales: pf.ScalingFactors, scores: dict[str, Tensor]
+    ) -> pf.PruningPlan:
+        """A plan that removes the channels whose scores are 0, as far as the recipe's limits let
+        it.
+        """
+        limits = _limits(self.recipe.pruning)
+        return pf.plan(model, self.example, scales, "fixed", value=0.0, scores=scores, **limits)
+
     def check_reach(self, model: nn.Module, scales: pf.ScalingFactors) -> None:
         """Raise PlanError if the recipe's ``pruning.cut`` is out of reach, before any training."""
         pruning = self.recipe.pruning

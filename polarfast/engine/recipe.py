@@ -73,6 +73,9 @@ class Sparsity:
         gates: regular expression on names of norms that get gates, in place of their γ; empty:
             none.
         cut: share of the MACs that "flops-target" aims at.
+        shrink: whether "flops-target" takes channels that are at 0 out of the network while it
+            trains. Nothing that is computed changes, so networks where it would stay as they are:
+            those with gates, under FSDP2, and where a removed channel's constant does not fold.
     """
 
     lam: float
@@ -86,6 +89,7 @@ class Sparsity:
     regularize: str = ""
     gates: str = ""
     cut: float | None = None
+    shrink: bool = True
 
     def __post_init__(self) -> None:
         if not self.lam >= 0:

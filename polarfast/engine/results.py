@@ -46,6 +46,8 @@ class Results:
         latency_ms: median milliseconds by batch size; threads: that measured it used.
         verified_error: largest relative error of the slim model's output against the pruned dense
             model's, in float64.
+        epochs: dense: that were trained, fine-tuning included; slim: what their passes cost, in
+            epochs of the dense network.
         seconds: wall time of training, pruning and fine-tuning.
         device: what the latency was measured on, in words; empty: not recorded.
     """
@@ -57,6 +59,7 @@ class Results:
     params: Pair
     file_bytes: Pair
     latency_ms: dict[int, Pair]
+    epochs: Pair
     threads: int
     verified_error: float
     seconds: float
@@ -81,7 +84,7 @@ class Results:
         """
         values = dict(values)
         try:
-            for name in ("macs", "params", "file_bytes"):
+            for name in ("macs", "params", "file_bytes", "epochs"):
                 values[name] = Pair(**values[name])
             latency = values["latency_ms"].items()
             values["latency_ms"] = {int(batch): Pair(**pair) for batch, pair in latency}
@@ -130,6 +133,14 @@ def results_table(results: Results, title: str) -> Table:
     for batch, pair in results.latency_ms.items():
         name = f"latency, batch {batch}"
         table.add_row(name, _ms(pair.dense), _ms(pair.slim), pair.faster)
+    table.add_section()
+    epochs = results.epochs
+    table.add_row(
+        "MACs of the whole training, in dense epochs",
+        f"{epochs.dense:.0f}",
+        f"{epochs.slim:.1f}",
+        f"{-100 * epochs.cut:+.1f} %",
+    )
     table.caption = (
         f"dense: after sparsity training; latency: median on {results.measured_on}; "
         "right after pruning the slim model equals the dense one with its small γ at "

@@ -18,7 +18,9 @@ from .interrupts import StopSignals
 from .networks import Networks
 from .recipe import PHASES, Recipe, Stage
 from .seeds import seed_at
-from .trainer import StageLoop, Trainer, evaluate, steps_per_epoch
+from .shrinking import Shrinking
+from .stages import StageLoop
+from .trainer import Trainer, evaluate, steps_per_epoch
 from .watching import Observer
 
 DONE = "done"
@@ -62,6 +64,8 @@ class Run:
         self.gammas: list[torch.Tensor] = list(state.get("gammas", []))
         self.facts: dict[str, float] = dict(state.get("facts", {"seconds": 0.0}))
         self._trainer_state: dict[str, Any] | None = state.get("trainer")
+        self._shrunk: dict[str, Any] | None = state.get("shrunk")
+        self._shrinking: Shrinking | None = None
         self._clock = time.perf_counter()
         self._signals = StopSignals()
         self.data = data or load(recipe.data, workers.device)
@@ -121,18 +125,40 @@ class Run:
         predict = self.networks.predictor(model, scales)
         steps = self.steps_per_epoch * self.recipe.train.epochs
         regularizer = self.networks.regularizer(model, scales, steps)
+        self._shrinking = self._shrinks(model, scales, regularizer)
         model = distributed.prepare(model, self.recipe, self.workers)
         scales = scales.rebind(model)
         chosen = scales.select(sparsity.regularize) if sparsity.regularize else scales
+        if self._shrinking is not None and self._shrunk is not None:
+            small = self._shrinking.load_state_dict(self._shrunk)
+            model = distributed.prepare(small, self.recipe, self.workers)
+            chosen = self._shrinking.factors()
         trainer = self._trainer(model, self.recipe.train, chosen, regularizer)
         name = "sparsity training" if regularizer else "training"
-        for _ in self._stage(trainer, name, scales, predict):
+        for _ in self._stage(trainer, name, scales, predict, self._shrinking):
             yield self.history[-1]["cut"]
         self.facts["accuracy_dense"] = trainer.accuracy()
         weights = self._result(trainer)
+        self._shrinking = None
         if self.workers.first:
             self.files.write("dense", weights)
         self._next_phase()
+
+    def _shrinks(
+        self, model: nn.Module, scales: pf.ScalingFactors, regularizer: pf.Regularizer | None
+    ) -> Shrinking | None:
+        """What makes the network smaller while it trains, where the recipe wants it and it can."""
+        sparsity = self.recipe.sparsity
+        if not isinstance(regularizer, pf.FlopsTarget) or not sparsity.shrink:
+            return None
+        for why, there in (
+            ("its gates are multiplied into it when it is made slim", sparsity.gates),
+            ("FSDP2 shards it", self.recipe.hardware.parallel == "fsdp"),
+        ):
+            if there:
+                self._note(f"The network is not made smaller while it trains: {why}")
+                return None
+        return Shrinking(self.networks, model, scales, regularizer, self._note)
 
     def _finetune(self) -> None:
         self._train_slim(self.recipe.finetune, "fine-tuning", "slim", "accuracy_finetuned")
@@ -141,20 +167,22 @@ class Run:
         """A stage of the slim network, which ends in the file ``result``."""
         model = distributed.prepare(self.networks.slim("pruned"), self.recipe, self.workers)
         trainer = self._trainer(model, stage)
-        for _ in self._stage(trainer, name):
+        plan = self.files.plan()
+        for _ in self._stage(trainer, name, computed=plan.macs / plan.macs_before):
             pass
         self.facts[fact] = trainer.accuracy()
         weights = self._result(trainer)
         if self.workers.first:
             slim = self.networks.slim("pruned")
             slim.load_state_dict(weights)
-            self.files.write_slim(result, slim, self.files.plan())
+            self.files.write_slim(result, slim, plan)
         self._next_phase()
 
     def _result(self, trainer: Trainer) -> dict[str, Any]:
         """The weights that a stage results in; every process must ask."""
         with trainer.averaged():
-            state = distributed.model_state(trainer.model, self.recipe)
+            model = trainer.model if self._shrinking is None else self._shrinking.write_back()
+            state = distributed.model_state(model, self.recipe)
             return {name: tensor.clone() for name, tensor in state.items()}
 
     def _prune(self) -> None:
@@ -212,6 +240,8 @@ class Run:
         name: str,
         scales: pf.ScalingFactors | None = None,
         predict: pf.CutPredictor | None = None,
+        shrinking: Shrinking | None = None,
+        computed: float = 1.0,
     ) -> Iterator[None]:
         def save(best: bool) -> None:
             # First, so that it is there whenever the checkpoint says that the epoch is done.
@@ -229,6 +259,8 @@ class Run:
             self._signals,
             scales,
             predict,
+            shrinking,
+            computed,
         )
         yield from loop.epochs()
 
@@ -254,6 +286,7 @@ class Run:
             "recipe": self.recipe.to_dict(),
             "phase": self.phase,
             "trainer": None if trainer is None else trainer.state_dict(),
+            "shrunk": self._shrinking.state_dict() if self._shrinking else None,
             "history": self.history,
             "gammas": self.gammas,
             "facts": self.facts,

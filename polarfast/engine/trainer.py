@@ -1,9 +1,8 @@
-"""One stage of a run: :class:`Trainer` does its steps, :class:`StageLoop` carries it to its end."""
+"""The steps of a stage: :class:`Trainer`."""
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -16,25 +15,18 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import polarfast as pf
 
 from ..errors import ArgumentError
-from ..sharding import whole
 from . import distributed
 from .data.plan import EpochPlan
 from .data.source import DataSource
 from .distributed import Workers
-from .histograms import Gammas
-from .interrupts import StopSignals
 from .recipe import Recipe, Stage
 from .seeds import seed_at
-from .watching import Epoch, Observer, Step
 
 _log = logging.getLogger(__name__)
 
 # Of evaluation: at most so many images at once, and so many pixels over all channels (56 images of
 # ImageNet's size).
 LARGEST_BATCH, BATCH_PIXELS = 500, 2**23
-AGREE_EVERY = 8  # steps between agreements of several processes on whether to save or stop
-SHOW_SECONDS = 0.3  # between two reports of steps
-_SAVE, _STOP = 1, 2
 
 
 class Trainer:
@@ -84,6 +76,19 @@ class Trainer:
         self._wrapped = distributed.wrap(model, recipe, workers)
         self.step = 0
         self.loss = torch.zeros((), dtype=torch.float64, device=workers.device)
+
+    def replace(
+        self, model: nn.Module, scales: pf.ScalingFactors, averages: nn.Module | None
+    ) -> None:
+        """Go on with another network, whose parameters the optimizer has already.
+
+        Args:
+            model: prepared. averages: built alike, with the averaged weights; None: there are none.
+        """
+        self.model, self.scales = model, scales
+        if averages is not None:
+            self.average = Average(model, self.recipe.ema, averages)
+        self._wrapped = distributed.wrap(model, self.recipe, self.workers)
 
     @property
     def epoch(self) -> int:
@@ -289,151 +294,6 @@ def learning_rate(stage: Stage, step: int, steps_per_epoch: int) -> float:
     return stage.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-class StageLoop:
-    """Carries a trainer to the end of its stage.
-
-    Args:
-        name: of the stage, for people.
-        observers: told of steps and epochs; on the first process only.
-        history: receives a dict for each epoch; gammas: receives counts of γ [L, 100].
-        save: writes a checkpoint; told whether this is the stage's best epoch so far.
-        signals: that may ask to stop.
-        scales, predict: all γ that may be pruned, and what pruning them now would cut.
-
-    Attributes:
-        last: γ after the last epoch so far, at the end of the stage in any case.
-    """
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        name: str,
-        observers: Sequence[Observer],
-        history: list[dict[str, Any]],
-        gammas: list[Tensor],
-        save: Callable[[bool], None],
-        signals: StopSignals,
-        scales: pf.ScalingFactors | None = None,
-        predict: pf.CutPredictor | None = None,
-    ) -> None:
-        self.trainer, self.name, self.observers = trainer, name, observers
-        self.history, self.gammas, self._save, self._signals = history, gammas, save, signals
-        self.scales, self.predict = scales, predict
-        if scales is not None and predict is not None:
-            predict.rebind(scales)
-        self.last: Gammas | None = None
-        self._minutes = trainer.recipe.hardware.checkpoint_minutes
-        self._saved = self._shown = time.perf_counter()
-        self._steps_shown = trainer.step
-
-    def epochs(self) -> Iterator[None]:
-        """Train to the end of the stage; yields after each epoch, its checkpoint written.
-
-        Raises:
-            Interrupted: a signal asked to stop; the checkpoint is written.
-        """
-        trainer, epochs = self.trainer, self.trainer.stage.epochs
-        for observer in self.observers:
-            observer.stage_started(self.name, trainer.step, trainer.steps, epochs)
-        while trainer.epoch < epochs:
-            start, first = time.perf_counter(), trainer.step
-            for _ in trainer.rest_of_epoch():
-                if self.observers:
-                    self._show()
-                self._pause()
-            self._epoch_done(time.perf_counter() - start, trainer.step - first)
-            # Now the checkpoint is there, so stopping costs nothing.
-            if trainer.workers.agree(bool(self._signals.received)):
-                raise self._signals.interruption()
-            yield
-        if self.last is None:  # interrupted after the last epoch
-            self.last = self._gammas()
-
-    def _pause(self) -> None:
-        """Between two steps of an epoch: save or stop, where it is time or was asked for."""
-        trainer, workers = self.trainer, self.trainer.workers
-        if trainer.step % trainer.steps_per_epoch == 0:
-            return  # the epoch's own checkpoint comes next
-        if workers.world > 1 and trainer.step % AGREE_EVERY:
-            return
-        due = time.perf_counter() - self._saved >= 60 * self._minutes
-        wanted = _STOP if self._signals.received else _SAVE * (due and workers.first)
-        wanted = workers.agree(wanted)
-        if wanted:
-            self._checkpoint(False)
-        if wanted == _STOP:
-            raise self._signals.interruption()
-
-    def _checkpoint(self, best: bool) -> None:
-        self._save(best)
-        self._saved = time.perf_counter()
-
-    def _epoch_done(self, seconds: float, steps: int) -> None:
-        trainer = self.trainer
-        accuracy = trainer.accuracy()
-        with trainer.averaged():  # what would be pruned
-            self.last = self._gammas()
-        earlier = [past["accuracy"] for past in self.history if past["stage"] == self.name]
-        epoch = Epoch(
-            stage=self.name,
-            epoch=trainer.epoch,
-            epochs=trainer.stage.epochs,
-            index=len(self.history) + 1,
-            loss=trainer.mean_loss(),
-            accuracy=accuracy,
-            lr=trainer.lr,
-            seconds=seconds,
-            images_per_second=steps * trainer.recipe.batch_size / seconds,
-            gammas=self.last,
-        )
-        self.history.append(epoch.to_dict())
-        if self.last is not None:
-            self.gammas.append(self.last.histograms)
-        self._checkpoint(accuracy > max(earlier, default=-1.0))
-        for observer in self.observers:
-            observer.epoch_finished(epoch)
-
-    def _show(self) -> None:
-        now, trainer = time.perf_counter(), self.trainer
-        if now - self._shown < SHOW_SECONDS:
-            return
-        # Sharded γ could be looked at by all processes together only: at the end of the epoch.
-        gammas = None if trainer.recipe.hardware.parallel == "fsdp" else self._gammas()
-        rate = (trainer.step - self._steps_shown) * trainer.recipe.batch_size / (now - self._shown)
-        self._shown, self._steps_shown = now, trainer.step
-        done = (trainer.step - 1) % trainer.steps_per_epoch + 1
-        step = Step(
-            stage=self.name,
-            step=trainer.step,
-            steps=trainer.steps,
-            epoch=(trainer.step - 1) // trainer.steps_per_epoch + 1,
-            epochs=trainer.stage.epochs,
-            loss=float(trainer.loss) / done,
-            lr=trainer.lr,
-            images_per_second=rate,
-            cut=None if gammas is None else gammas.cut,
-            at_zero=None if gammas is None else gammas.at_zero,
-        )
-        for observer in self.observers:
-            observer.step_finished(step)
-
-    def _gammas(self) -> Gammas | None:
-        if self.scales is None or self.predict is None:
-            return None
-        with torch.no_grad():
-            values = {  # copies: the parameters go on changing
-                name: gamma.to("cpu", torch.float32, copy=True).flatten()
-                for name, gamma in whole(self.scales).items()
-            }
-        regularizer = self.trainer.regularizer
-        return Gammas(
-            values=values,
-            cut=self.predict.cut({name: gamma.abs() for name, gamma in values.items()}),
-            lam=regularizer.lam if regularizer else 0.0,
-            t=regularizer.t if regularizer else 0.0,
-        )
-
-
 class Average:
     """The moving average of all floating-point parameters and buffers of a model.
 
@@ -442,12 +302,13 @@ class Average:
     Args:
         model: whose tensors are followed; they may be DTensors.
         decay: weight of the past in each update.
+        start: a model built alike, that holds the averages so far; by default they begin here.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, start: nn.Module | None = None) -> None:
         self._model = model
         self._update = get_ema_multi_avg_fn(decay)
-        self.tensors = [tensor.detach().clone() for tensor in self._current()]
+        self.tensors = [tensor.detach().clone() for tensor in _floating(start or model)]
 
     def buffers(self) -> list[Tensor]:
         """The averages of the buffers."""
@@ -459,8 +320,7 @@ class Average:
         _copy(self.tensors, self._current())
 
     def _current(self) -> list[Tensor]:
-        every = [*self._model.parameters(), *self._model.buffers()]
-        return [_local(tensor) for tensor in every if tensor.is_floating_point()]
+        return _floating(self._model)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -477,6 +337,11 @@ class Average:
             yield
         finally:
             _copy(current, own)
+
+
+def _floating(model: nn.Module) -> list[Tensor]:
+    every = [*model.parameters(), *model.buffers()]
+    return [_local(tensor) for tensor in every if tensor.is_floating_point()]
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class Epoch:
         lr: learning rate of the last step; seconds: wall time of the epoch.
         images_per_second: trained on, over all processes.
         gammas: only while γ are trained.
+        computed: share of the dense network's MACs that an image took.
     """
 
     stage: str
@@ -77,11 +78,13 @@ class Epoch:
     seconds: float
     images_per_second: float
     gammas: Gammas | None = None
+    computed: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers for a log, without the tensors."""
         names = ("stage", "epoch", "epochs", "index", "loss", "accuracy", "lr", "seconds")
         values = {name: getattr(self, name) for name in (*names, "images_per_second")}
+        values["computed"] = self.computed
         if (gammas := self.gammas) is not None:
             values |= {
                 "cut": gammas.cut,

@@ -104,7 +104,7 @@ class PruningPlan:
             "layers": {
                 name: {
                     "channels": layer.channels,
-                    "kept": _ranges(self.kept[name].tolist()),
+                    "kept": ranges(self.kept[name].tolist()),
                     "threshold": layer.threshold,
                     "constant": layer.constant,
                     "note": layer.note,
@@ -214,7 +214,7 @@ def _from_data(data: Mapping[str, Any]) -> PruningPlan:
     )
 
 
-def _ranges(indices: list[int]) -> list[list[int]]:
+def ranges(indices: list[int]) -> list[list[int]]:
     """Ascending numbers as [first, last] pairs."""
     pairs: list[list[int]] = []
     for i in indices:

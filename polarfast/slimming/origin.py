@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..copies import tensors_of_model
 from ..errors import PlanError
+from ..planning.pruning_plan import ranges
 from ..tracing.classes import Channels
 from .structure import Layout, Structure
 
@@ -38,7 +39,7 @@ class Origin:
     def of(cls, layout: Layout, channels: Channels, structure: Structure) -> "Origin":
         """The way back of a slim model with this layout and structure."""
         constants = {}
-        for weight in channels.boundaries:
+        for weight in sorted(channels.boundaries):
             bias, prefix = channels.calls[weight].bias, weight.rpartition(".")[0]
             change = structure.modules.get(prefix)
             if bias is not None and change is not None and change.put_back is not None:
@@ -128,7 +129,7 @@ class Origin:
         params = dict(model.named_parameters())
         state: dict[Tensor, Any] = {}
         for param, values in optimizer.state.items():
-            name = names[param]
+            name = names[param]  # type: ignore[index]
             full = params[name]
             state[full] = {
                 key: self.spread(name, value, full.detach().to(value.dtype))
@@ -144,7 +145,7 @@ class Origin:
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data."""
         index = {
-            name: {str(dim): places.tolist() for dim, places in kept.items()}
+            name: {str(dim): _to_ranges(places) for dim, places in kept.items()}
             for name, kept in self.index.items()
         }
         return {
@@ -158,13 +159,24 @@ class Origin:
     def from_data(cls, data: Mapping[str, Any]) -> "Origin":
         """The inverse of `to_data`."""
         index = {
-            name: {
-                int(dim): torch.tensor(places, dtype=torch.long, device="cpu")
-                for dim, places in kept.items()
-            }
+            name: {int(dim): _from_ranges(places) for dim, places in kept.items()}
             for name, kept in data["index"].items()
         }
         return cls(index, list(data["ones"]), dict(data["put_back"]), list(data["created"]))
+
+
+def _to_ranges(places: Tensor) -> list[Any]:
+    """Ascending numbers as [first, last] pairs; a list of these for each group of rows."""
+    return (
+        [ranges(row) for row in places.tolist()] if places.dim() == 2 else ranges(places.tolist())
+    )
+
+
+def _from_ranges(pairs: list[Any]) -> Tensor:
+    if pairs and isinstance(pairs[0][0], list):
+        return torch.stack([_from_ranges(row) for row in pairs])
+    places = [place for first, last in pairs for place in range(first, last + 1)]
+    return torch.tensor(places, dtype=torch.long, device="cpu")
 
 
 def _chain(first: Tensor, second: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """`slim`: a new, smaller, dense model from a plan."""
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..copies import double_copy, tensors_of_model
-from ..errors import PlanError
+from ..errors import ArgumentError, PlanError
 from ..folding.fold import check_fold, fold_constants, new_biases
 from ..folding.replay import Fold, shift_of
 from ..inputs import device_of, dtype_of, generate, unwrap
@@ -23,7 +24,7 @@ from ..tracing.classes import Channels, trace_channels
 from ..tracing.graph import ProjectionCall
 from .optimizer import migrate_optimizer
 from .origin import Origin
-from .structure import Layout, Structure, fill_, structure_of
+from .structure import Layout, Structure, blank, fill_, structure_of
 from .verify import check_slim
 
 
@@ -42,6 +43,28 @@ class SlimInfo:
     fold: str
     inexact: dict[str, str]
     origin: Origin | None = None
+
+    def to_json(self) -> str:
+        """As text."""
+        data = {
+            "structure": self.structure.to_data(),
+            "fold": self.fold,
+            "inexact": self.inexact,
+            "origin": None if self.origin is None else self.origin.to_data(),
+        }
+        return json.dumps(data)
+
+    @classmethod
+    def from_json(cls, text: str) -> "SlimInfo":
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: the text is damaged.
+        """
+        data = json.loads(text)
+        known = data.get("origin")
+        origin = None if known is None else Origin.from_data(known)
+        return cls(Structure.from_data(data["structure"]), data["fold"], data["inexact"], origin)
 
     def after(self, before: "SlimInfo | None") -> "SlimInfo":
         """The same for a model that was itself slim: differences from the first original."""
@@ -99,6 +122,30 @@ def slim(
     if optimizer is not None:
         migrate_optimizer(optimizer, model, small, blueprint.layout, edits.blank)
     return small
+
+
+def rebuild(model: nn.Module, info: SlimInfo) -> nn.Module:
+    """A model built like the original, changed in place into a slim model's form; its tensors are
+    to be loaded.
+
+    Raises:
+        PlanError: the model is not built like the original.
+    """
+    info.structure.apply(model, blank(info.structure.shapes))
+    model.polarfast_info = info  # type: ignore[assignment]
+    return model
+
+
+def info_of(model: nn.Module) -> SlimInfo:
+    """What a slim model remembers.
+
+    Raises:
+        ArgumentError: the model was not made by polarfast.
+    """
+    info = getattr(model, "polarfast_info", None)
+    if not isinstance(info, SlimInfo):
+        raise ArgumentError("this model was not made by pf.slim, pf.shrink or pf.load")
+    return info
 
 
 def _warn_of(plan: PruningPlan, model: nn.Module) -> None:

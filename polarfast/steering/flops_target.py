@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ArgumentError
+from ..inputs import unwrap
 from ..kernels.table import Kind
 from ..planning.prediction import CutPredictor
 from ..planning.thresholds import as_factors, thresholds
 from ..scaling.factors import ScalingFactors
-from ..inputs import unwrap
 from ..sharding import Part, local, present_parameters, whole
-from ..slimming.slim import SlimInfo
+from ..slimming.slim import SlimInfo, info_of
 from ..stepping.regularizers import Polarization
 
 #: Optimizer steps that a training is taken to have where `steps` is not given.
@@ -120,6 +120,7 @@ class FlopsTarget(Polarization):
         )
         self._followed: nn.Module | None = None  # the network's slim form, where that trains now
         self._gone: set[str] = set()  # layers that this one has no more
+        self._others = tuple(scales.others)
         self._steps = steps
         self._horizon = HORIZON if steps is None else steps
         self._every = every or min(max(self._horizon // 60, 1), 10)
@@ -154,9 +155,8 @@ class FlopsTarget(Polarization):
             ArgumentError: `slim` was not made from that network.
         """
         slim = unwrap(slim)
-        info = getattr(slim, "polarfast_info", None)
+        info, params = getattr(slim, "polarfast_info", None), present_parameters(slim)
         origin = info.origin if isinstance(info, SlimInfo) else None
-        params = present_parameters(slim)
         watched = self.predictor.watched()
         for name, tensor in watched.items():
             kept = {} if origin is None else origin.index.get(name, {})
@@ -179,7 +179,8 @@ class FlopsTarget(Polarization):
                 self._before = torch.cat([*itertools.compress(self._before.split(sizes), left)])
         self._followed, self._gone = slim, gone
         factors = {name: params[name] for name in pruned if name not in gone}
-        return ScalingFactors(factors, residual=pruned.residual, model=slim)
+        others = {name: params[name] for name in self._others if params[name].numel()}
+        return ScalingFactors(factors, others=others, residual=pruned.residual, model=slim)
 
     def due(self, step: int) -> float:
         """The share of MACs that is to be cut after so many steps."""
@@ -240,7 +241,7 @@ class FlopsTarget(Polarization):
         scale: Tensor | None,
     ) -> None:
         """Set the centers and λ from the γ of the moment."""
-        self._keep_up()
+        self.keep_up()
         compared = self.predictor.look()
         steered = {name: compared[name] for name in scales}
         self.live = self.predictor.cut_of(compared)
@@ -259,14 +260,18 @@ class FlopsTarget(Polarization):
             self._change_strength(scales, optimizer, scale)
         self._before = flat
 
-    def _keep_up(self) -> None:
-        """Give the network that predictions are made for the γ and β of its slim form."""
+    def keep_up(self) -> None:
+        """Give the network that this was made with the γ and β that its slim form has now, where
+        there is one (`follow`).
+        """
         if self._followed is None:
             return
         watched = self.predictor.watched()
         present = present_parameters(self._followed)
         now = whole({name: present[name].detach() for name in watched})
-        self._followed.polarfast_info.origin.write_vectors(now, watched)  # type: ignore[union-attr]
+        origin = info_of(self._followed).origin
+        assert origin is not None  # `follow` checks
+        origin.write_vectors(now, watched)
 
     def _steps_to_fall(self, scales: ScalingFactors, optimizer: Optimizer) -> float:
         """In how many steps a factor is to fall to 0, from when it is chosen."""

@@ -27,7 +27,7 @@ from support.engine import (
     start,
 )
 
-from polarfast.engine import trainer as loop
+from polarfast.engine import stages as loop
 from polarfast.engine.interrupts import Interrupted, StopSignals
 from polarfast.engine.launch import find_state, progress
 from polarfast.engine.recipe import Pruning, Recipe, Sparsity, to_yaml

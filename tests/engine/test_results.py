@@ -18,6 +18,7 @@ RESULTS = Results(
     params=Pair(850e3, 500e3),
     file_bytes=Pair(3.4e6, 2.1e6),
     latency_ms={1: Pair(4.0, 5.0), 64: Pair(80.0, 50.0)},
+    epochs=Pair(17, 11.25),
     threads=2,
     verified_error=3e-12,
     seconds=100.0,
@@ -61,7 +62,7 @@ def test_table_shows_every_figure() -> None:
     text = shown(RESULTS)
     for part in (
         "93.50 %", "93.25 %", "-0.25 points", "+0.25 points", "125.00 M", "-47.2 %", "850.0 k",
-        "1.25× slower", "1.60× faster", "2 threads", "Some CPU", "3e-12",
+        "1.25× slower", "1.60× faster", "2 threads", "Some CPU", "3e-12", "│ 17 │ 11.2 │ -33.8 % │",
     ):  # fmt: skip
         assert part in text
 

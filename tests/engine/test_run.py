@@ -13,7 +13,7 @@ from support.engine import TINY, Watcher, assert_same, go_on, on, outcome
 import polarfast as pf
 from polarfast.engine import launch as launching
 from polarfast.engine import models
-from polarfast.engine import trainer as loop
+from polarfast.engine import stages as loop
 from polarfast.engine.distributed import Workers
 from polarfast.engine.folder import load_checkpoint
 from polarfast.engine.interrupts import Interrupted

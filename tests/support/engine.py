@@ -22,7 +22,7 @@ from torch import Tensor
 
 from polarfast.engine import distributed
 from polarfast.engine import launch as launching
-from polarfast.engine import trainer as loop
+from polarfast.engine import stages as loop
 from polarfast.engine.data.settings import Data
 from polarfast.engine.distributed import Workers
 from polarfast.engine.interrupts import Interrupted
@@ -134,7 +134,7 @@ def assert_same(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
             torch.equal(value, second[name]) if isinstance(value, Tensor) else value == second[name]
         )
     ]
-    assert not different
+    assert not different, different
 
 
 def close(first: dict[str, Tensor], second: dict[str, Tensor], limit: float = 1e-5) -> bool:

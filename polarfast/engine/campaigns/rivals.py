@@ -34,8 +34,8 @@ def method_recipe(recipe: Recipe, method: str, cut: float, lam: float | None = N
 
     Polarization steers itself until its valleys give the share. Network slimming, DeepHoyer and
     training without a penalty take the percentile of |γ| that does (or of |γ| in proportion to the
-    layer's mean, or of the Taylor score), random choice and uniform width the share of every layer that does. Only
-    polarization clamps γ.
+    layer's mean, or of the Taylor score), random choice and uniform width the share of every layer
+    that does. Only polarization clamps γ.
 
     Args:
         method: one of ``METHODS``, or "dense", which is trained for as long and not pruned.

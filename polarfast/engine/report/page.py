@@ -72,7 +72,7 @@ def _sections(runs: Sequence[RunRecord]) -> list[tuple[str, str, Markup]]:
     """(anchor, heading, content), of what there is."""
     samples = [Look(index).sample() for index in range(len(runs))]
     legend = _legend(runs, samples)
-    found = [("results", "Results", join(_missing(runs), tables.results(runs)))]
+    found = [("results", "Results", join(_missing(runs), _remarks(runs), tables.results(runs)))]
     if any(run.epochs for run in runs):
         panels = _grid(curves.training_curves(runs))
         found.append(("training", "Training", join(legend, _stages_key(runs), panels)))
@@ -152,6 +152,12 @@ def _missing(runs: Sequence[RunRecord]) -> Markup:
     return join(notes)
 
 
+def _remarks(runs: Sequence[RunRecord]) -> Markup:
+    """What a plan says should be known before it is used."""
+    told = [(run.name, remark) for run in runs if run.plan for remark in run.plan.remarks]
+    return join(tag("p", tag("strong", f"{name}: "), remark) for name, remark in told)
+
+
 def _stages_key(runs: Sequence[RunRecord]) -> Markup:
     later = list(dict.fromkeys(stage for run in runs for stage, _ in run.stages[1:]))
     if not later:
@@ -180,6 +186,9 @@ def _method(runs: Sequence[RunRecord]) -> Markup:
         ("γ at 0", "Share of the scaling factors of magnitude below 0.01."),
         ("Model file", "Bytes on disk: the dense model's weights, and the saved slim model."),
         ("Latency", _latency_method(runs)),
+        ("MACs of the whole training", "Epochs that were trained, fine-tuning included, and what "
+         "their passes cost in epochs of the dense network: channels at 0 are taken out while "
+         "training goes on."),
         ("Speed", "Training images divided by the time of the epoch, evaluation not included."),
     ]  # fmt: skip
     errors = [

@@ -27,7 +27,7 @@ def results(runs: Sequence[RunRecord]) -> Markup:
     ]
     for batch in sorted({b for run in runs if run.results for b in run.results.latency_ms}):
         rows.append((f"Latency, batch of {batch}", _latency(batch)))
-    rows.append(("Training time", _time))
+    rows += [("MACs of the whole training", _training), ("Training time", _time)]
     body = [tag("tr", tag("th", name, scope="row"), (_cell(show(run)) for run in runs))
             for name, show in rows]  # fmt: skip
     caption = "Dense model → slim model. Changes are against the dense model of the same run."
@@ -157,6 +157,14 @@ def _latency(batch: int) -> Callable[[RunRecord], Markup | str]:
         return _with_change(text, pair.faster)
 
     return show
+
+
+def _training(run: RunRecord) -> Markup | str:
+    if run.results is None:
+        return NONE
+    epochs = run.results.epochs
+    text = f"{significant(epochs.dense)}{ARROW}{significant(epochs.slim)} dense epochs"
+    return _with_change(text, cut(epochs))
 
 
 def _time(run: RunRecord) -> str:

@@ -67,6 +67,7 @@ def test_one_run_is_told_in_full(tmp_path: Path) -> None:
         "125 → 66.0 M", "−47.2 %", "850 → 500 k", "−41.2 %", "3.40 → 2.10 MB",
         "4.00 → 5.00 ms", "1.25× slower", "80.0 → 50.0 ms", "1.60× faster", "1 h 06 min",
         "resnet56, cifar10", "Some CPU, 2 threads", "3e-12", "test set", "lam: 0.0001",
+        "17.0 → 11.2 dense epochs", "first: the γ of every layer are equal",
     ):  # fmt: skip
         assert part in page.text, part
     headings = ["Results", "Training", "γ over the epochs", "γ of each layer", "Channels kept"]

@@ -11,7 +11,7 @@ matter of structure; whether act(β) is zero depends on where β lies.
   (benchmarks/bench_prediction.py shows what that saves).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -140,6 +140,51 @@ def visibility(
     return result
 
 
+def leaks(
+    model: nn.Module, channels: Channels, names: Iterable[str], spec: Spec, fold: str
+) -> dict[str, tuple[str, ...]]:
+    """Layers whose removed channels leave constants that some reader cannot take up exactly,
+    whatever β are: behind squeeze-excite gates and padded depthwise convolutions.
+
+    Args:
+        model, channels, names, spec, fold: as in `visibility`.
+
+    Returns:
+        γ name -> names of the vectors of the same channels, in the same order, that make the
+        constants: its β, and β and running mean of norms further on, as of one behind a depthwise
+        convolution. With γ they must be 0 for nothing to be left.
+    """
+    layers = {name: channels.layers[name] for name in names}
+    stays = _hardly_any(channels, layers)
+    kept = {name: stays[labels].nonzero().flatten() for name, labels in channels.layers.items()}
+    probed = _spread(model, channels, layers, 0)
+    folded = fold_constants(probed, channels, kept, stays[channels.label], spec, fold)
+    leaking = channels.graph.mask()
+    for i, reader in folded.readers.items():
+        if reader.note is not None and reader.shifted is not None:
+            leaking[channels.label[channels.graph.projections[i].inputs[reader.shifted]]] = True
+    found = {}
+    for name, labels in layers.items():
+        if not bool(leaking[labels].any()):
+            continue
+        own = channels.calls[name]
+        vectors = [] if own.bias is None or own.gate is not None else [own.bias]
+        for norm in channels.calls.values():
+            if norm is not own and torch.equal(channels.label[norm.inputs], labels):
+                vectors += [each for each in (norm.bias, norm.mean) if each is not None]
+        found[name] = tuple(vectors)
+    return found
+
+
+def _hardly_any(channels: Channels, layers: Mapping[str, Tensor]) -> Tensor:
+    """What stays, by class, where every layer keeps its last channel alone."""
+    stays = ~channels.graph.mask()
+    stays[torch.cat(list(layers.values()))] = False
+    stays[[int(labels[labels != PIN][-1]) for labels in layers.values()]] = True
+    stays[PIN] = True
+    return stays
+
+
 def _answers(probes: set[int], fold: str) -> Answers:
     at = [VISIBLE if i in probes else HIDDEN for i in range(len(PROBES))]
     if fold == "none":  # β is dropped first
@@ -163,10 +208,7 @@ def _look(
     """One fold in which every layer keeps its last channel and the β of the others are spread over
     the ranges; adds to `seen` which ranges show at which reader.
     """
-    stays = ~channels.graph.mask()
-    stays[torch.cat(list(layers.values()))] = False
-    stays[[int(labels[labels != PIN][-1]) for labels in layers.values()]] = True
-    stays[PIN] = True
+    stays = _hardly_any(channels, layers)
     probed = _spread(model, channels, layers, offset)
     place = {
         int(label): (name, k)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..folding.fold import check_fold
 from ..folding.replay import Fold
-from ..folding.visibility import UNKNOWN, VISIBLE, Answers, ranges, visibility
+from ..folding.visibility import UNKNOWN, VISIBLE, Answers, leaks, ranges, visibility
 from ..inputs import Spec, describe, unwrap
 from ..scaling.factors import ScalingFactors
 from ..sharding import is_sharded, present_parameters, whole
@@ -48,6 +48,7 @@ class CutPredictor:
 
     Attributes:
         macs_before: multiply-accumulates of the whole network on the example inputs.
+        model: the network, its wrappers left out.
 
     Raises:
         ArgumentError, PlanError, TracingError: as in `plan`.
@@ -71,14 +72,14 @@ class CutPredictor:
         sizes = {name: gamma.numel() for name, gamma in scales.items()}
         limits = Limits.of(sizes, round_to, min_channels, max_share)
         self.scales, self.method, self.value, self.fold = scales, method, value, fold
-        self._model = unwrap(model)
-        channels = trace_channels(self._model, example_inputs, scales.residual)
-        check_belongs(self._model, channels, scales)
+        self.model = unwrap(model)
+        channels = trace_channels(self.model, example_inputs, scales.residual)
+        check_belongs(self.model, channels, scales)
         check_method(method, value)  # and no γ: what they are now may be clamped before a look
         self._names = list(scales)
         self._sizes = [scales[name].numel() for name in scales]
         self._counter = CutCounter(
-            self._model,
+            self.model,
             channels,
             describe(example_inputs),
             self._names,
@@ -86,7 +87,7 @@ class CutPredictor:
             limits=limits,
         )
         self.macs_before = self._counter.macs_before
-        params: dict[str, Tensor] = dict(self._model.named_parameters())
+        params: dict[str, Tensor] = dict(self.model.named_parameters())
         self._beta = {name: params[bias] for name, bias in self._counter.readers.items()}
         self._beta_now: Mapping[str, Tensor] = self._beta  # sharded ones as they were last gathered
 
@@ -128,7 +129,7 @@ class CutPredictor:
                 raise ArgumentError(f"scales lack {name!r}, which is predicted to be pruned too")
         if all(known[name] is self.scales[name] for name in self._names):
             return
-        present = present_parameters(self._model)
+        present = present_parameters(self.model)
         for name in self._names:
             if present.get(name) is not known[name]:
                 raise ArgumentError(
@@ -142,6 +143,12 @@ class CutPredictor:
         )
         self._beta = {name: present[bias] for name, bias in self._counter.readers.items()}
         self.look()  # sharded β made whole, for predictions from other numbers than γ
+
+    def leaks(self) -> dict[str, tuple[str, ...]]:
+        """Layers whose removed channels leave something behind that does not fold exactly: γ name
+        -> names of the vectors that it comes from; see `folding.visibility.leaks`.
+        """
+        return self._counter.leaks()
 
     def watched(self) -> dict[str, Tensor]:
         """The parameters that a prediction reads, γ and β, by name."""
@@ -380,6 +387,11 @@ class CutCounter:
     def stays(self, row: int) -> bool:
         """Whether this layer cannot be emptied, even if all others stay whole."""
         return self._find_regime((row,)) is None
+
+    def leaks(self) -> dict[str, tuple[str, ...]]:
+        """As `CutPredictor.leaks`."""
+        chooser = self._chooser
+        return leaks(chooser.model, self._channels, self._names, chooser.spec, chooser.fold)
 
     def check_needs_no_pass(self) -> None:
         """Raise ArgumentError if `_constants` may have to pass inputs through the network."""

@@ -16,7 +16,7 @@ from ..kernels.table import Kind
 from ..planning.prediction import CutPredictor
 from ..planning.thresholds import as_factors, thresholds
 from ..scaling.factors import ScalingFactors
-from ..sharding import Part, local, present_parameters, whole
+from ..sharding import Part, is_sharded, local, present_parameters, whole
 from ..slimming.slim import SlimInfo, info_of
 from ..stepping.regularizers import Polarization
 
@@ -79,6 +79,10 @@ class FlopsTarget(Polarization):
             1,000 are assumed: the share is reached after 700 and held from then on.
         upper, clamp: as in `Polarization`.
         fold, round_to, min_channels: those of the plan to be made at the end.
+        with_bias: in layers whose removed channels would leave something behind that the slim model
+            cannot take up exactly (before a squeeze-excite gate or a padded depthwise
+            convolution), the BatchNorm's bias β is brought to 0 with the factor, and then nothing
+            is left. False: it is not. Networks with gates have no such layers.
         every: steps between two looks at the γ; by default 10, and fewer in a short training.
 
     Attributes:
@@ -104,6 +108,7 @@ class FlopsTarget(Polarization):
         fold: str = "exact",
         round_to: int = 1,
         min_channels: int = 1,
+        with_bias: bool = True,
         every: int | None = None,
     ) -> None:
         _check(cut, steps, every)
@@ -126,7 +131,7 @@ class FlopsTarget(Polarization):
         self._every = every or min(max(self._horizon // 60, 1), 10)
         self._steered: ScalingFactors | None = None  # those of the last step
         self._part: Part | None = None  # of these
-        self._step = 0
+        self._step, self._looked = 0, -1
         self._estimate = 0.0  # λ at first; 0: not known yet
         self._count = 0  # factors to go
         self._before: Tensor | None = None  # their factors at the last look, one after the other
@@ -135,6 +140,7 @@ class FlopsTarget(Polarization):
         self._way = 0.0  # that they have to go, on average
         self._up = 0.0  # the mean of all factors that are not at 0
         self._warned = False
+        self._leaks = self.predictor.leaks() if with_bias else {}
         names = list(self.predictor.scales)
         self._staying = {names[row] for row in self.predictor.layers_that_stay()}
         self._check_reachable()
@@ -208,6 +214,7 @@ class FlopsTarget(Polarization):
         last = self._step + 1 == self._steps
         if self._step % self._every == 0 or last:
             self._look(scales, optimizer, scale)
+            self._looked = self._step
             self._warn(scales, optimizer, last)
         self._step += 1
 
@@ -259,6 +266,32 @@ class FlopsTarget(Polarization):
         if bool(chosen.any()):
             self._change_strength(scales, optimizer, scale)
         self._before = flat
+
+    @torch.no_grad()
+    def settle(self, scales: ScalingFactors) -> None:
+        """Called by `pf.step` and attached optimizers at the end of a step: factors that are to go
+        and as good as at 0 are set to it, and what they would leave behind goes there, too, as fast
+        as factors do. (A BatchNorm further on, as behind a depthwise convolution, would make a
+        small channel large again.)
+        """
+        if self._step - 1 != self._looked or self._count == 0 or self.centers is None:
+            return
+        for gamma, center in zip(scales.values(), self.centers, strict=True):
+            if gamma.requires_grad:
+                part = local(gamma.detach())
+                part *= part.abs() > min(center, AT_ZERO)
+        leaks = {name: self._leaks[name] for name in scales if name in self._leaks}
+        if not leaks:
+            return
+        model = self._followed or self.predictor.model
+        tensors = {**present_parameters(model), **dict(model.named_buffers())}
+        far = self._every * self._up / (FALL * self._horizon)
+        gammas = whole({name: scales[name].detach() for name in leaks})
+        for name, others in leaks.items():
+            for each in map(tensors.__getitem__, others):
+                gamma = local(scales[name].detach()) if is_sharded(each) else gammas[name]
+                part = local(each.detach())
+                part -= part.clamp(-far, far) * (gamma == 0)
 
     def keep_up(self) -> None:
         """Give the network that this was made with the γ and β that its slim form has now, where
@@ -488,6 +521,7 @@ class FlopsTarget(Polarization):
             "t": f"{self.t:g}",
             "step": steps,
             "state": self.state,
+            **({"layers with β at 0 too": str(len(self._leaks))} if self._leaks else {}),
         }
 
     def __repr__(self) -> str:

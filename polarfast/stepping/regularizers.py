@@ -195,6 +195,9 @@ class Regularizer:
             scale: what the gradients are still multiplied with under AMP; None: nothing.
         """
 
+    def settle(self, scales: "ScalingFactors") -> None:
+        """Called at the end of each training step, after the clamp."""
+
     def remark(self) -> str | None:
         """What whoever plans a pruning now should know about the training; None: nothing."""
         return None

@@ -309,6 +309,7 @@ class _Work:
             table.clamp_(reg.upper, found_inf)
         if reg.clamp == "all" and reg.upper is not None and not _is_set(found_inf):
             self._clamp_others(reg.upper)
+        reg.settle(self.scales)
 
     def _fused_step(
         self,

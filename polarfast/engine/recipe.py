@@ -32,6 +32,10 @@ class Stage:
         schedule: "cosine" falls to 0 over the stage, "step" takes the rates of ``rates``.
         rates: of "step": epoch (from 0) -> rate from there on.
         warmup: epochs over which the rate first rises linearly from 0.
+        distill: weight of a second loss in fine-tuning, by which the slim network follows the
+            outputs of the network before pruning, and 1 − this of the labels' own (Hinton et al.
+            2015); 0: none.
+        temperature: outputs are divided by this in that loss.
     """
 
     epochs: int
@@ -39,9 +43,15 @@ class Stage:
     schedule: Schedule = "cosine"
     rates: Mapping[int, float] = field(default_factory=dict)
     warmup: float = 0.0
+    distill: float = 0.0
+    temperature: float = 4.0
 
     def __post_init__(self) -> None:
         _at_least("epochs", self.epochs, 0)
+        if not 0 <= self.distill <= 1:
+            raise ArgumentError(f"distill={self.distill}: a weight in [0, 1]")
+        if not 0 < self.temperature < math.inf:
+            raise ArgumentError(f"temperature={self.temperature}: must be positive and finite")
         if not 0 < self.lr < math.inf:
             raise ArgumentError(f"lr={self.lr}: must be positive and finite")
         if not self.warmup >= 0 or 0 < self.epochs <= self.warmup:
@@ -236,6 +246,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.weights and self.pruning.method == "uniform":
             raise ArgumentError("weights: pruning.method 'uniform' trains from scratch, without")
+        if self.train.distill:
+            raise ArgumentError("train.distill: there is no teacher yet; finetune.distill is meant")
+        if self.finetune.distill and self.pruning.method == "uniform":
+            raise ArgumentError("finetune.distill: pruning.method 'uniform' has no dense network")
         _at_least("batch_size", self.batch_size, 1)
         _at_least("accumulate", self.accumulate, 1)
         for name in ("momentum", "label_smoothing", "ema"):

@@ -166,7 +166,8 @@ class Run:
     def _train_slim(self, stage: Stage, name: str, result: str, fact: str) -> None:
         """A stage of the slim network, which ends in the file ``result``."""
         model = distributed.prepare(self.networks.slim("pruned"), self.recipe, self.workers)
-        trainer = self._trainer(model, stage)
+        teacher = self._teacher() if stage.distill else None
+        trainer = self._trainer(model, stage, teacher=teacher)
         plan = self.files.plan()
         for _ in self._stage(trainer, name, computed=plan.macs / plan.macs_before):
             pass
@@ -177,6 +178,13 @@ class Run:
             slim.load_state_dict(weights)
             self.files.write_slim(result, slim, plan)
         self._next_phase()
+
+    def _teacher(self) -> nn.Module:
+        """The network before pruning, for fine-tuning to follow."""
+        model = self.networks.plain_dense().requires_grad_(False)
+        if self.recipe.hardware.channels_last:
+            model.to(memory_format=torch.channels_last)
+        return model.eval()
 
     def _result(self, trainer: Trainer) -> dict[str, Any]:
         """The weights that a stage results in; every process must ask."""
@@ -222,12 +230,13 @@ class Run:
         stage: Stage,
         scales: pf.ScalingFactors | None = None,
         regularizer: pf.Regularizer | None = None,
+        teacher: nn.Module | None = None,
     ) -> Trainer:
         seed = seed_at(self.recipe.seed, PHASES.index(self.phase))
         if regularizer is None:
             scales = None
         trainer = Trainer(
-            model, self.data, self.recipe, stage, seed, self.workers, scales, regularizer
+            model, self.data, self.recipe, stage, seed, self.workers, scales, regularizer, teacher
         )
         if self._trainer_state is not None:
             trainer.load_state_dict(self._trainer_state)

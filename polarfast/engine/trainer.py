@@ -40,6 +40,7 @@ class Trainer:
         model: prepared by ``distributed.prepare``.
         stage: epochs and learning rates. seed: of this stage.
         scales, regularizer: both for sparsity training, neither for plain training.
+        teacher: whose outputs the model follows, as far as ``stage.distill`` says; in eval mode.
 
     Attributes:
         step: optimizer steps done. loss: sum of the losses since the epoch began, of this process.
@@ -58,7 +59,9 @@ class Trainer:
         workers: Workers,
         scales: pf.ScalingFactors | None = None,
         regularizer: pf.Regularizer | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
+        self.teacher = teacher
         self.model, self.data, self.recipe, self.stage = model, data, recipe, stage
         self.seed, self.workers = seed, workers
         self.scales, self.regularizer = scales, regularizer
@@ -152,9 +155,7 @@ class Trainer:
             torch.manual_seed(seed_at(self.seed, self.step, self.workers.rank * count + index))
             with self._joint(last=index == count - 1):
                 with autocast(self.workers.device, self.recipe.precision):
-                    logits = self._wrapped(images)
-                    smoothing = self.recipe.label_smoothing
-                    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing) / count
+                    loss = self._loss(images, labels) / count
                 self.scaler.scale(loss).backward()
             self.loss += loss.detach()
         if self.recipe.clip:
@@ -167,6 +168,22 @@ class Trainer:
         self.scaler.update()
         if self.average:
             self.average.update()
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Of the labels and, where there is a teacher, of its outputs: the weighted mean."""
+        logits = self._wrapped(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            target = self.teacher(images)
+        weight, temperature = self.stage.distill, self.stage.temperature
+        student, wanted = (each.float() / temperature for each in (logits, target))
+        apart = F.kl_div(
+            student.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True
+        )
+        # Times T², so that its gradients are as large at any temperature.
+        return (1 - weight) * loss + weight * temperature**2 * apart
 
     def _joint(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are exchanged once a step, in its last backward pass."""

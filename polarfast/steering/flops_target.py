@@ -278,13 +278,13 @@ class FlopsTarget(Polarization):
             return
         for gamma, center in zip(scales.values(), self.centers, strict=True):
             if gamma.requires_grad:
-                part = local(gamma.detach())
-                part *= part.abs() > min(center, AT_ZERO)
+                values: Tensor = local(gamma.detach())
+                values *= values.abs() > min(center, AT_ZERO)
         leaks = {name: self._leaks[name] for name in scales if name in self._leaks}
         if not leaks:
             return
         model = self._followed or self.predictor.model
-        tensors = {**present_parameters(model), **dict(model.named_buffers())}
+        tensors: dict[str, Tensor] = {**present_parameters(model), **dict(model.named_buffers())}
         far = self._every * self._up / (FALL * self._horizon)
         gammas = whole({name: scales[name].detach() for name in leaks})
         for name, others in leaks.items():

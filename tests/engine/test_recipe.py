@@ -99,6 +99,9 @@ def changed(path: str, value: object) -> dict[str, object]:
         ("clip", -1.0, "clip=-1.0: must not be negative"),
         ("precision", "fp8", "must be one of fp32, bf16, fp16"),
         ("hardware.keep", 0, "hardware.keep=0"),
+        ("train.distill", 0.5, "train.distill: there is no teacher yet"),
+        ("finetune.distill", 1.5, "distill=1.5: a weight in [0, 1]"),
+        ("finetune.temperature", 0.0, "temperature=0.0"),
         ("hardware.checkpoint_minutes", -1.0, "hardware.checkpoint_minutes=-1.0"),
     ],
 )

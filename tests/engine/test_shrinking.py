@@ -157,6 +157,26 @@ def test_killed_and_resumed_to_the_bit(
         assert_same(outcome(folder), outcome(expected))
 
 
+def test_a_teacher_is_there_again_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SHOW_SECONDS", 0.0)
+    recipe = replace(SMALLER, finetune=Stage(epochs=2, lr=0.02, distill=0.5))
+    go_on(recipe, tmp_path / "whole")
+    watcher = Watcher(
+        lambda step: (
+            step.stage == "fine-tuning" and step.step == 3 and signal.raise_signal(signal.SIGTERM)
+        )
+    )
+    with pytest.raises(Interrupted):
+        go_on(recipe, tmp_path / "run", [watcher])
+    go_on(recipe, tmp_path / "run")
+    assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
+    go_on(replace(recipe, finetune=Stage(epochs=2, lr=0.02)), tmp_path / "without")
+    mine, other = outcome(tmp_path / "run"), outcome(tmp_path / "without")
+    assert not torch.equal(mine[".slim.tensors.fc.weight"], other[".slim.tensors.fc.weight"])
+
+
 @pytest.mark.slow
 def test_processes_shrink_alike(tmp_path: Path) -> None:
     run_ranks(2, SMALLER, tmp_path / "two")

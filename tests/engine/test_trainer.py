@@ -247,3 +247,28 @@ def test_accuracy_counts_every_image_once() -> None:
     accuracy = evaluate(oracle, data, Workers(TINY.hardware))
     assert accuracy == pytest.approx(100 * 400 / 797)
     assert oracle.training and oracle.seen == 797
+
+
+def test_a_teacher_is_followed(digits: DataSource) -> None:
+    """The loss of Hinton et al. (2015), written out with probabilities."""
+    stage = replace(STAGE, distill=0.3, temperature=2.0)
+    torch.manual_seed(5)
+    teacher = models.build("resnet8", 10, 1).eval().requires_grad_(False)
+    workers = Workers(PLAIN.hardware)
+    trainer = Trainer(network(), digits, PLAIN, stage, SEED, workers, teacher=teacher)
+    images, labels = batches(digits, 0)[0]
+    loss = trainer._loss(images, labels)
+    logits, target = trainer.model(images), teacher(images)
+    p, q = (target / 2).softmax(1), (logits / 2).softmax(1)
+    apart = (p * (p.log() - q.log())).sum(1).mean()
+    own = -logits.softmax(1)[range(24), labels].log().mean()
+    torch.testing.assert_close(loss, 0.7 * own + 0.3 * 4 * apart)
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_student_that_has_arrived_has_no_loss(digits: DataSource) -> None:
+    trainer = trainer_of(digits, PLAIN)
+    trainer.stage = replace(STAGE, distill=1.0)
+    trainer.teacher = trainer.model.eval()
+    assert float(trainer._loss(*batches(digits, 0)[0])) == pytest.approx(0, abs=1e-5)

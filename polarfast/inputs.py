@@ -2,8 +2,10 @@
 back.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,12 +19,20 @@ Spec = dict[str, Any]
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
 
-def describe(inputs: Any) -> Spec:
+def describe(inputs: Any, meaning: frozenset[int] = frozenset()) -> Spec:
     """What inputs look like, as plain JSON data: a tensor, or a tuple or dict of inputs.
+
+    Args:
+        meaning: numbers of the floating point tensors whose values have a meaning; those of whole
+            numbers and truth values always do.
 
     Raises:
         ArgumentError: something else is among the inputs.
     """
+    return _describe(inputs, meaning, itertools.count())
+
+
+def _describe(inputs: Any, meaning: frozenset[int], numbers: Iterator[int]) -> Spec:
     if isinstance(inputs, Tensor):
         if inputs.is_complex():
             raise ArgumentError("example_inputs holds a complex tensor: pass real ones")
@@ -33,12 +43,14 @@ def describe(inputs: Any) -> Spec:
         if inputs.numel():
             kind = float if inputs.is_floating_point() else int
             spec["range"] = [kind(inputs.min()), kind(inputs.max())]
+        if next(numbers) in meaning or not inputs.is_floating_point():
+            spec["given"] = True
         return spec
     if isinstance(inputs, (tuple, list)):
         key = "list" if isinstance(inputs, list) else "items"
-        return {key: [describe(item) for item in inputs]}
+        return {key: [_describe(item, meaning, numbers) for item in inputs]}
     if isinstance(inputs, dict) and all(isinstance(key, str) for key in inputs):
-        return {"named": {key: describe(item) for key, item in inputs.items()}}
+        return {"named": {key: _describe(item, meaning, numbers) for key, item in inputs.items()}}
     if inputs is None or isinstance(inputs, (bool, int, float, str)):
         return {"value": inputs}
     raise ArgumentError(
@@ -48,20 +60,158 @@ def describe(inputs: Any) -> Spec:
     )
 
 
-def generate(spec: Spec, *, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-    """Random inputs of the described form, in the range of the examples.
+@dataclass(frozen=True)
+class Inputs:
+    """What to run a network on: inputs like the examples, and of the examples themselves whatever
+    has a meaning (indices, lengths, masks, boxes).
 
-    Floating point ones are in `dtype`; standard normal if the examples were constant.
+    Attributes:
+        spec: what they look like (`describe`).
+        examples: those that were given; none where a plan was read from a file.
+    """
 
-    Raises:
-        PlanError: this is no description of inputs.
+    spec: Spec
+    examples: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, example_inputs: Any, meaning: frozenset[int] = frozenset()) -> "Inputs":
+        """Of the inputs that a user gave: one example, or a list of several.
+
+        Args:
+            meaning: numbers of the floating point tensors, in order, whose values have a meaning.
+
+        Raises:
+            ArgumentError: no example, examples that are not alike, or something that is no input.
+        """
+        examples = tuple(example_inputs) if isinstance(example_inputs, list) else (example_inputs,)
+        if not examples:
+            raise ArgumentError("example_inputs=[]: give at least one example")
+        specs = [describe(example, meaning) for example in examples]
+        for number, spec in enumerate(specs):
+            if _form(spec) != _form(specs[0]):
+                raise ArgumentError(
+                    f"example_inputs[{number}] has other inputs than example_inputs[0]: several "
+                    "examples are a list of the same tensors, tuples or dicts; the positional "
+                    "inputs of one example are a tuple"
+                )
+        return cls(specs[0], examples)
+
+    def alike(self, spec: Spec) -> bool:
+        """Whether another description is of the same inputs, apart from sizes and values."""
+        return bool(_form(self.spec) == _form(spec))
+
+    def make(self, *, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
+        """Inputs to run on: what has a meaning from one of the examples, the rest random, in the
+        range of the first one. Floating point ones are in `dtype`; standard normal if the example
+        was constant.
+
+        Raises:
+            PlanError: there is no such description; or what has a meaning is not at hand.
+        """
+        given = leaves(self.examples[seed % len(self.examples)]) if self.examples else []
+        return generate(self.spec, device=device, dtype=dtype, seed=seed, given=given)
+
+    def each(self, *, device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Any]:
+        """As `make`, for each of the examples, or once where there are none at hand."""
+        if not self.examples:
+            yield self.make(device=device, dtype=dtype, seed=seed)
+        for example, spec in zip(self.examples, self._specs(), strict=False):
+            yield generate(spec, device=device, dtype=dtype, seed=seed, given=leaves(example))
+
+    def _specs(self) -> Iterator[Spec]:
+        """A description for each example: as the first's, with the example's own plain values."""
+
+        def with_values(part: Spec, example: Any) -> Spec:
+            if "value" in part:
+                return {"value": example}
+            if "named" in part:
+                items = part["named"].items()
+                return {"named": {key: with_values(item, example[key]) for key, item in items}}
+            return {
+                key: [with_values(*pair) for pair in zip(value, example, strict=True)]
+                if key in ("items", "list")
+                else value
+                for key, value in part.items()
+            }
+
+        for example in self.examples:
+            yield with_values(self.spec, example)
+
+    def at_other_size(self) -> "Inputs | None":
+        """The same at another height and width, odd at every halving and large enough for a border
+        to differ from what is inside; None where there is nothing to change.
+        """
+
+        def resized(part: Spec) -> Spec:
+            shape = part.get("shape")
+            if shape is None:
+                named = part.get("named")
+                if named is not None:
+                    return {"named": {key: resized(item) for key, item in named.items()}}
+                return {
+                    key: [resized(item) for item in value] if key in ("items", "list") else value
+                    for key, value in part.items()
+                }
+            if part.get("given") or len(shape) < 3:
+                return part
+            places = [size if size == 1 else _other_size(size) for size in shape[2:]]
+            return {**part, "shape": [*shape[:2], *places]}
+
+        spec = resized(self.spec)
+        return None if spec == self.spec else replace(self, spec=spec)
+
+
+def _other_size(size: int) -> int:
+    """A larger size that ends in five binary ones: halved, it stays odd five times."""
+    times = 4 if size < 64 else 2 if size < 128 else 1
+    found = (times * size) | 31
+    return found if found > size else found + 32
+
+
+def _form(spec: Spec) -> Any:
+    """A description without what may differ between examples: sizes and ranges."""
+    if "shape" in spec:
+        return (len(spec["shape"]), spec["dtype"])
+    if "value" in spec:
+        return type(spec["value"])
+    key, parts = next(iter(spec.items()))
+    if isinstance(parts, dict):
+        return {name: _form(part) for name, part in parts.items()}
+    return key, [_form(part) for part in parts]
+
+
+def generate(
+    spec: Spec,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    given: Sequence[Tensor] = (),
+) -> Any:
+    """As `Inputs.make`.
+
+    Args:
+        given: the example's tensors, in order; empty: they are not at hand.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
+    left = iter(given)
 
     def tensor(part: Spec) -> Tensor:
+        example = next(left, None)
         own = getattr(torch, part["dtype"])
         low, high = part.get("range", (0, 0))
-        if not own.is_floating_point:
+        if part.get("given"):
+            kept = dtype if own.is_floating_point else own
+            if example is not None:
+                return example.detach().to(device, kept)
+            if low == high:
+                return torch.full(part["shape"], low, device=device, dtype=kept)
+            raise PlanError(
+                f"this network takes a {part['dtype']} tensor of shape {part['shape']} whose values"
+                " have a meaning (indices, lengths, masks), and a plan that was read from a file "
+                "has no such values: give them, as slim(model, plan, inputs=example_inputs)"
+            )
+        if not own.is_floating_point:  # plans written before their meaning was known
             limits = int(low), int(high) + 1
             whole = torch.randint(*limits, part["shape"], generator=generator, device="cpu")
             return whole.to(device, own)
@@ -98,6 +248,18 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
         items = [map_tensors(item, function) for item in tree]
         return items if isinstance(tree, list) else tuple(items)
     return tree
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """The tensors in mappings, lists and tuples, in order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(tree, note)
+    return found
 
 
 def convert(inputs: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
@@ -142,12 +304,19 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
     return model(*args, **kwargs)
 
 
+def first_of(example_inputs: Any) -> Any:
+    """One example: the first, where a list of several is given."""
+    if isinstance(example_inputs, list) and example_inputs:
+        return example_inputs[0]
+    return example_inputs
+
+
 def copied_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments, their tensors copied."""
-    inputs = map_tensors(example_inputs, lambda t: t.detach().clone())
+    inputs = map_tensors(first_of(example_inputs), lambda t: t.detach().clone())
     if isinstance(inputs, dict):
         return (), inputs
-    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+    return (tuple(inputs), {}) if isinstance(inputs, tuple) else ((inputs,), {})
 
 
 def enlarged(example_inputs: Any, times: int) -> Any:
@@ -158,7 +327,18 @@ def enlarged(example_inputs: Any, times: int) -> Any:
         counts = [2, *[1] * (tensor.dim() - 1 - space), *[times] * space]
         return tensor.repeat(counts) if tensor.dim() else tensor
 
-    return map_tensors(example_inputs, repeated)
+    return map_tensors(first_of(example_inputs), repeated)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Whatever draws random numbers inside, draws the same ones each time; afterwards the random
+    state is as before.
+    """
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=[*devices]):
+        torch.manual_seed(seed)
+        yield
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

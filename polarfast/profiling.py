@@ -21,7 +21,6 @@ from .inputs import (
     describe,
     device_of,
     dtype_of,
-    generate,
     modes_kept,
     tensors_of,
     unwrap,
@@ -148,7 +147,7 @@ def profile(
     changed = _changed(model, small)
     device = device_of(model)
     if example_inputs is None:
-        inputs = generate(plan.inputs, device=device, dtype=dtype_of(model), seed=0)
+        inputs = plan.inputs_like().make(device=device, dtype=dtype_of(model), seed=0)
     else:
         inputs = convert(example_inputs, device=device, dtype=dtype_of(model))
     models = [model, small]

@@ -9,6 +9,7 @@ all of them.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ..copies import doubled, mask, tensors_of_model
 from ..errors import ArgumentError
-from ..inputs import Spec, device_of, generate
+from ..inputs import Inputs, device_of
 from ..layers import CONVS, TRANSPOSED, plain_type
 from ..tracing.classes import Channels
 from ..tracing.graph import ProjectionCall
@@ -34,7 +35,7 @@ def fold_constants(
     channels: Channels,
     kept: dict[str, Tensor],
     alive: Tensor,
-    spec: Spec,
+    inputs: Inputs,
     mode: str,
     forced: Iterable[int] = (),
 ) -> Fold:
@@ -45,7 +46,7 @@ def fold_constants(
         channels: its channel classes.
         kept: γ name -> kept channels.
         alive: bool [graph.count], without constant channels.
-        spec: description of the inputs.
+        inputs: what to run it on.
         mode: "none" (β is dropped first), "bias" or "exact".
         forced: classes that stay as constant channels whether or not they are needed, as a plan
             says.
@@ -54,7 +55,7 @@ def fold_constants(
     result = Fold(constant=set(forced))
     if not wanted:
         return result
-    masked = Masked(model, channels, kept, spec, mode == "none")
+    masked = Masked(model, channels, kept, inputs, mode == "none")
     sinks = Sinks(model, channels)
     look = _Look(masked, wanted)
     result.lasting = not look.real
@@ -65,12 +66,15 @@ def fold_constants(
         call = channels.graph.projections[i]
         reader = result.readers[i] = ReaderFold(call.weight, sinks.name(i))
         problem = DEPENDS if i in look.depends else seen.problem()
+        if problem is None and i in look.sized:
+            problem = "depends on the size of the input"
         if problem is None and (call.padded or call.transposed):
             problem = "zero padding: not exact at the border"
         if problem is None and sinks.lost(i):
             problem = "its layer has no bias that could take up a constant"
         if problem is None or mode == "bias":
-            reader.take(wanted[i], seen.level, problem and _note(problem, seen, channels))
+            here = look.here(i)
+            reader.take(wanted[i], here.level, problem and _note(problem, here, channels))
         else:
             pending[i] = problem
     if pending:
@@ -156,11 +160,11 @@ class Masked:
         model: nn.Module,
         channels: Channels,
         kept: dict[str, Tensor],
-        spec: Spec,
+        inputs: Inputs,
         zero_beta: bool,
     ) -> None:
         self._model, self._kept, self._zero_beta = model, kept, zero_beta
-        self._graph, self._spec, self._device = channels.graph, spec, device_of(model)
+        self._graph, self.inputs, self._device = channels.graph, inputs, device_of(model)
 
     @cached_property
     def whole(self) -> Runs:
@@ -179,10 +183,30 @@ class Masked:
         mask(tensors, self._kept, self._zero_beta)
         return Runs(copied.eval(), tensors, self._graph.projections, hollow)
 
-    def see(self, runs: Runs, wanted: dict[int, Tensor], seed: int) -> dict[int, Field]:
-        """What readers see on random inputs; none if the network does not run without weights."""
-        inputs = generate(self._spec, device=self._device, dtype=torch.float64, seed=seed)
-        return runs.fields(inputs, wanted, seed) or {}
+    def see(
+        self,
+        runs: Runs,
+        wanted: dict[int, Tensor],
+        seed: int,
+        inputs: Inputs | None = None,
+        varied: bool = False,
+    ) -> dict[int, Field]:
+        """What readers see on random inputs; none if the network does not run without weights.
+
+        Args:
+            inputs: in place of the network's own, as of another size.
+            varied: see `Runs.fields`.
+        """
+        chosen = inputs or self.inputs
+        found: dict[int, Field] = {}
+        for made in chosen.each(device=self._device, dtype=torch.float64, seed=seed):
+            fields = runs.fields(made, wanted, seed, varied)
+            if fields is None:
+                return {}
+            for i, seen in fields.items():
+                before = found.get(i, seen)
+                found[i] = replace(before, varies=True) if before.differs_from(seen) else before
+        return found
 
 
 class _Look:
@@ -190,19 +214,36 @@ class _Look:
 
     Attributes:
         masked, wanted: where, and at what.
-        fields: by index into `graph.projections`.
+        fields: by index into `graph.projections`; own: the same at the size of the example, which
+            may show less.
         depends: readers that see something that depends on the input.
+        sized: readers that see another constant where the input is of another size.
         real: readers that were looked at in the whole network.
     """
 
     def __init__(self, masked: Masked, wanted: dict[int, Tensor]) -> None:
         self.masked, self.wanted = masked, wanted
-        self.fields = masked.see(masked.hollow, wanted, FIRST)
-        again = masked.see(masked.hollow, wanted, SECOND) if self.fields else {}
+        self.own = own = masked.see(masked.hollow, wanted, FIRST)
+        # At the size of the example a border may be all there is, or not there at all.
+        self._inputs = masked.inputs.at_other_size() if own else None
+        self.fields = own
+        if self._inputs is not None:
+            self.fields = masked.see(masked.hollow, wanted, FIRST, self._inputs)
+            if self.fields.keys() != own.keys():  # it runs at its own size only
+                self._inputs, self.fields = None, own
+        again = self._again() if self.fields else {}
         self.real = {
             i
             for i in wanted
             if i not in self.fields or i not in again or self.fields[i].differs_from(again[i])
+        }
+        self.sized = {
+            i
+            for i, field in self.fields.items()
+            if i not in self.real
+            and own[i].problem() is None
+            and field.differs_from(own[i])
+            and field.problem() is None
         }
         self.depends: set[int] = set()
         if self.real:
@@ -215,6 +256,16 @@ class _Look:
                 i for i in first if i not in second or first[i].differs_from(second[i])
             }
 
+    def here(self, index: int) -> Field:
+        """What a reader sees at the size of the example: what is folded where one value must do."""
+        return self.fields[index] if index in self.real else self.own.get(index, self.fields[index])
+
+    def _again(self) -> dict[int, Field]:
+        """A second look, in which all that may differ does."""
+        masked = self.masked
+        found = masked.see(masked.hollow, self.wanted, SECOND, self._inputs, varied=True)
+        return found or masked.see(masked.hollow, self.wanted, SECOND, self._inputs)
+
     def unit(self, carriers: Carriers, indices: Iterable[int]) -> dict[int, Field]:
         """What these readers see in constant channels."""
         left = {i: self.wanted[i] for i in indices}
@@ -224,7 +275,8 @@ class _Look:
             if mine:
                 chosen: Runs = getattr(self.masked, runs)
                 with carriers.shown(chosen.tensors):
-                    found |= self.masked.see(chosen, mine, FIRST)
+                    inputs = self._inputs if runs == "hollow" else None
+                    found |= self.masked.see(chosen, mine, FIRST, inputs)
                 left = {i: gone for i, gone in left.items() if i not in found}
         return found
 
@@ -245,6 +297,13 @@ def _carry(
             needed, left = carriers.carry(result.readers[i], call, positions, seen, unit[i])
             result.constant |= needed
         if bool(left.any()):
+            seen = look.here(i)
+            if seen.problem() is None and look.fields[i].problem() is not None:
+                note = (
+                    f"{problem} on inputs of other sizes: plan with an example as large as in use"
+                )
+                result.readers[i].take(positions[left], seen.level[left], note)
+                continue
             note = _note(problem, seen, channels, left)
             result.readers[i].take(positions[left], seen.level[left], note)
 

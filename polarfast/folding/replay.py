@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..copies import tensors_of_model
 from ..errors import PlanError
-from ..inputs import Operators, call_model, plain_eager
+from ..inputs import Operators, call_model, first_of, map_tensors, plain_eager, seeded
 from ..kernels.gather import gather_channels
 from ..tracing.graph import ProjectionCall
 from ..tracing.projections import convolution_shape
@@ -178,6 +179,8 @@ def shift_of(
 
 #: Projections, and where their input and their weight stand among the arguments.
 PROJECTIONS = {"convolution": (0, 1), "addmm": (1, 2), "mm": (0, 1)}
+#: Operators that look values up by whole numbers.
+LOOKUPS = frozenset("embedding index index_select gather".split())
 #: Other views of a weight, or copies of one.
 VIEWS = frozenset("t transpose permute view _unsafe_view unsqueeze expand detach alias".split())
 COPIES = frozenset(("clone", "_to_copy"))
@@ -290,6 +293,8 @@ class _Hollow(_Reads):
         tensors, calls, wanted: as in `_Reads`; of a model with zeros for the projections' weights.
         hollow: names of the weights that are not there.
         seed: of the numbers drawn.
+        varied: what follows from the inputs past all projections, as masks from lengths and
+            switches from means, is drawn, too.
     """
 
     def __init__(
@@ -299,14 +304,45 @@ class _Hollow(_Reads):
         wanted: dict[int, Tensor],
         hollow: set[str],
         seed: int,
+        varied: bool = False,
     ) -> None:
         super().__init__(tensors, calls, wanted)
+        self.varied, self.raw = varied, WeakIdKeyDictionary()
         self.hollow = {address for address, name in self.names.items() if name in hollow}
         self.draws = _Draws(seed)
 
+    def start(self, inputs: Any) -> Any:
+        """The inputs to run on: truth values are drawn."""
+
+        def raw(tensor: Tensor) -> Tensor:
+            if tensor.dtype == torch.bool:
+                tensor = self.draws.coins(tensor)
+            self.raw[tensor] = True
+            return tensor
+
+        return map_tensors(first_of(inputs), raw) if self.varied else inputs
+
+    def _vary(self, name: str, args: Any, out: Any) -> Any:
+        """The result of an operator on the inputs, drawn where it decides something or is looked
+        up.
+        """
+        numbers = [arg for arg in args if isinstance(arg, Tensor) and arg in self.raw]
+        if not numbers or not isinstance(out, Tensor):
+            return out
+        if out.dtype == torch.bool and any(number.dtype != torch.bool for number in numbers):
+            out = self.draws.coins(out)
+        elif out.is_floating_point() and any(not n.is_floating_point() for n in numbers):
+            if name in LOOKUPS:
+                out = self.draws.take(list(out.shape), out.device)
+            elif name == "_to_copy":
+                out = out * (0.5 + 0.5 * self.draws.share())
+        self.raw[out] = True
+        return out
+
     def other(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.hollow.isdisjoint(_addresses(args, kwargs)):
-            return super().other(name, func, args, kwargs)
+            out = super().other(name, func, args, kwargs)
+            return self._vary(name, args, out) if self.varied else out
         if name in VIEWS:
             return func(*args, **kwargs)
         if name in COPIES:
@@ -315,6 +351,8 @@ class _Hollow(_Reads):
 
     def project(self, index: int, func: Any, args: Any) -> Tensor:
         x, weight = (args[i] for i in PROJECTIONS[func.overloadpacket.__name__])
+        if not _fits(func.overloadpacket.__name__, x, weight, args):
+            raise Unfit("a layer reads another number of channels")
         if weight.data_ptr() not in self.hollow:
             return super().project(index, func, args)
         shape = convolution_shape(args) if func.overloadpacket.__name__ == "convolution" else None
@@ -331,6 +369,14 @@ class _Draws:
         self.count = 0
         self.pool = torch.empty(0)
 
+    def share(self) -> float:
+        """A number in [0, 1)."""
+        return float(torch.rand((), generator=self.generator))
+
+    def coins(self, like: Tensor) -> Tensor:
+        """Random truth values."""
+        return (torch.rand(like.shape, generator=self.generator) < 0.5).to(like.device)
+
     def take(self, shape: list[int], device: torch.device) -> Tensor:
         """A tensor like no other that was taken."""
         wanted = math.prod(shape)
@@ -340,6 +386,14 @@ class _Draws:
         self.count = (self.count + 1) % self.SLACK
         # A copy, since networks work in place.
         return self.pool[self.count : self.count + wanted].clone().view(shape)
+
+
+def _fits(name: str, x: Tensor, weight: Tensor, args: Any) -> bool:
+    """Whether a projection's input has the channels that its weight reads."""
+    if name != "convolution":
+        return x.shape[1] == weight.shape[0]
+    transposed, groups = args[6], args[8]
+    return x.shape[1] == (weight.shape[0] if transposed else weight.shape[1] * groups)
 
 
 def _taps(weight: Tensor) -> int:
@@ -430,16 +484,23 @@ class Runs:
     calls: list[ProjectionCall]
     hollow: set[str] = field(default_factory=set)
 
-    def fields(self, inputs: Any, wanted: dict[int, Tensor], seed: int) -> dict[int, Field] | None:
+    def fields(
+        self, inputs: Any, wanted: dict[int, Tensor], seed: int, varied: bool = False
+    ) -> dict[int, Field] | None:
         """For each call index in `wanted`, what the call reads in those input channels; None where
         a model does not run without its weights.
+
+        Args:
+            seed: of all that is drawn, by the network itself, too.
+            varied: as in `_Hollow`.
 
         Raises:
             PlanError: what a whole model reads is not finite.
         """
         if self.hollow:
-            return self._drawn(inputs, wanted, seed)
-        with _Reads(self.tensors, self.calls, wanted) as reads:
+            with seeded(seed):
+                return self._drawn(inputs, wanted, seed, varied)
+        with seeded(seed), _Reads(self.tensors, self.calls, wanted) as reads:
             run_double(self.model, inputs)
         for index, seen in reads.fields.items():
             if not math.isfinite(seen.largest):
@@ -450,8 +511,11 @@ class Runs:
                 )
         return reads.fields
 
-    def _drawn(self, inputs: Any, wanted: dict[int, Tensor], seed: int) -> dict[int, Field] | None:
-        reads = _Hollow(self.tensors, self.calls, wanted, self.hollow, seed)
+    def _drawn(
+        self, inputs: Any, wanted: dict[int, Tensor], seed: int, varied: bool
+    ) -> dict[int, Field] | None:
+        reads = _Hollow(self.tensors, self.calls, wanted, self.hollow, seed, varied)
+        inputs = reads.start(inputs)
         try:
             with reads, plain_eager():
                 call_model(self.model, inputs)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..copies import doubled
-from ..inputs import Spec
+from ..inputs import Inputs
 from ..tracing.classes import Channels
 from ..tracing.graph import PIN
 from .carriers import carriers
@@ -33,7 +33,7 @@ Answers = tuple[int, ...]  # HIDDEN, VISIBLE or UNKNOWN for each range of β
 
 
 def shown(
-    model: nn.Module, channels: Channels, stays: Tensor, spec: Spec, fold: str
+    model: nn.Module, channels: Channels, stays: Tensor, inputs: Inputs, fold: str
 ) -> dict[int, Tensor]:
     """Run the network without some of its channels: index of a reader in `graph.projections` -> the
     removed classes whose constants take a constant channel there, int64.
@@ -42,13 +42,13 @@ def shown(
         stays: bool [graph.count] by class label.
     """
     kept = {name: stays[labels].nonzero().flatten() for name, labels in channels.layers.items()}
-    folded = fold_constants(model, channels, kept, stays[channels.label], spec, fold)
+    folded = fold_constants(model, channels, kept, stays[channels.label], inputs, fold)
     found: dict[int, Tensor] = {}
+    calls = channels.graph.projections
     for i, reader in folded.readers.items():
         carried = [positions[multiple != 0] for positions, multiple in reader.columns.values()]
         if carried:
-            inputs = channels.graph.projections[i].inputs
-            found[i] = channels.label[inputs[torch.cat(carried)]].unique()
+            found[i] = channels.label[calls[i].inputs[torch.cat(carried)]].unique()
     return found
 
 
@@ -60,16 +60,23 @@ class Foretold:
         looks: each bool [graph.count] by class label: next to nothing stays, but something in each
             layer, so that all that is removed has readers. What stays in every look is never found
             to show.
-        spec: description of the inputs.
+        inputs: what to run it on.
         fold: as in `plan`.
     """
 
     def __init__(
-        self, model: nn.Module, channels: Channels, looks: Iterable[Tensor], spec: Spec, fold: str
+        self,
+        model: nn.Module,
+        channels: Channels,
+        looks: Iterable[Tensor],
+        inputs: Inputs,
+        fold: str,
     ) -> None:
         self._channels = channels
         self._shown = [
-            found for stays in looks for found in shown(model, channels, stays, spec, fold).items()
+            found
+            for stays in looks
+            for found in shown(model, channels, stays, inputs, fold).items()
         ]
         # Removed channels that one constant channel can stand for are a set.
         self._set = torch.full((channels.graph.count,), -1, dtype=torch.long, device="cpu")
@@ -117,7 +124,7 @@ class Visibility:
 
 
 def visibility(
-    model: nn.Module, channels: Channels, names: Iterable[str], spec: Spec, fold: str
+    model: nn.Module, channels: Channels, names: Iterable[str], inputs: Inputs, fold: str
 ) -> Visibility:
     """Find out which layers need constant channels.
 
@@ -125,7 +132,7 @@ def visibility(
         model: the network; left as it is.
         channels: its channel classes.
         names: layers that may lose channels.
-        spec: description of the inputs.
+        inputs: what to run it on.
         fold: as in `plan`.
     """
     layers = {name: channels.layers[name] for name in names}
@@ -133,7 +140,7 @@ def visibility(
     if fold != "bias":  # there, no constant is ever carried by a channel
         narrowest = min(int((labels != PIN).sum()) for labels in layers.values())
         for turn in range(-(-len(PROBES) // max(narrowest - 1, 1))):
-            _look(model, channels, layers, spec, fold, turn * max(narrowest - 1, 1), seen)
+            _look(model, channels, layers, inputs, fold, turn * max(narrowest - 1, 1), seen)
     result = Visibility()
     for name, by_reader in seen.items():
         result.readers[name] = {i: _answers(probes, fold) for i, probes in by_reader.items()}
@@ -141,13 +148,13 @@ def visibility(
 
 
 def leaks(
-    model: nn.Module, channels: Channels, names: Iterable[str], spec: Spec, fold: str
+    model: nn.Module, channels: Channels, names: Iterable[str], inputs: Inputs, fold: str
 ) -> dict[str, tuple[str, ...]]:
     """Layers whose removed channels leave constants that some reader cannot take up exactly,
     whatever β are: behind squeeze-excite gates and padded depthwise convolutions.
 
     Args:
-        model, channels, names, spec, fold: as in `visibility`.
+        model, channels, names, inputs, fold: as in `visibility`.
 
     Returns:
         γ name -> names of the vectors of the same channels, in the same order, that make the
@@ -158,7 +165,7 @@ def leaks(
     stays = _hardly_any(channels, layers)
     kept = {name: stays[labels].nonzero().flatten() for name, labels in channels.layers.items()}
     probed = _spread(model, channels, layers, 0)
-    folded = fold_constants(probed, channels, kept, stays[channels.label], spec, fold)
+    folded = fold_constants(probed, channels, kept, stays[channels.label], inputs, fold)
     leaking = channels.graph.mask()
     for i, reader in folded.readers.items():
         if reader.note is not None and reader.shifted is not None:
@@ -200,7 +207,7 @@ def _look(
     model: nn.Module,
     channels: Channels,
     layers: dict[str, Tensor],
-    spec: Spec,
+    inputs: Inputs,
     fold: str,
     offset: int,
     seen: dict[str, dict[int, set[int]]],
@@ -216,7 +223,7 @@ def _look(
         for k, label in enumerate(labels.tolist())
         if label != PIN
     }
-    for i, labels in shown(probed, channels, stays, spec, fold).items():
+    for i, labels in shown(probed, channels, stays, inputs, fold).items():
         for label in labels.tolist():
             name, k = place[label]
             seen.setdefault(name, {}).setdefault(i, set()).add((k + offset) % len(PROBES))

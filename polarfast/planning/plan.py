@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, PlanError
 from ..folding.fold import Folded, check_fold, new_biases
 from ..folding.replay import Fold
-from ..inputs import describe, unwrap
+from ..inputs import Inputs, unwrap
 from ..layers import lost_gates
 from ..scaling.factors import ScalingFactors
 from ..tracing.classes import Channels, Traced, trace_channels
+from ..tracing.meaning import meaning
 from . import remarks
 from .costs import Costs
 from .limits import Counts, Limits, Shares
@@ -120,6 +121,7 @@ def plan(
         for remark in written.remarks:
             warnings.warn(f"pf.plan: {remark}", stacklevel=2)
         written._gammas = {name: gamma.detach().clone() for name, gamma in scales.items()}
+    written._examples = chooser.inputs.examples
     written._traced = Traced(chooser.model, chooser.channels)
     written._folded = Folded(chooser.model, chooser.channels, choice.alive(), folded, fold)
     return written
@@ -200,10 +202,11 @@ def _sizes(scales: ScalingFactors) -> dict[str, int]:
 def _chooser(
     model: nn.Module, example_inputs: Any, scales: ScalingFactors, fold: str, limits: Limits
 ) -> Chooser:
-    model, spec = unwrap(model), describe(example_inputs)
+    model = unwrap(model)
+    inputs = Inputs.of(example_inputs, meaning(model, example_inputs))
     channels = trace_channels(model, example_inputs, scales.residual)
     check_belongs(model, channels, scales)
-    return Chooser(model, channels, spec, scales, fold, limits)
+    return Chooser(model, channels, inputs, scales, fold, limits)
 
 
 def check_belongs(model: nn.Module, channels: Channels, scales: ScalingFactors) -> None:
@@ -253,7 +256,7 @@ def _write_plan(
         residual=channels.residual,
         method=method,
         fold=chooser.fold,
-        inputs=chooser.spec,
+        inputs=chooser.inputs.spec,
         macs_before=costs.macs(everything),
         macs=costs.macs(stays),
         params_before=costs.params(everything),

@@ -14,11 +14,12 @@ from ..errors import ArgumentError
 from ..folding.fold import check_fold
 from ..folding.replay import Fold
 from ..folding.visibility import UNKNOWN, VISIBLE, Answers, leaks, ranges, visibility
-from ..inputs import Spec, describe, unwrap
+from ..inputs import Inputs, unwrap
 from ..scaling.factors import ScalingFactors
 from ..sharding import is_sharded, present_parameters, whole
 from ..tracing.classes import Channels, trace_channels
 from ..tracing.graph import PIN, ProjectionCall
+from ..tracing.meaning import meaning
 from .costs import Costs
 from .limits import Counts, Limits, Shares, bound_of
 from .plan import check_belongs
@@ -81,7 +82,7 @@ class CutPredictor:
         self._counter = CutCounter(
             self.model,
             channels,
-            describe(example_inputs),
+            Inputs.of(example_inputs, meaning(self.model, example_inputs)),
             self._names,
             fold=fold,
             limits=limits,
@@ -307,7 +308,7 @@ class CutCounter:
     Args:
         model: the network, not wrapped.
         channels: its channel classes.
-        spec: description of the inputs.
+        inputs: what to run it on.
         names: layers that may lose channels.
         fold: as in `plan`.
         limits: of these layers.
@@ -322,14 +323,14 @@ class CutCounter:
         self,
         model: nn.Module,
         channels: Channels,
-        spec: Spec,
+        inputs: Inputs,
         names: Sequence[str],
         *,
         fold: str,
         limits: Limits,
     ) -> None:
         self._channels = channels
-        self._chooser = Chooser(model, channels, spec, names, fold, limits)
+        self._chooser = Chooser(model, channels, inputs, names, fold, limits)
         self._unlimited = self._chooser.under(Limits.of(dict.fromkeys(names, 1)))
         self._costs = Costs(model, channels)
         self._names = list(names)
@@ -337,7 +338,7 @@ class CutCounter:
         sizes = torch.tensor(self._sizes, device="cpu")
         self._rows = torch.arange(len(names), device="cpu").repeat_interleave(sizes)
         self._last = sizes.cumsum(0) - 1  # place of each layer's last channel
-        self._seen = visibility(model, channels, self._names, spec, fold)
+        self._seen = visibility(model, channels, self._names, inputs, fold)
         biases = {name: channels.calls[name].bias for name in self._seen.readers}
         self.readers = {name: bias for name, bias in biases.items() if bias is not None}
         self.macs_before = self._costs.macs(~channels.graph.mask())
@@ -391,7 +392,7 @@ class CutCounter:
     def leaks(self) -> dict[str, tuple[str, ...]]:
         """As `CutPredictor.leaks`."""
         chooser = self._chooser
-        return leaks(chooser.model, self._channels, self._names, chooser.spec, chooser.fold)
+        return leaks(chooser.model, self._channels, self._names, chooser.inputs, chooser.fold)
 
     def check_needs_no_pass(self) -> None:
         """Raise ArgumentError if `_constants` may have to pass inputs through the network."""

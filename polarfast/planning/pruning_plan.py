@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
+from ..inputs import Inputs
 from ..tracing.classes import RESIDUAL_MODES
 
 if TYPE_CHECKING:
@@ -79,9 +80,19 @@ class PruningPlan:
         self._traced: Traced | None = None
         self._folded: Folded | None = None
         self._gammas: dict[str, Tensor] = {}  # as they were
+        self._examples: tuple[Any, ...] = ()  # of the inputs
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_traced": None, "_folded": None, "_gammas": {}}
+        return {**self.__dict__, "_traced": None, "_folded": None, "_gammas": {}, "_examples": ()}
+
+    def inputs_like(self, given: Any = None) -> Inputs:
+        """What to run its network on: the examples that it was made with, if they are still at
+        hand, or those given.
+        """
+        if given is None:
+            return Inputs(self.inputs, self._examples)
+        own = Inputs.of(given)
+        return Inputs(self.inputs, own.examples) if own.alike(self.inputs) else own
 
     @property
     def flops_reduction(self) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import PlanError
 from ..folding.fold import fold_constants
 from ..folding.replay import Fold
-from ..inputs import Spec
+from ..inputs import Inputs
 from ..layers import can_be_silent
 from ..tracing.classes import Channels
 from ..tracing.graph import PIN, Ragged
@@ -303,7 +303,7 @@ class Chooser:
     Args:
         model: the network, not wrapped.
         channels: its channel classes.
-        spec: description of the inputs.
+        inputs: what to run it on.
         names: layers that may lose channels.
         fold: as in `plan`.
         limits: of these layers.
@@ -313,12 +313,12 @@ class Chooser:
         self,
         model: nn.Module,
         channels: Channels,
-        spec: Spec,
+        inputs: Inputs,
         names: Iterable[str],
         fold: str,
         limits: Limits,
     ) -> None:
-        self.model, self.channels, self.spec, self.fold = model, channels, spec, fold
+        self.model, self.channels, self.inputs, self.fold = model, channels, inputs, fold
         self.limits = limits
         self._vanishing = can_vanish(model, channels)
         self._whole = Selection(channels, names)
@@ -366,7 +366,7 @@ class Chooser:
     def constants(self, choice: Selection) -> Fold:
         """The constants that removed channels leave behind, read off the network."""
         kept, alive = choice.kept(), choice.alive()
-        return fold_constants(self.model, self.channels, kept, alive, self.spec, self.fold)
+        return fold_constants(self.model, self.channels, kept, alive, self.inputs, self.fold)
 
 
 def can_vanish(model: nn.Module, channels: Channels) -> Callable[[Tensor], bool]:

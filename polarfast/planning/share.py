@@ -172,7 +172,7 @@ class _Trials:
         if self._foretold is None:
             looks = [choice.only(places) for places in self.ranking.ends()]
             self._foretold = Foretold(
-                chooser.model, chooser.channels, looks, chooser.spec, chooser.fold
+                chooser.model, chooser.channels, looks, chooser.inputs, chooser.fold
             )
         return Fold(constant=self._foretold.constants(choice.stays))
 

@@ -180,6 +180,16 @@ def scaling_factors(
                 "pf.add_gates puts gates (a factor per channel) where γ is missing"
             )
         )
+    if channels.graph.unrun:
+        names = channels.graph.unrun
+        some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        warnings.warn(
+            f"pf.scaling_factors: {len(names)} modules did not run on the example inputs: {some}. "
+            "Which channels they read is not known, and a slim model can fail there; if they are in"
+            " use (another task, another domain), give an example of each use: "
+            "example_inputs=[(x, 0), (x, 1)], here and to all that takes example inputs",
+            stacklevel=2,
+        )
     return factors_of(model, channels)
 
 

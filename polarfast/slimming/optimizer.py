@@ -29,10 +29,17 @@ def migrate_optimizer(
     models are left alone.
 
     Raises:
-        PlanError: a state tensor has neither its parameter's shape nor a single element; the
-            optimizer is unchanged.
+        PlanError: it holds none of the model's parameters, or a state tensor has neither its
+            parameter's shape nor a single element; the optimizer is unchanged.
     """
     names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+    held = [param for group in optimizer.param_groups for param in group["params"]]
+    if held and not any(param in names for param in held):
+        raise PlanError(
+            f"the optimizer has none of this model's parameters; its first is one of shape "
+            f"{tuple(held[0].shape)} of another model. It was made from a copy, or before the "
+            "parameters were replaced: give the one that trains this model, or none"
+        )
     slim_params = dict(small.named_parameters())
     gates = {gate_name(name) for name, _ in gated_modules(model)}
     created = [name for name in slim_params if name not in set(names.values())]

@@ -14,7 +14,7 @@ from ..copies import double_copy, tensors_of_model
 from ..errors import ArgumentError, PlanError
 from ..folding.fold import check_fold, fold_constants, new_biases
 from ..folding.replay import Fold, shift_of
-from ..inputs import device_of, dtype_of, generate, unwrap
+from ..inputs import Inputs, device_of, dtype_of, unwrap
 from ..kernels.gather import gather_channels
 from ..layers import drop_gate, fold_gate, gate_name, gated_modules, lost_gates
 from ..planning.pruning_plan import PruningPlan
@@ -83,6 +83,7 @@ def slim(
     fold: str | None = None,
     verify: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
+    inputs: Any = None,
 ) -> nn.Module:
     """Build the slim model of a plan: same class, same forward, fewer channels, gates multiplied
     into their layers. `model` is untouched.
@@ -97,6 +98,8 @@ def slim(
             before handing it over.
         optimizer: an optimizer of `model`'s parameters; its groups and state are cut to the slim
             model's, in place and last; gates leave it.
+        inputs: example inputs as for `plan`, needed for a plan that was read from a file where the
+            network takes tensors whose values have a meaning (indices, lengths, masks).
 
     Returns:
         A new module on the same device, in the same modes, dtypes and memory format, with
@@ -111,14 +114,18 @@ def slim(
     fold = plan.fold if fold is None else fold
     check_fold(fold)
     model = unwrap(model)
-    channels, choice = _fit(model, plan)
+    examples = plan.inputs_like(inputs)
+    channels, choice = _fit(model, plan, examples)
     _warn_of(plan, model)
-    blueprint = _draw(model, plan, channels, choice, fold)
+    blueprint = _draw(model, plan, channels, choice, fold, examples)
     if verify:
         # Built in float64, where only the algebra can be wrong.
         double = double_copy(model)
-        check_slim(double, blueprint.build(double)[0], plan, fold, blueprint.folded, channels)
+        built = blueprint.build(double)[0]
+        check_slim(double, built, plan, fold, examples, (blueprint.folded, channels))
     small, edits = blueprint.build(model)
+    for name in channels.graph.unrun:
+        small.get_submodule(name).register_forward_pre_hook(refuse_other_width)
     if optimizer is not None:
         migrate_optimizer(optimizer, model, small, blueprint.layout, edits.blank)
     return small
@@ -146,6 +153,24 @@ def info_of(model: nn.Module) -> SlimInfo:
     if not isinstance(info, SlimInfo):
         raise ArgumentError("this model was not made by pf.slim, pf.shrink or pf.load")
     return info
+
+
+def refuse_other_width(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook before a module that did not run when the network was traced.
+
+    Raises:
+        PlanError: it is given another number of channels than it reads.
+    """
+    for attribute, dim in (("in_channels", 1), ("num_features", 1), ("in_features", -1)):
+        wanted = getattr(module, attribute, None)
+        if isinstance(wanted, int) and args and isinstance(args[0], Tensor):
+            given = args[0].shape[dim]
+            if given != wanted:
+                raise PlanError(
+                    f"this {type(module).__name__} reads {wanted} channels and is given {given}: it"
+                    " did not run on the example inputs, so that it was not pruned with what it "
+                    "reads. Plan with an example of each use: example_inputs=[(x, 0), (x, 1)]"
+                )
 
 
 def _warn_of(plan: PruningPlan, model: nn.Module) -> None:
@@ -239,9 +264,9 @@ class _Blueprint:
         return small, edits
 
 
-def _fit(model: nn.Module, plan: PruningPlan) -> tuple[Channels, Selection]:
+def _fit(model: nn.Module, plan: PruningPlan, examples: Inputs) -> tuple[Channels, Selection]:
     """Trace the model and take over the plan's channels."""
-    channels = _channels(model, plan)
+    channels = _channels(model, plan, examples)
     for name, layer in plan.layers.items():
         if name not in channels.layers:
             why = channels.pinned.get(name, f"it has no such scaling factor{lost_gates([name])}")
@@ -258,16 +283,21 @@ def _fit(model: nn.Module, plan: PruningPlan) -> tuple[Channels, Selection]:
     return channels, choice
 
 
-def _channels(model: nn.Module, plan: PruningPlan) -> Channels:
+def _channels(model: nn.Module, plan: PruningPlan, examples: Inputs) -> Channels:
     """The model's channels; those that the plan was made with, if it is still the same model."""
     if plan._traced is not None and plan._traced.fits(model):
         return plan._traced.channels
-    inputs = generate(plan.inputs, device=device_of(model), dtype=dtype_of(model), seed=0)
+    inputs = examples.make(device=device_of(model), dtype=dtype_of(model), seed=0)
     return trace_channels(model, inputs, plan.residual)
 
 
 def _draw(
-    model: nn.Module, plan: PruningPlan, channels: Channels, choice: Selection, fold: str
+    model: nn.Module,
+    plan: PruningPlan,
+    channels: Channels,
+    choice: Selection,
+    fold: str,
+    examples: Inputs,
 ) -> _Blueprint:
     alive = choice.alive()
     forced = {
@@ -281,7 +311,7 @@ def _draw(
     if known is not None and known.fits(model, channels, alive, forced, fold):
         folded = known.fold
     else:
-        folded = fold_constants(model, channels, choice.kept(), alive, plan.inputs, fold, forced)
+        folded = fold_constants(model, channels, choice.kept(), alive, examples, fold, forced)
     alive |= channels.in_classes(folded.constant)
     stays = channels.graph.mask()
     stays[channels.label[alive]] = True
@@ -390,7 +420,8 @@ def _silence(edits: Edits, layout: Layout, wanted: Tensor, edit: Editor) -> None
     channels = layout.channels
     values: dict[str | None, float] = {}
     for call in channels.graph.projections:
-        values |= {call.weight: 0.0, call.bias: 0.0}
+        if not call.depthwise:  # one of these is part of what readers see of the channel
+            values |= {call.weight: 0.0, call.bias: 0.0}
     written = torch.zeros_like(wanted)
     ones: dict[str, Tensor] = {}
     for name in channels.layers:

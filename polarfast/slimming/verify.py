@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..copies import double_copy, masked_copy
 from ..errors import VerificationError
 from ..folding.replay import AsFolded, Fold, StaysDouble, run_double
-from ..inputs import convert, device_of, dtype_of, generate, tensors_of, unwrap
+from ..inputs import Inputs, convert, device_of, dtype_of, seeded, tensors_of, unwrap
 from ..planning.pruning_plan import PruningPlan
 from ..sharding import refuse_sharded
 from ..tracing.classes import Channels
@@ -97,7 +97,11 @@ def verify(model: nn.Module, slim: nn.Module, plan: PruningPlan, example_inputs:
         refuse_sharded(unwrap(either))
     info = getattr(unwrap(slim), "polarfast_info", None)
     report = _compare(
-        unwrap(model), unwrap(slim), plan, info.fold if info else plan.fold, example_inputs
+        unwrap(model),
+        unwrap(slim),
+        plan,
+        info.fold if info else plan.fold,
+        plan.inputs_like(example_inputs),
     )
     report.notes = dict(info.inexact if info else plan.inexact)
     return report
@@ -108,8 +112,8 @@ def check_slim(
     slim: nn.Module,
     plan: PruningPlan,
     fold: str,
-    folded: Fold,
-    channels: Channels,
+    inputs: Inputs,
+    claimed: tuple[Fold, Channels],
 ) -> None:
     """`slim`'s own check, on random inputs: the slim model must be what the plan says, exactly.
 
@@ -120,7 +124,7 @@ def check_slim(
         VerificationError: the slim model does not run, or differs.
     """
     try:
-        report = _compare(model, slim, plan, fold, None, (folded, channels))
+        report = _compare(model, slim, plan, fold, inputs, claimed)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         raise VerificationError(
             f"the slim model does not run: {type(error).__name__}: {error}. The network's code "
@@ -218,7 +222,7 @@ def _compare(
     slim: nn.Module,
     plan: PruningPlan,
     fold: str,
-    given: Any,
+    examples: Inputs,
     claimed: tuple[Fold, Channels] | None = None,
 ) -> Report:
     reference = masked_copy(model, plan.kept, zero_beta=fold == "none")
@@ -226,13 +230,13 @@ def _compare(
     dtype = dtype_of(slim)
     pairs = [
         _pair(reference, candidate, inputs, claimed)
-        for inputs in _inputs(plan, given, device_of(reference))
+        for inputs in _inputs(examples, device_of(reference))
     ]
     report = _measure([pair[:2] for pair in pairs], dtype)
     if not report.exact and any(decisions.taken for _, _, decisions in pairs):
         pairs = [
             _pair(reference, candidate, inputs, claimed, replay=True)
-            for inputs in _inputs(plan, given, device_of(reference))
+            for inputs in _inputs(examples, device_of(reference))
         ]
         helped = _measure([pair[:2] for pair in pairs], dtype)
         # What differs by more than rounding may be hidden behind a decision that was given.
@@ -327,13 +331,14 @@ def _difference(wanted: list[Tensor], got: list[Tensor]) -> float:
     return largest if largest == largest else float("inf")
 
 
-def _inputs(plan: PruningPlan, given: Any, device: torch.device) -> Iterator[Any]:
-    if given is not None:
-        yield convert(given, device=device, dtype=torch.float64)
+def _inputs(examples: Inputs, device: torch.device) -> Iterator[Any]:
+    for example in examples.examples:
+        yield convert(example, device=device, dtype=torch.float64)
     for seed in range(RANDOM_INPUTS):
-        yield generate(plan.inputs, device=device, dtype=torch.float64, seed=100 + seed)
+        yield from examples.each(device=device, dtype=torch.float64, seed=100 + seed)
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    found = tensors_of(run_double(model, inputs))
+    with seeded(0):  # noise and the like are the same in both
+        found = tensors_of(run_double(model, inputs))
     return [tensor.double() for tensor in found if tensor.numel()]

@@ -289,9 +289,11 @@ class FlopsTarget(Polarization):
         gammas = whole({name: scales[name].detach() for name in leaks})
         for name, others in leaks.items():
             for each in map(tensors.__getitem__, others):
-                gamma = local(scales[name].detach()) if is_sharded(each) else gammas[name]
+                whole_or_part: Tensor = gammas[name]
+                if is_sharded(each):
+                    whole_or_part = local(scales[name].detach())
                 part = local(each.detach())
-                part -= part.clamp(-far, far) * (gamma == 0)
+                part -= part.clamp(-far, far) * (whole_or_part == 0)
 
     def keep_up(self) -> None:
         """Give the network that this was made with the γ and β that its slim form has now, where

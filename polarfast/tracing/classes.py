@@ -18,6 +18,7 @@ from .graph import PIN, Graph, Match, NormCall, ProjectionCall, Ragged
 #: What may happen to channels that meet in an addition.
 RESIDUAL_MODES = ("keep", "expand", "couple")
 
+UNRUN = "did not run on the example inputs"
 STEM = "is the stem of a residual network"
 MEETS = {
     "keep": "its channels meet in an addition (residual='expand' or 'couple' can prune them)",
@@ -79,6 +80,8 @@ class Channels:
                 self.layers[name] = self.label[call.inputs]
             else:
                 self.pinned[name] = reason
+        for module in graph.unrun:
+            self.pinned.setdefault(f"{module}.weight".lstrip("."), UNRUN)
 
     # --- who reads and writes what
 

@@ -5,6 +5,7 @@ every way to write a module need no special case, and an operator without a rule
 that flow through it.
 """
 
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,7 @@ class _DryRun(Operators):
         self.recorder, self.hollow = recorder, hollow
 
     def operator(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.recorder.see(rules.tensors_in((args, kwargs)))
         if self.hollow and func is torch.ops.aten.convolution.default and _fits(*args):
             out = args[0].new_zeros(convolution_shape(args))
         else:
@@ -64,18 +66,19 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
 
     Args:
         model: any eager module; left exactly as found (modes, buffers, gradients, random state).
-        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs; or a
+            list of several of these, of which each runs.
 
     Raises:
-        TracingError: the model is scripted or compiled ahead, its forward fails on these inputs, or
-            it returns no tensor.
+        TracingError: the model is scripted or compiled ahead, a forward was replaced by a function,
+            it fails on these inputs, or it returns no tensor.
     """
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise TracingError(
             "the model is scripted (TorchScript): prune the eager model, then script the slim one"
         )
     recorder = Recorder(model)
-    with _as_found(model):
+    with as_found(model):
         try:
             model.eval()
         except NotImplementedError as error:
@@ -83,14 +86,32 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
                 f"the model has no eval mode ({error}), as what torch.export returns: prune the "
                 "eager model, then export the slim one"
             ) from error
+        _refuse_functions(model)
         _run(model, example_inputs, recorder)
+        for example in example_inputs[1:] if isinstance(example_inputs, list) else ():
+            recorder.again = True
+            _run(model, example, recorder)
+        recorder.again = False
         unread = _unread(model, recorder)
         if unread:
             # Auxiliary heads and the like run in train mode only; they read channels all the same.
             recorder.counting = False
             model.train()
             _run_in_training(model, example_inputs, recorder, unread[0])
+    recorder.graph.unrun = _unrun(model, recorder)
     return recorder.finish()
+
+
+def _refuse_functions(model: nn.Module) -> None:
+    """Raise TracingError for a forward that copies of the model would share."""
+    for name, module in model.named_modules():
+        if isinstance(vars(module).get("forward"), types.FunctionType):
+            raise TracingError(
+                f"the forward of {name or 'the model'} was replaced by a function, which goes on "
+                "using this model's own layers in every copy of it, slim ones too: make it a method"
+                " (model.forward = types.MethodType(function, model), with self for the model), or "
+                "write a subclass"
+            )
 
 
 def _run_in_training(
@@ -163,8 +184,19 @@ def _unread(model: nn.Module, recorder: Recorder) -> list[str]:
     ]
 
 
+def _unrun(model: nn.Module, recorder: Recorder) -> list[str]:
+    """Modules with parameters of their own, none of which any operator was given."""
+    found = []
+    for name, module in model.named_modules():
+        own = [key for key, param in module._parameters.items() if param is not None]
+        names = {f"{name}.{key}" if name else key for key in own}
+        if names and names.isdisjoint(recorder.seen):
+            found.append(name)
+    return found
+
+
 @contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
+def as_found(model: nn.Module) -> Iterator[None]:
     """Put back train/eval modes, buffers (their objects and their values) and random state."""
     stores = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     tensors = tensors_of_model(model).values()

@@ -230,6 +230,7 @@ class Graph:
         parents: for each node, the nodes it is computed from.
         inputs, outputs: nodes of the network's inputs and outputs.
         fixed_macs: multiply-accumulates of matrix products whose channels are not followed.
+        unrun: modules that did not run, with parameters of their own.
     """
 
     count: int = 1
@@ -247,6 +248,7 @@ class Graph:
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     fixed_macs: int = 0
+    unrun: list[str] = field(default_factory=list)
 
     def copy(self) -> "Graph":
         """A graph that can be written on while this one stays as it is."""

@@ -27,7 +27,7 @@ def record(
     elif not rules.parameter_view(rec, plain, args, out):
         for tensor in tensors:
             rec.use_whole(tensor)
-    if rec.counting and len(rec.graph.projections) == followed:
+    if rec.counting and not rec.again and len(rec.graph.projections) == followed:
         rec.graph.fixed_macs += _macs(func, args, kwargs, out)
 
 

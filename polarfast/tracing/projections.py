@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .graph import NormCall, ProjectionCall
 from .recorder import ParameterView, Recorder, spread
+from .sizes import channels_of
 
 
 def convolution(rec: Recorder, args: tuple[Any, ...], out: Tensor) -> None:
@@ -86,6 +87,12 @@ def project(
         return
     inputs = rec.channels(value, 1)
     depthwise = groups > 1 and groups == inputs.numel()
+    if depthwise and view.name not in rec.convolutions and channels_of(rec.groups) is None:
+        rec.pin(value.ids, f"the network's code fixes the groups of its convolution by {view.name}")
+        for operand in (weight, bias):
+            rec.use_whole(operand)
+        rec.put_pinned(out, [value])
+        return
     if depthwise:
         outputs = inputs.repeat_interleave(out.shape[1] // groups)
         rec.axis(view.name, 0, inputs if transposed else outputs)
@@ -99,25 +106,35 @@ def project(
     if bias_view is not None:
         rec.axis(bias_view.name, 0, outputs)
     node = rec.node([value.node])
-    rec.graph.projections.append(
-        ProjectionCall(
-            weight=view.name,
-            bias=bias_view.name if bias_view else None,
-            inputs=inputs,
-            outputs=outputs,
-            groups=groups,
-            depthwise=depthwise,
-            transposed=transposed,
-            padded=padded,
-            counted=rec.counting,
-            positions=positions,
-            taps=taps,
-        )
+    call = ProjectionCall(
+        weight=view.name,
+        bias=bias_view.name if bias_view else None,
+        inputs=inputs,
+        outputs=outputs,
+        groups=groups,
+        depthwise=depthwise,
+        transposed=transposed,
+        padded=padded,
+        counted=rec.counting,
+        positions=positions,
+        taps=taps,
     )
     rec.put(out, spread(outputs, out.shape, 1), [value])
-    rec.written[out] = len(rec.graph.projections) - 1
+    rec.written[out] = _place(rec, call)
     tracked = rec.values[out]
     tracked.node, tracked.depth = node, value.depth + 1
+
+
+def _place(rec: Recorder, call: ProjectionCall) -> int:
+    """Where a call is among the graph's: where it was, if a further example makes the same call."""
+    calls = rec.graph.projections
+    if rec.again:
+        for index, known in enumerate(calls):
+            same = known.weight == call.weight and torch.equal(known.inputs, call.inputs)
+            if same and torch.equal(known.outputs, call.outputs):
+                return index
+    calls.append(call)
+    return len(calls) - 1
 
 
 def _writes(rec: Recorder, weight: str, count: int) -> Tensor:

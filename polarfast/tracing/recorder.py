@@ -48,8 +48,17 @@ class Recorder:
         self.normed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.gates = {gate_name(name) for name, _ in gated_modules(model)}
         self.counting = True  # whether this pass's MACs count
+        self.again = False  # whether it is of a further example: calls as before are left out
         self.asked: list[Any] | None = None  # sizes in the network's own call, while it runs
+        self.groups: Any = 1  # of a convolution that it calls, while that runs
+        #: weights of modules whose number of groups a slim model can change
+        self.convolutions = {
+            f"{name}.weight" if name else "weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.modules.conv._ConvNd)
+        }
         self.used: set[str] = set()
+        self.seen: set[str] = set()  # parameters and buffers that some operator was given
         self.whole: set[str] = set()
         for name, tensor in tensors_of_model(model).items():
             self.views[tensor] = ParameterView(name, tuple(range(tensor.dim())))
@@ -61,6 +70,13 @@ class Recorder:
 
     def view(self, tensor: object) -> ParameterView | None:
         return self.views.get(tensor) if isinstance(tensor, Tensor) else None
+
+    def see(self, tensors: Iterable[Tensor]) -> None:
+        """Note which parameters and buffers an operator is given."""
+        for tensor in tensors:
+            view = self.views.get(tensor)
+            if view is not None:
+                self.seen.add(view.name)
 
     def start(self, ids: Tensor, node: int) -> Value:
         """A network input."""

@@ -123,6 +123,9 @@ class SizeTracking(TorchFunctionMode):
         if func in _CUTS:
             with self._asking(list(_numbers((args[1:], kwargs)))):
                 return func(*args, **kwargs)
+        if func in _CONVOLUTIONS:
+            self.recorder.groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
+            return func(*args, **kwargs)
         if func in _CHUNKS:
             pieces = args[1] if len(args) > 1 else kwargs.get("chunks", kwargs.get("sections"))
             asked: list[Any] | None = [Kept, pieces]
@@ -198,6 +201,12 @@ _CUTS = frozenset(
         torch.narrow,
         torch.split,
         torch.split_with_sizes,
+    }
+)
+_CONVOLUTIONS = frozenset(
+    {
+        *(torch.conv1d, torch.conv2d, torch.conv3d),
+        *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
     }
 )
 _CHUNKS = frozenset({Tensor.chunk, Tensor.tensor_split, torch.chunk, torch.tensor_split})

@@ -6,7 +6,7 @@ from support.nets import Bottlenecks, Branches, Grouped, Residual, chain, conv_b
 from torch import nn
 
 import polarfast as pf
-from polarfast.inputs import describe
+from polarfast.inputs import Inputs
 from polarfast.planning.limits import Limits
 from polarfast.planning.selection import Chooser
 from polarfast.planning.share import _Trials
@@ -51,7 +51,7 @@ def test_what_is_foretold_is_what_the_network_shows(build, residual):
         scales = pf.scaling_factors(model, X, residual=residual)
         sizes = {name: gamma.numel() for name, gamma in scales.items()}
         limits = Limits.of(sizes)
-        chooser = Chooser(model, channels, describe(X), scales, "exact", limits)
+        chooser = Chooser(model, channels, Inputs.of(X), scales, "exact", limits)
         trials = _Trials(chooser, Ranking(magnitudes(scales)))
         count = trials.ranking.count
         for n in {0, 1, count // 3, count // 2, count - 6, count - 3, count - 1, count}:

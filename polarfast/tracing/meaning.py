@@ -1,0 +1,65 @@
+"""Which floating point inputs are no mere data: boxes, coordinates, indices kept as floats."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..inputs import Operators, call_model, first_of, leaves, plain_eager
+from .dryrun import as_found
+
+#: Operators behind which an input is an activation like any other.
+PROJECTIONS = frozenset("convolution addmm mm bmm native_batch_norm _native_batch_norm".split())
+
+
+class _Raw(Operators):
+    """Follows each input as far as the first layer, and notes those that are used otherwise than as
+    data: by an operator that is not torch's own, or as whole numbers.
+    """
+
+    def __init__(self, inputs: list[Tensor]) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+        self._raw = WeakIdKeyDictionary()
+        for number, tensor in enumerate(inputs):
+            self._raw[tensor] = {number}
+
+    def operator(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        tensors = [each for each in _flat((args, kwargs)) if isinstance(each, Tensor)]
+        raw = set().union(*(self._raw.get(tensor, set()) for tensor in tensors))
+        name = func.overloadpacket.__name__
+        if not raw or name in PROJECTIONS:
+            return out
+        results = [each for each in _flat(out) if isinstance(each, Tensor)]
+        whole = any(not each.is_floating_point() and each.dtype != torch.bool for each in results)
+        if func.namespace not in ("aten", "prim", "prims") or (whole and name == "_to_copy"):
+            self.found |= raw
+        for each in results:
+            self._raw[each] = raw | self._raw.get(each, set())
+        return out
+
+
+def _flat(tree: Any) -> list[Any]:
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, (list, tuple)):
+        return [leaf for part in tree for leaf in _flat(part)]
+    return [tree]
+
+
+def meaning(model: nn.Module, example_inputs: Any) -> frozenset[int]:
+    """Numbers of the floating point inputs, in order over all tensors, whose values have a meaning.
+
+    A network's only input is always data.
+    """
+    example = first_of(example_inputs)
+    tensors = leaves(example)
+    if sum(tensor.is_floating_point() for tensor in tensors) == 0 or len(tensors) < 2:
+        return frozenset()
+    raw = _Raw(tensors)
+    with as_found(model), plain_eager(), raw:
+        model.eval()
+        call_model(model, example)  # copies are made inside, and are as raw
+    return frozenset(n for n in raw.found if tensors[n].is_floating_point())

@@ -1,0 +1,277 @@
+"""Inputs whose values have a meaning, several examples, and networks that draw random numbers."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.nets import settle, zero
+from torch import nn
+from torchvision.ops import roi_align
+
+import polarfast as pf
+from polarfast.tracing.meaning import meaning
+
+
+def block(c_in, c_out, kernel=3):
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU())
+
+
+def half(model, inputs, examples=None):
+    """Settled, half of γ at 0, and its plan."""
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    settle_with(model, inputs)
+    scales = pf.scaling_factors(model, examples or inputs)
+    zero(scales)
+    return pf.plan(model, examples or inputs, scales, "fixed", value=0.0)
+
+
+def settle_with(model, inputs):
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            nn.init.normal_(module.bias)
+            module.momentum = 1.0
+    model.train()(*inputs)
+    model.eval()
+
+
+def close(model, slim, *inputs):
+    with torch.no_grad():
+        torch.testing.assert_close(slim(*inputs), model(*inputs), rtol=1e-3, atol=1e-4)
+
+
+class Regions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.out = nn.Sequential(block(3, 16), block(16, 8)), nn.Linear(72, 4)
+
+    def forward(self, x, boxes):
+        return self.out(roi_align(self.body(x), boxes.to(x.dtype), 3).flatten(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_boxes_are_used_as_given(dtype):
+    """Others would be outside of the image, and their batch index outside of memory."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 24, 24)
+    boxes = torch.tensor([[0, 1, 1, 20, 20], [1, 3, 4, 22, 21]], dtype=dtype)
+    model = Regions()
+    plan = half(model, (x, boxes))
+    close(model, pf.slim(model, plan), x, boxes)
+    assert meaning(model, (x, boxes)) == (frozenset({1}) if dtype.is_floating_point else set())
+    # Read from a file, the plan has no boxes.
+    read = pf.PruningPlan.from_json(plan.to_json())
+    with pytest.raises(pf.PlanError, match=r"have a meaning.*slim\(model, plan, inputs="):
+        pf.slim(model, read)
+    close(model, pf.slim(model, read, inputs=(x, boxes)), x, boxes)
+
+
+class Masked(nn.Module):
+    """Padded sequences: what lies behind each length is 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.na = nn.Conv1d(8, 24, 5, padding=2), nn.BatchNorm1d(24)
+        self.b, self.nb = nn.Conv1d(24, 16, 1), nn.BatchNorm1d(16)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x, lengths):
+        places = torch.arange(x.shape[2], device=x.device)
+        mask = (places[None] < lengths[:, None]).unsqueeze(1)
+        x = F.relu(self.na(self.a(x))) * mask
+        return self.fc(F.relu(self.nb(self.b(x))).mean(2))
+
+
+class Switched(nn.Module):
+    """Features are let through where the image is bright."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = block(3, 16), block(16, 12, 1), nn.Linear(12, 4)
+
+    def forward(self, x):
+        bright = (x.mean((1, 2, 3), keepdim=True) > 0).to(x.dtype)
+        return self.fc(self.b(self.a(x) * bright).mean((2, 3)))
+
+
+class Conditioned(nn.Module):
+    """Features are scaled by what is looked up for a label."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = block(3, 16), block(16, 12, 1), nn.Linear(12, 4)
+        self.table = nn.Embedding(5, 1)
+
+    def forward(self, x, label):
+        return self.fc(self.b(self.a(x) * self.table(label)[:, :, None, None]).mean((2, 3)))
+
+
+IMAGES = torch.rand(4, 3, 12, 12) + 0.5
+LABELS = torch.zeros(4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs"),
+    [
+        (Masked, (torch.randn(4, 8, 30), torch.full((4,), 30))),
+        (Switched, (IMAGES,)),
+        (Conditioned, (IMAGES, LABELS)),
+    ],
+)
+def test_what_depends_on_an_input_is_no_constant(build, inputs):
+    """Though it is the same in all of the examples."""
+    torch.manual_seed(0)
+    model = build()
+    plan = half(model, inputs)
+    assert any("depends on the input" in why for why in plan.inexact.values())
+    close(model, pf.slim(model, plan), *inputs)
+
+
+class Written(nn.Module):
+    """An activation function written with a comparison: decides over what layers made."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = block(3, 16), block(16, 12, 1), nn.Linear(12, 4)
+
+    def forward(self, x):
+        x = self.a[1](self.a[0](x))
+        return self.fc(self.b(torch.where(x > 0, x, 0.1 * x)).mean((2, 3)))
+
+
+def test_comparisons_of_constants_are_constant():
+    torch.manual_seed(0)
+    model = Written()
+    plan = half(model, IMAGES)
+    assert not plan.inexact
+    close(model, pf.slim(model, plan), IMAGES)
+
+
+class Tasks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(block(3, 16), block(16, 12))
+        self.first, self.second = nn.Conv2d(12, 4, 1), nn.Conv2d(12, 6, 1)
+
+    def forward(self, x, task=0):
+        x = self.body(x)
+        return self.second(x) if task else self.first(x)
+
+
+def test_modules_that_never_ran_are_named():
+    torch.manual_seed(0)
+    model, x = Tasks(), torch.randn(2, 3, 12, 12)
+    with pytest.warns(UserWarning, match="1 modules did not run on the example inputs: second"):
+        scales = pf.scaling_factors(model, x)
+    assert scales.pinned["second.weight"] == "did not run on the example inputs"
+    zero(scales)
+    plan = pf.plan(model.eval(), x, scales, "fixed", value=0.0)
+    assert "second.weight: did not run" in str(plan)
+    slim = pf.slim(model, plan)
+    close(model, slim, x)
+    with pytest.raises(pf.PlanError, match="reads 12 channels and is given 6: it did not run"):
+        slim(x, 1)
+
+
+def test_an_example_of_each_use():
+    torch.manual_seed(0)
+    model, x = Tasks(), torch.randn(2, 3, 12, 12)
+    plan = half(model, x, examples=[(x, 0), (x, 1)])
+    slim = pf.slim(model, plan)
+    for task in (0, 1):
+        close(model, slim, x, task)
+    with pytest.raises(pf.ArgumentError, match=r"example_inputs\[1\] has other inputs"):
+        pf.plan(model, [(x, 0), x], pf.scaling_factors(model, (x, 0)))
+    with pytest.raises(pf.ArgumentError, match="at least one example"):
+        pf.plan(model, [], pf.scaling_factors(model, (x, 0)))
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = block(3, 16), block(16, 12), nn.Conv2d(12, 3, 1)
+        self.strength = nn.Parameter(torch.rand(16, 1, 1))
+
+    def forward(self, x):
+        x = self.a(x)
+        noise = torch.randn(x.shape[0], 1, *x.shape[2:], dtype=x.dtype, device=x.device)
+        return self.out(self.b(x + self.strength * noise))
+
+
+def test_the_same_random_numbers_on_both_sides():
+    torch.manual_seed(0)
+    model, x = Noisy(), torch.randn(2, 3, 12, 12)
+    plan = half(model, x)
+    state = torch.get_rng_state()
+    slim = pf.slim(model, plan)
+    assert pf.verify(model, slim, plan, x).max_abs_diff < 1e3
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_forward_that_copies_would_share_is_refused():
+    model = nn.Sequential(block(3, 16), block(16, 8), nn.Conv2d(8, 3, 1))
+    layers = list(model)
+
+    def forward(x):
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    model.forward = forward
+    with pytest.raises(pf.TracingError, match="forward of the model was replaced by a function"):
+        pf.scaling_factors(model, torch.randn(2, 3, 12, 12))
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model, x = nn.Sequential(block(3, 16), block(16, 8), nn.Conv2d(8, 3, 1)), torch.randn(2, 3, 9, 9)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    copied = copy.deepcopy(model)
+    plan = half(copied, x)
+    before = [*optimizer.param_groups[0]["params"]]
+    with pytest.raises(pf.PlanError, match="none of this model's parameters"):
+        pf.slim(copied, plan, optimizer=optimizer)
+    assert all(a is b for a, b in zip(before, optimizer.param_groups[0]["params"], strict=True))
+
+
+class Blurred(nn.Module):
+    """A depthwise convolution without a norm between a pruned layer and its reader."""
+
+    def __init__(self, alike, groups="module"):
+        super().__init__()
+        self.a, self.b, self.fc = block(3, 16), block(16, 12, 1), nn.Linear(12, 5)
+        self.blur = nn.Conv2d(16, 16, 3, 2, 1, groups=16, bias=False)
+        self.groups, self.channels = groups, 16
+        if alike:
+            taps = torch.tensor([1.0, 2.0, 1.0])
+            self.blur.weight.data.copy_((taps[:, None] * taps / 16).expand(16, 1, 3, 3))
+        if groups != "module":
+            self.register_buffer("taps", self.blur.weight.detach().clone())
+            del self.blur
+
+    def forward(self, x):
+        x = self.a(x)
+        if self.groups == "module":
+            x = self.blur(x)
+        else:
+            groups = x.shape[1] if self.groups == "asked" else self.channels
+            x = F.conv2d(x, self.taps, stride=2, padding=1, groups=groups)
+        return self.fc(self.b(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("groups", ["module", "asked"])
+def test_a_constant_through_a_depthwise_convolution_without_a_norm(groups):
+    torch.manual_seed(0)
+    model, x = Blurred(alike=True, groups=groups), torch.randn(4, 3, 16, 16)
+    plan = half(model, x)
+    assert len(plan.kept["a.1.weight"]) == 8 and not plan.inexact
+    slim = pf.slim(model, plan)
+    close(model, slim, x)
+    close(model, slim, torch.randn(2, 3, 31, 20))
+
+
+def test_groups_that_the_code_fixes_pin():
+    model, x = Blurred(alike=True, groups="fixed"), torch.randn(4, 3, 16, 16)
+    scales = pf.scaling_factors(model, x)
+    assert "fixes the groups" in scales.pinned["a.1.weight"] and "b.1.weight" in scales

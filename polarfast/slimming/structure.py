@@ -92,6 +92,10 @@ class Structure:
             old = getattr(module, attribute)
             if list(old.shape) != self.shapes[name]:
                 _replace(model, old, tensor_of(name, old))
+        for module in changed.values():
+            if isinstance(module, nn.RNNBase):  # it keeps its weights in a list, too
+                names = module._flat_weights_names
+                module._flat_weights = [getattr(module, name) for name in names]
 
     def _change(
         self,
@@ -271,6 +275,8 @@ def _write_projection(
             change.attributes["groups"] = n_in
     elif isinstance(module, nn.Linear):
         change.attributes = {"in_features": n_in, "out_features": n_out}
+    elif isinstance(module, nn.RNNBase):  # hidden sizes stay
+        change.attributes = {"input_size": n_in}
 
 
 def _write_norm(

@@ -93,7 +93,9 @@ class Channels:
         beyond = len(self.graph.projections) + len(self.graph.norms)
         low = torch.full((self.graph.count,), beyond, device="cpu")
         high = torch.full((self.graph.count,), -1, device="cpu")
-        calls: list[ProjectionCall | NormCall] = [*self.graph.projections, *self.graph.norms]
+        # Through a depthwise convolution a channel stays itself: who reads its output counts.
+        through = [call for call in self.graph.projections if not call.depthwise]
+        calls: list[ProjectionCall | NormCall] = [*through, *self.graph.norms]
         for call in calls:
             name = (
                 call.scale if isinstance(call, NormCall) else call.weight

@@ -102,6 +102,10 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
     return recorder.finish()
 
 
+def _has_lstm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.LSTM) for module in model.modules())
+
+
 def _refuse_functions(model: nn.Module) -> None:
     """Raise TracingError for a forward that copies of the model would share."""
     for name, module in model.named_modules():
@@ -152,8 +156,10 @@ def _run(
     for tensor in rules.tensors_in((args, kwargs)):
         recorder.values[tensor] = recorder.start(pinned_ids(tensor), source)
     try:
-        with plain_eager(), SizeTracking(recorder), _DryRun(recorder, hollow):
-            out = model(*args, **kwargs)
+        # An LSTM that oneDNN runs is one operator, which no rule takes apart.
+        with plain_eager(), torch.backends.mkldnn.flags(enabled=not _has_lstm(model)):
+            with SizeTracking(recorder), _DryRun(recorder, hollow):
+                out = model(*args, **kwargs)
     except (RuntimeError, ValueError, TypeError, IndexError, *_OTHERS) as error:
         hint = f" ({why}: a batch of 2 or more may help)" if why else ""
         raise TracingError(

@@ -73,6 +73,14 @@ def _apply(
         rules.spatial(rec, func, args, out)
     elif plain in rules.REDUCTIONS and first and isinstance(out, Tensor):
         rules.reduction(rec, func, args, kwargs, out)
+    elif (
+        plain in rules.LINES and func._overloadname != "other" or plain in rules.TRANSFORMS
+    ) and first:
+        rules.line(rec, func, args, kwargs, out)
+    elif plain == "gather" and first:
+        rules.gather(rec, func, args, out)
+    elif plain == "glu" and first:
+        rules.gated_half(rec, func, args, out)
     elif plain in rules.SAME and first:
         rules.same(rec, args, out)
     elif (

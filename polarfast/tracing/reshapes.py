@@ -143,6 +143,25 @@ def pixel_shuffle(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) 
     rec.put(out, spread(row, out.shape, dim), [value])
 
 
+def patches(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+    """(N, C, H, W) to (N, C·k², places) or back (unfold, fold): the k² rows of one channel go
+    together.
+    """
+    value, taps = rec.values[args[0]], math.prod(args[1 if len(args) == 5 else 2])
+    dim = value.ids.dim() - (3 if len(args) == 5 else 2)
+    row = along(value.ids, dim)
+    if row is None:
+        rec.pin(value.ids, SPLIT)
+        rec.put_pinned(out, [value])
+        return
+    if len(args) == 5:  # im2col(x, kernel, dilation, padding, stride)
+        rec.put(out, spread(row.repeat_interleave(taps), out.shape, out.dim() - 2), [value])
+        return
+    groups = row.view(-1, taps)  # col2im(x, size, kernel, ...)
+    rec.tie(groups[:, :1].expand_as(groups), groups)
+    rec.put(out, spread(groups[:, 0], out.shape, out.dim() - 3), [value])
+
+
 # --- chunks and slices
 
 
@@ -250,6 +269,8 @@ CUTS: dict[str, Callable[..., None]] = {
     "channel_shuffle": channel_shuffle,
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_shuffle,
+    "im2col": patches,
+    "col2im": patches,
     "select": cut(lambda x, dim, index: {dim: None}),
     "unbind": cut(lambda x, dim=0: {dim: None}),
     "index_select": cut(lambda x, dim, index: {dim: None}),

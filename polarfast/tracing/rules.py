@@ -34,10 +34,20 @@ SPATIAL = frozenset(
     "upsample_bicubic2d upsample_trilinear3d "
     "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d "
     "reflection_pad3d replication_pad1d "
-    "replication_pad2d replication_pad3d".split()
+    "replication_pad2d replication_pad3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
+    "_upsample_nearest_exact3d grid_sampler_2d grid_sampler_3d".split()
 )
+#: Operators along one dimension, and where that stands among their arguments: what they return for
+#: a channel depends on that channel alone.
+LINES = {
+    **dict.fromkeys("max min median nanmedian mode sort argmax argmin argsort".split(), 1),
+    **dict.fromkeys("cumsum cumprod cummax cummin logcumsumexp _softmax _log_softmax".split(), 1),
+    **dict.fromkeys("topk kthvalue".split(), 2),
+}
+#: Transforms over several dimensions, given as their second argument.
+TRANSFORMS = frozenset("_fft_r2c _fft_c2c _fft_c2r".split())
 #: Reductions over given dimensions.
-REDUCTIONS = frozenset("mean sum amax amin var std logsumexp".split())
+REDUCTIONS = frozenset("mean sum amax amin var std logsumexp linalg_vector_norm".split())
 #: Operators whose result does not carry channels: shapes, and new tensors of a size given in
 #: numbers.
 FORGET = frozenset(
@@ -104,6 +114,9 @@ def spatial(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
     if varying_dims(value.ids) & set(range(rank - space, rank)):
         opaque(rec, func, args, out)
         return
+    for other in args[1:]:  # a grid to sample at
+        if isinstance(other, Tensor) and (where := rec.value(other)) is not None:
+            rec.pin(where.ids, f"says where {name} reads")
     if not name.startswith(("adaptive_avg", "_adaptive_avg")):
         rec.graph.pooled.append(compact(value.ids).reshape(-1))
     ids = value.ids
@@ -117,7 +130,8 @@ def reduction(
 ) -> None:
     """Reduce over dimensions along which the channel is the same (a mean over height and width)."""
     value = rec.values[args[0]]
-    given = args[1] if len(args) > 1 else kwargs.get("dim")
+    place = 2 if func.overloadpacket.__name__ == "linalg_vector_norm" else 1
+    given = args[place] if len(args) > place else kwargs.get("dim")
     if isinstance(given, int) and not isinstance(given, bool):
         given = [given]
     rank = value.ids.dim()
@@ -140,6 +154,56 @@ def reduction(
         ids.reshape(out.shape) if ids.numel() == out.numel() else compact(ids).expand(out.shape),
         [value],
     )
+
+
+def line(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """An operator along one dimension, or a transform over several, along which the channel is the
+    same; the results may be longer or shorter there, or without it.
+    """
+    value, name = rec.values[args[0]], func.overloadpacket.__name__
+    place = LINES.get(name, 1)
+    given = args[place] if len(args) > place else kwargs.get("dim", -1)
+    rank = value.ids.dim()
+    several = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not all(type(dim) is int for dim in several):
+        opaque(rec, func, (args, kwargs), out)
+        return
+    dims = {dim % rank for dim in several}
+    if dims & varying_dims(value.ids) or 0 in value.ids.shape:
+        opaque(rec, func, (args, kwargs), out)
+        return
+    ids = value.ids
+    for dim in dims:
+        ids = ids.narrow(dim, 0, 1)
+    for result in tensors_in(out):
+        kept = ids if result.dim() == rank else ids.squeeze(*dims)
+        rec.put(result, kept.expand(result.shape), [value])
+
+
+def gather(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+    """Values at places along a dimension on which the channel is the same."""
+    x, dim, index = args[:3]
+    value, where = rec.values[x], rec.value(index)
+    rank = value.ids.dim()
+    varying = varying_dims(value.ids)
+    if where is None or dim % rank in varying | varying_dims(where.ids):
+        opaque(rec, func, args, out)
+        return
+    own, other = (each.narrow(dim, 0, 1).expand(out.shape) for each in (value.ids, where.ids))
+    rec.tie(*torch.broadcast_tensors(compact(own), compact(other)))
+    rec.put(out, own, [value, where])
+
+
+def gated_half(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+    """F.glu: the first half of a dimension times a gate made from the second half."""
+    value = rec.values[args[0]]
+    dim = (args[1] if len(args) > 1 else -1) % value.ids.dim()
+    if dim not in varying_dims(value.ids):
+        rec.put(out, value.ids.narrow(dim, 0, 1).expand(out.shape), [value])
+        return
+    first, second = value.ids.chunk(2, dim)
+    rec.multiply(*(compact(half).contiguous() for half in (first, second)))
+    rec.put(out, first, [value])
 
 
 def same(rec: Recorder, args: tuple[Any, ...], out: Any) -> None:

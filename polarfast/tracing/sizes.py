@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .graph import along, varying_dims
-from .recorder import Recorder
+from .recorder import Recorder, spread
 
 #: Ids of an activation, one of its dimensions, and the trace that these ids are of.
 Source = tuple[Tensor, int, "weakref.ref[Recorder]"]
@@ -126,6 +126,8 @@ class SizeTracking(TorchFunctionMode):
         if func in _CONVOLUTIONS:
             self.recorder.groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
             return func(*args, **kwargs)
+        if func in _MAKERS:
+            return self._made(func(*args, **kwargs), args, kwargs)
         if func in _CHUNKS:
             pieces = args[1] if len(args) > 1 else kwargs.get("chunks", kwargs.get("sections"))
             asked: list[Any] | None = [Kept, pieces]
@@ -136,6 +138,26 @@ class SizeTracking(TorchFunctionMode):
             with self._asking(asked):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _made(self, out: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A new tensor that has as many places along a dimension as an activation has channels has
+        one for each of them.
+        """
+        if args and isinstance(args[0], Tensor):
+            args = args[1:]  # x.new_zeros(...)
+        sizes = kwargs.get("size", args)
+        if len(sizes) and isinstance(sizes[0], Sequence):
+            sizes = sizes[0]
+        rows = [channels_of(size) for size in sizes[: out.dim()]]
+        following = [dim for dim, row in enumerate(rows) if row is not None]
+        if len(following) == 1:
+            dim, row = following[0], rows[following[0]]
+            if row is not None and row.numel() == out.shape[dim]:
+                recorder = self.recorder
+                recorder.values[out] = recorder.start(
+                    spread(row, out.shape, dim), recorder.node([])
+                )
+        return out
 
     @contextmanager
     def _asking(self, sizes: list[Any] | None) -> Iterator[None]:
@@ -207,6 +229,12 @@ _CONVOLUTIONS = frozenset(
     {
         *(torch.conv1d, torch.conv2d, torch.conv3d),
         *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+    }
+)
+_MAKERS = frozenset(
+    {
+        *(torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn),
+        *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty),
     }
 )
 _CHUNKS = frozenset({Tensor.chunk, Tensor.tensor_split, torch.chunk, torch.tensor_split})

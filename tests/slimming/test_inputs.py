@@ -225,7 +225,10 @@ def test_a_forward_that_copies_would_share_is_refused():
 
 
 def test_an_optimizer_of_another_model_is_refused():
-    model, x = nn.Sequential(block(3, 16), block(16, 8), nn.Conv2d(8, 3, 1)), torch.randn(2, 3, 9, 9)
+    model, x = (
+        nn.Sequential(block(3, 16), block(16, 8), nn.Conv2d(8, 3, 1)),
+        torch.randn(2, 3, 9, 9),
+    )
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     copied = copy.deepcopy(model)
     plan = half(copied, x)

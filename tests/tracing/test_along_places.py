@@ -1,0 +1,176 @@
+"""Operators that work along the places of each channel, and code that makes tensors by a size it
+asked for: the layer before is pruned, and what comes out is exact.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.nets import settle, zero
+from torch import nn
+
+import polarfast as pf
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def block(c_in, c_out, kernel=3):
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU())
+
+
+def grid(x):
+    """Where to sample, turned by a little."""
+    angle = torch.tensor([[0.9, 0.3, 0.1], [-0.3, 0.9, 0.0]], dtype=x.dtype)
+    return F.affine_grid(angle.expand(x.shape[0], 2, 3), [x.shape[0], 1, 6, 6], align_corners=False)
+
+
+def gathered(x):
+    places = torch.ones(x.shape[0], x.shape[1], 4, dtype=torch.long)
+    return x.flatten(2).gather(2, places).unsqueeze(-1)
+
+
+def spaced(x):
+    """Back to four dimensions."""
+    return x[..., None, None]
+
+
+OPERATORS = {
+    "nearest-exact": lambda x: F.interpolate(x, scale_factor=2, mode="nearest-exact"),
+    "max over places": lambda x: spaced(torch.max(x.flatten(2), 2)[0]),
+    "min, kept": lambda x: x.min(3, keepdim=True)[0],
+    "maxout": lambda x: torch.max(torch.stack((x, -x), -1), -1)[0],
+    "grid_sample": lambda x: F.grid_sample(x, grid(x), align_corners=False),
+    "gather": gathered,
+    "glu": lambda x: torch.cat([F.glu(x, 1)] * 2, 1),
+    "glu over places": lambda x: F.glu(x, 3),
+    "spectrum": lambda x: torch.fft.rfft2(x).abs(),
+    "there and back": lambda x: torch.fft.irfft2(torch.fft.rfft2(x), s=(8, 8)),
+    "cumsum": lambda x: x.cumsum(2),
+    "cummax": lambda x: x.cummax(2)[0],
+    "softmax": lambda x: x.flatten(2).softmax(2).unflatten(2, x.shape[2:]),
+    "log_softmax": lambda x: x.log_softmax(3),
+    "patches": lambda x: F.fold(F.unfold(x, 2, stride=2), x.shape[2:], 2, stride=2),
+    "lp pool": lambda x: F.lp_pool2d(x, 2, 2),
+    "median": lambda x: spaced(x.flatten(2).median(2)[0]),
+    "kthvalue": lambda x: spaced(x.flatten(2).kthvalue(3, 2)[0]),
+    "topk": lambda x: x.flatten(2).topk(3, 2)[0].unsqueeze(-1),
+    "norm": lambda x: spaced(x.flatten(2).norm(dim=2)),
+    "sort": lambda x: x.flatten(2).sort(2, descending=True)[0].unflatten(2, x.shape[2:]),
+    "weighted stack": lambda x: (torch.stack((x, x.relu()), -1) * torch.tensor([0.3, 0.7])).sum(-1),
+    "a new tensor beside": lambda x: torch.cat([x, x.new_zeros(*x.shape[:2], 1, 8)], 2),
+}
+
+
+class Through(nn.Module):
+    def __init__(self, operator):
+        super().__init__()
+        self.operator = operator
+        self.a, self.b, self.out = block(3, 16), block(16, 8, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x):
+        return self.out(self.b(self.operator(self.a(x))))
+
+
+def check(model, first, x=X):
+    """Half of all channels go, and the slim model equals the original with γ = 0 there."""
+    settle(model, x)
+    x = x.double()
+    scales = pf.scaling_factors(model, x)
+    assert first in scales, scales.pinned.get(first)
+    zero(scales)
+    plan = pf.plan(model, x, scales, "fixed", value=0.0)
+    assert len(plan.kept[first]) < scales[first].numel()
+    slim = pf.slim(model, plan)
+    with torch.no_grad():
+        if not plan.inexact:
+            for images in (x, torch.randn_like(x)):
+                torch.testing.assert_close(slim(images), model(images), rtol=1e-8, atol=1e-8)
+    return plan
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_each_channel_for_itself(name):
+    plan = check(Through(OPERATORS[name]), "a.1.weight")
+    assert not plan.inexact
+
+
+def test_along_the_channels_it_pins():
+    for operator in (lambda x: x.softmax(1), lambda x: x.sort(1)[0], lambda x: x.cumsum(1)):
+        scales = pf.scaling_factors(Through(operator), X)
+        assert "a.1.weight" in scales.pinned and "b.1.weight" in scales
+
+
+class Beside(nn.Module):
+    """Zeros by the sizes of an activation, joined to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = block(3, 16), block(32, 12), nn.Conv2d(12, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        n, c, h, w = x.shape
+        return self.out(self.b(torch.cat([x, torch.zeros(n, c, h, w, dtype=x.dtype)], 1)))
+
+
+def test_a_new_tensor_follows_the_size_that_it_was_made_by():
+    plan = check(Beside(), "a.1.weight")
+    assert not plan.inexact
+
+
+class Light(nn.Module):
+    """OSNet's: a pointwise and a depthwise convolution, and one norm behind both."""
+
+    def __init__(self, beside=False):
+        super().__init__()
+        self.a, self.beside = block(3, 16), beside
+        self.point = nn.Conv2d(16, 24, 1, bias=False)
+        self.depth = nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False)
+        self.norm, self.out = nn.BatchNorm2d(24), nn.Conv2d(24, 4, 1)
+
+    def forward(self, x):
+        x = self.point(self.a(x))
+        out = self.out(F.relu(self.norm(self.depth(x))))
+        return out + self.out(x) if self.beside else out
+
+
+def test_a_norm_behind_a_pointwise_and_a_depthwise_convolution():
+    plan = check(Light(), "norm.weight")
+    assert not plan.inexact
+    scales = pf.scaling_factors(Light(beside=True), X)
+    assert "read by others too" in scales.pinned["norm.weight"]
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind, bidirectional=False):
+        super().__init__()
+        self.cnn = nn.Sequential(block(3, 8), nn.MaxPool2d(2), block(8, 12), nn.MaxPool2d(2))
+        self.rnn = kind(24, 16, batch_first=True, bidirectional=bidirectional)
+        self.fc = nn.Linear(32 if bidirectional else 16, 5)
+
+    def forward(self, x):
+        return self.fc(self.rnn(self.cnn(x).permute(0, 3, 1, 2).flatten(2))[0])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_what_a_recurrent_layer_reads_is_cut(kind, bidirectional, tmp_path):
+    def build():
+        return Recurrent(kind, bidirectional)
+
+    model = build()
+    plan = check(model, "cnn.2.1.weight")
+    assert not plan.inexact
+    slim = pf.slim(model, plan)
+    constant = len(plan.layers["cnn.2.1.weight"].constant)
+    assert slim.rnn.input_size == 2 * (len(plan.kept["cnn.2.1.weight"]) + constant) < 24
+    assert slim.rnn.hidden_size == 16
+    pf.save(slim, plan, tmp_path / "slim.pt")
+    loaded = pf.load(tmp_path / "slim.pt", build)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.double().eval()(X.double()), slim(X.double()))
+    optimizer = torch.optim.SGD(slim.parameters(), 0.1)
+    slim.train()(X.double()).sum().backward()
+    optimizer.step()
+    single = Recurrent(kind, bidirectional).float()
+    assert "cnn.2.1.weight" in pf.scaling_factors(single, X)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import FileFormatError, PlanError
+from .errors import ArgumentError, FileFormatError, PlanError
 from .inputs import unwrap
 from .planning.pruning_plan import PruningPlan
 from .sharding import refuse_sharded
@@ -35,8 +35,13 @@ def save(slim: nn.Module, plan: PruningPlan, path: str | os.PathLike[str]) -> No
 
     Raises:
         FileFormatError: `slim` was not made by polarfast.
-        ArgumentError: `slim` is sharded.
+        ArgumentError: `slim` is sharded or no model, `plan` no plan.
     """
+    if not isinstance(slim, nn.Module) or not isinstance(plan, PruningPlan):
+        raise ArgumentError(
+            f"pf.save(slim, plan, path) was given a {type(slim).__name__} and a "
+            f"{type(plan).__name__}: the slim model comes first, then its plan"
+        )
     slim = unwrap(slim)
     refuse_sharded(slim)
     info = getattr(slim, "polarfast_info", None)
@@ -67,9 +72,16 @@ def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Mod
         The slim model on the device and in the mode in which `build` made the network.
 
     Raises:
+        ArgumentError: `build` is a network, not a function that makes one.
         FileFormatError: not a polarfast file, damaged, or of a newer version.
         PlanError: `build` makes another network than the one that was pruned.
     """
+    if isinstance(build, nn.Module) or not callable(build):
+        raise ArgumentError(
+            f"pf.load(path, build) was given a {type(build).__name__} as build: give a function "
+            "that makes the original network, as build=Net or build=lambda: Net(10), since its "
+            "layers are cut to the sizes in the file"
+        )
     data = _read(path)
     try:
         info = SlimInfo.from_json(data["info"])

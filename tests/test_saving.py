@@ -116,3 +116,17 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         pf.save(slim, plan, path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_arguments_in_another_order(tmp_path):
+    torch.manual_seed(0)
+    model = chain().double().eval()
+    scales = pf.scaling_factors(model, X)
+    plan = pf.plan(model, X, scales, "percentile", value=0.3)
+    slim = pf.slim(model, plan)
+    with pytest.raises(pf.ArgumentError, match="the slim model comes first"):
+        pf.save(plan, slim, tmp_path / "slim.pt")
+    assert not list(tmp_path.iterdir())
+    pf.save(slim, plan, tmp_path / "slim.pt")
+    with pytest.raises(pf.ArgumentError, match="a function that makes the original network"):
+        pf.load(tmp_path / "slim.pt", build=chain())

@@ -6,6 +6,7 @@ that flow through it.
 """
 
 import types
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,15 @@ from torch import nn
 
 from ..copies import tensors_of_model
 from ..errors import TracingError
-from ..inputs import Operators, copied_inputs, enlarged, modes_kept, plain_eager, tensors_of
+from ..inputs import (
+    Operators,
+    copied_inputs,
+    enlarged,
+    first_of,
+    modes_kept,
+    plain_eager,
+    tensors_of,
+)
 from . import rules
 from .graph import Graph
 from .operators import record
@@ -77,6 +86,17 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
         raise TracingError(
             "the model is scripted (TorchScript): prune the eager model, then script the slim one"
         )
+    if any(tensor.is_meta for tensor in tensors_of_model(model).values()):
+        raise TracingError(
+            "the model is on the meta device, where tensors have no values: make it on a real one, "
+            "or model.to_empty(device=...) and load its weights first"
+        )
+    first = first_of(example_inputs)
+    if isinstance(first, torch.Tensor) and first.numel() == 0:
+        raise TracingError(
+            f"example_inputs has shape {list(first.shape)} and no element: give a batch of at least"
+            " one"
+        )
     recorder = Recorder(model)
     with as_found(model):
         try:
@@ -102,8 +122,16 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
     return recorder.finish()
 
 
-def _has_lstm(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.LSTM) for module in model.modules())
+@contextmanager
+def _in_parts(model: nn.Module) -> Iterator[None]:
+    """Without oneDNN, in which an LSTM is one operator that no rule takes apart."""
+    if not any(isinstance(module, nn.LSTM) for module in model.modules()):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the switch itself speaks of other devices
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 def _refuse_functions(model: nn.Module) -> None:
@@ -156,10 +184,8 @@ def _run(
     for tensor in rules.tensors_in((args, kwargs)):
         recorder.values[tensor] = recorder.start(pinned_ids(tensor), source)
     try:
-        # An LSTM that oneDNN runs is one operator, which no rule takes apart.
-        with plain_eager(), torch.backends.mkldnn.flags(enabled=not _has_lstm(model)):
-            with SizeTracking(recorder), _DryRun(recorder, hollow):
-                out = model(*args, **kwargs)
+        with plain_eager(), _in_parts(model), SizeTracking(recorder), _DryRun(recorder, hollow):
+            out = model(*args, **kwargs)
     except (RuntimeError, ValueError, TypeError, IndexError, *_OTHERS) as error:
         hint = f" ({why}: a batch of 2 or more may help)" if why else ""
         raise TracingError(

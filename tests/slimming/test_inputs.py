@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.nets import settle, zero
+from support.nets import zero
 from torch import nn
 from torchvision.ops import roi_align
 

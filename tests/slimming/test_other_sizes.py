@@ -43,7 +43,9 @@ class Up(nn.Module):
     def forward(self, x):
         top = self.top(x)
         deep = F.interpolate(self.up(self.deep(self.down(top))), scale_factor=2)
-        missing = [large - small for large, small in zip(top.shape[2:], deep.shape[2:])]
+        missing = [
+            large - small for large, small in zip(top.shape[2:], deep.shape[2:], strict=False)
+        ]
         deep = F.pad(deep, [0, missing[1], 0, missing[0]])
         return self.fc(self.join(torch.cat([top, deep], 1)).mean((2, 3)))
 

@@ -174,3 +174,12 @@ def test_what_a_recurrent_layer_reads_is_cut(kind, bidirectional, tmp_path):
     optimizer.step()
     single = Recurrent(kind, bidirectional).float()
     assert "cnn.2.1.weight" in pf.scaling_factors(single, X)
+
+
+def test_nothing_to_trace_with():
+    with pytest.raises(pf.TracingError, match="no element"):
+        pf.scaling_factors(Light(), X[:0])
+    with torch.device("meta"):
+        model = Light()
+    with pytest.raises(pf.TracingError, match="meta device"):
+        pf.scaling_factors(model, X)

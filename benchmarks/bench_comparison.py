@@ -8,10 +8,12 @@ MACs; bfloat16 and channels_last, for every method alike.
     python benchmarks/bench_comparison.py final --root CIFAR10_AS_A_FOLDER [--seeds 1 2 3]
     python benchmarks/bench_comparison.py table
 
-"tune" gives each method that has something to choose three tries, one seed, and compares their
-fine-tuned accuracy on 5,000 training images that are held out. "final" takes the best ones, and
-seeds that "tune" did not see. Finished runs are lines of results/comparison.jsonl and are not run
-again, so that all of it (8 hours on one core) can be done in parts. "table" prints what there is.
+"tune" gives each rival that has something to choose four tries, one seed, and compares their
+fine-tuned accuracy on 5,000 training images that are held out; and polarization with three ways to
+compare γ of different layers, of which the one that ships is "mean". "final" takes the rivals'
+best ones, polarization as it ships, and seeds that "tune" did not see. Finished runs are lines of
+results/comparison.jsonl and are not run again, so that all of it (8 hours on one core) can be done
+in parts. "table" prints what there is.
 """
 
 import argparse
@@ -45,11 +47,10 @@ RESULTS = HERE / "results" / "comparison.jsonl"
 MODELS = {"resnet20": "ResNet-20", "vgg11-half": "VGG-11, half width"}
 CUTS = (0.5, 0.7)
 TUNED_AT, TUNED_SEED, HELD_OUT = 0.7, 100, 0.1
-#: Three tries for each method that has something to choose.
 TRIES: dict[str, tuple[Any, ...]] = {
     "polarization": ("mean", "none", "mean of MACs"),
-    "network-slimming": (1e-3, 2e-3, 4e-3),
-    "deephoyer": (5e-4, 1e-3, 2e-3),
+    "network-slimming": (5e-4, 1e-3, 2e-3, 4e-3),
+    "deephoyer": (2.5e-4, 5e-4, 1e-3, 2e-3),
 }
 
 
@@ -146,7 +147,7 @@ def _place(run_recipe: Recipe) -> tuple[Any, Any]:
 
 
 def tune(model: str, root: str, folder: Path) -> None:
-    """Three tries for each method, on held-out training images."""
+    """All tries, on held-out training images."""
     for method, tries in TRIES.items():
         for tried in tries:
             key = {"stage": "tune", "model": model, "method": method, "tried": tried}
@@ -165,7 +166,7 @@ def tune(model: str, root: str, folder: Path) -> None:
 
 
 def best(model: str, method: str) -> Any:
-    """What "tune" chose; the middle try where it did not run."""
+    """What "tune" chose for a rival."""
     tries = [
         (line["finetuned"], line["tried"])
         for line in lines()
@@ -178,21 +179,19 @@ def best(model: str, method: str) -> Any:
 
 def final(model: str, root: str, folder: Path, seed: int, methods: list[str]) -> None:
     """Every method at one seed."""
-    chosen = {method: best(model, method) for method in TRIES if method in methods}
-    lams = {method: value for method, value in chosen.items() if method != "polarization"}
+    rivals = [method for method in TRIES if method in methods and method != "polarization"]
+    lams = {method: best(model, method) for method in rivals}
     base = recipe(model, root, seed)
     test = load(dataclasses.replace(base.data, test_images=0), torch.device("cpu"))
-    with measured_in(chosen.get("polarization"), base):
-        for chain in chains(base, methods, CUTS, 1, lams):
-            keys = {trial.name: _key(model, trial, seed) for trial in chain}
-            todo = [trial for trial in chain if not known(keys[trial.name])]
-            for trial in chain if todo else ():
-                again = folder / f"final-{model}"
-                found = carry_out(trial, again, test)
-                if trial in todo:
-                    record(keys[trial.name], found)
-            for trial in chain:
-                shutil.rmtree(folder / f"final-{model}" / trial.name, ignore_errors=True)
+    for chain in chains(base, methods, CUTS, 1, lams):
+        keys = {trial.name: _key(model, trial, seed) for trial in chain}
+        todo = [trial for trial in chain if not known(keys[trial.name])]
+        for trial in chain if todo else ():
+            found = carry_out(trial, folder / f"final-{model}", test)
+            if trial in todo:
+                record(keys[trial.name], found)
+        for trial in chain:
+            shutil.rmtree(folder / f"final-{model}" / trial.name, ignore_errors=True)
 
 
 def _key(model: str, trial: Trial, seed: int) -> dict[str, Any]:

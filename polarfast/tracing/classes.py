@@ -47,7 +47,9 @@ class Channels:
 
     A class is a set of ids that must be kept or removed together. A normalization (or a gate)
     *takes part* iff it alone reads every channel that it normalizes: then γ = 0 makes the channel a
-    constant, and its class can go. Where there is a gate, γ below means the gate.
+    constant, and its class can go. Norms that read the same channels (one for each level of a
+    pyramid, or each domain) take part together: a channel goes where all of their γ are 0. Where
+    there is a gate, γ below means the gate.
 
     Attributes:
         graph, residual: what this was made from.
@@ -98,7 +100,9 @@ class Channels:
         calls: list[ProjectionCall | NormCall] = [*through, *self.graph.norms]
         for call in calls:
             name = (
-                call.scale if isinstance(call, NormCall) else call.weight
+                self._siblings.get(call.scale or "", call.scale)
+                if isinstance(call, NormCall)
+                else call.weight
             ) or f"a normalization without weights over {call.inputs.numel()} channels"
             if name not in number:
                 number[name] = len(names)
@@ -107,6 +111,19 @@ class Channels:
             low[labels] = low[labels].clamp(max=number[name])
             high[labels] = high[labels].clamp(min=number[name])
         return low, high, names
+
+    @cached_property
+    def _siblings(self) -> dict[str, str]:
+        """Norm -> the first norm that reads exactly the same channels, for norms that have others
+        beside them, behind one module.
+        """
+        known: dict[tuple[int, ...], list[str]] = {}
+        for name, call in self.calls.items():
+            writer = None if call.source is None else self.graph.projections[call.source].weight
+            if writer is None or writer in self.graph.tied:
+                continue
+            known.setdefault(tuple(self._raw[call.inputs].tolist()), []).append(name)
+        return {name: names[0] for names in known.values() if len(names) > 1 for name in names}
 
     @cached_property
     def _written(self) -> Tensor:
@@ -121,7 +138,7 @@ class Channels:
     def _reads_alone(self, name: str, call: NormCall) -> bool:
         low, high, names = self._readers
         labels = self._raw[call.inputs]
-        me = names.index(name)
+        me = names.index(self._siblings.get(name, name))
         return bool((self._written[labels] & (low[labels] == me) & (high[labels] == me)).all())
 
     def _find_boundaries(self, can_put_back: Callable[[str], bool]) -> frozenset[str]:
@@ -152,7 +169,7 @@ class Channels:
         """The norm that alone reads what a call (by index) writes, and reads it untouched."""
         for norm in self.graph.norms:
             if norm.source == index and norm.scale in self._alone and norm.normalizes:
-                return norm
+                return None if norm.scale in self._siblings else norm
         return None
 
     # --- classes

@@ -220,8 +220,8 @@ def _unrun(model: nn.Module, recorder: Recorder) -> list[str]:
     """Modules with parameters of their own, none of which any operator was given."""
     found = []
     for name, module in model.named_modules():
-        own = [key for key, param in module._parameters.items() if param is not None]
-        names = {f"{name}.{key}" if name else key for key in own}
+        own = [param for param in module._parameters.values() if param is not None]
+        names = {view.name for param in own if (view := recorder.view(param)) is not None}
         if names and names.isdisjoint(recorder.seen):
             found.append(name)
     return found

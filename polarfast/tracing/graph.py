@@ -231,6 +231,7 @@ class Graph:
         inputs, outputs: nodes of the network's inputs and outputs.
         fixed_macs: multiply-accumulates of matrix products whose channels are not followed.
         unrun: modules that did not run, with parameters of their own.
+        tied: weights that several modules hold.
     """
 
     count: int = 1
@@ -249,6 +250,7 @@ class Graph:
     outputs: list[int] = field(default_factory=list)
     fixed_macs: int = 0
     unrun: list[str] = field(default_factory=list)
+    tied: set[str] = field(default_factory=set)
 
     def copy(self) -> "Graph":
         """A graph that can be written on while this one stays as it is."""

@@ -62,6 +62,12 @@ class Recorder:
         self.whole: set[str] = set()
         for name, tensor in tensors_of_model(model).items():
             self.views[tensor] = ParameterView(name, tuple(range(tensor.dim())))
+        held: set[int] = set()
+        for module in model.modules():
+            for param in module._parameters.values():
+                if param is not None and id(param) in held:
+                    self.graph.tied.add(self.views[param].name)
+                held.add(id(param))
 
     # --- values
 

@@ -183,3 +183,61 @@ def test_nothing_to_trace_with():
         model = Light()
     with pytest.raises(pf.TracingError, match="meta device"):
         pf.scaling_factors(model, X)
+
+
+class Domains(nn.Module):
+    """A norm for each domain behind one convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = block(3, 8), nn.Conv2d(8, 16, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(16), nn.BatchNorm2d(16)])
+        self.out = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x, domain=0):
+        return self.out(F.relu(self.norms[domain](self.conv(self.stem(x)))))
+
+
+class Levels(nn.Module):
+    """A head on two levels of a pyramid: shared convolutions, norms of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = block(3, 8), nn.Conv2d(8, 16, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(16), nn.BatchNorm2d(16)])
+        self.out = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        levels = zip(self.norms, (x, F.max_pool2d(x, 2)), strict=True)
+        heads = [self.out(F.relu(norm(self.conv(level)))).mean((2, 3)) for norm, level in levels]
+        return torch.cat(heads, 1)
+
+
+@pytest.mark.parametrize("net", [Domains, Levels])
+def test_norms_beside_each_other_go_together(net):
+    """A channel goes where the γ of all are 0."""
+    torch.manual_seed(0)
+    model = settle(net(), X)
+    x = X.double()
+    examples = [(x, 0), (x, 1)] if net is Domains else [(x,)]
+    scales = pf.scaling_factors(model, examples)
+    first, second = "norms.0.weight", "norms.1.weight"
+    assert {first, second} <= set(scales)
+    with torch.no_grad():
+        scales[first][:8] = 0
+        scales[second][4:12] = 0
+    plan = pf.plan(model, examples, scales, "fixed", value=0.0)
+    kept = [0, 1, 2, 3, *range(8, 16)]
+    assert plan.kept[first].tolist() == plan.kept[second].tolist() == kept
+    # One bias cannot take up what differs between the two.
+    assert "shares out.bias" in plan.inexact["out.weight"]
+    with torch.no_grad():
+        for norm in model.norms:
+            norm.bias[4:8] = 0
+    plan = pf.plan(model, examples, scales, "fixed", value=0.0)
+    assert not plan.inexact
+    slim = pf.slim(model, plan)
+    with torch.no_grad():
+        for inputs in examples:
+            torch.testing.assert_close(slim(*inputs), model(*inputs), rtol=1e-8, atol=1e-8)

@@ -137,10 +137,15 @@ class Inputs:
         for example in self.examples:
             yield with_values(self.spec, example)
 
-    def at_other_size(self) -> "Inputs | None":
-        """The same at another height and width, odd at every halving and large enough for a border
-        to differ from what is inside; None where there is nothing to change.
+    def at_other_sizes(self) -> "list[Inputs]":
+        """The same at another height and width, large enough for a border to differ from what is
+        inside: odd at every halving, and for networks that do not run there a multiple; none where
+        there is nothing to change.
         """
+        found = [self._resized(_odd), self._resized(lambda size: size * (3 if size < 64 else 2))]
+        return [inputs for inputs in found if inputs.spec != self.spec]
+
+    def _resized(self, larger: Callable[[int], int]) -> "Inputs":
 
         def resized(part: Spec) -> Spec:
             shape = part.get("shape")
@@ -154,14 +159,13 @@ class Inputs:
                 }
             if part.get("given") or len(shape) < 3:
                 return part
-            places = [size if size == 1 else _other_size(size) for size in shape[2:]]
+            places = [size if size == 1 else larger(size) for size in shape[2:]]
             return {**part, "shape": [*shape[:2], *places]}
 
-        spec = resized(self.spec)
-        return None if spec == self.spec else replace(self, spec=spec)
+        return replace(self, spec=resized(self.spec))
 
 
-def _other_size(size: int) -> int:
+def _odd(size: int) -> int:
     """A larger size that ends in five binary ones: halved, it stays odd five times."""
     times = 4 if size < 64 else 2 if size < 128 else 1
     found = (times * size) | 31

@@ -9,7 +9,7 @@ all of them.
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -225,12 +225,13 @@ class _Look:
         self.masked, self.wanted = masked, wanted
         self.own = own = masked.see(masked.hollow, wanted, FIRST)
         # At the size of the example a border may be all there is, or not there at all.
-        self._inputs = masked.inputs.at_other_size() if own else None
+        self._inputs: Inputs | None = None
         self.fields = own
-        if self._inputs is not None:
-            self.fields = masked.see(masked.hollow, wanted, FIRST, self._inputs)
-            if self.fields.keys() != own.keys():  # it runs at its own size only
-                self._inputs, self.fields = None, own
+        for larger in masked.inputs.at_other_sizes() if own else ():
+            fields = masked.see(masked.hollow, wanted, FIRST, larger)
+            if fields.keys() == own.keys():  # else it does not run there
+                self._inputs, self.fields = larger, fields
+                break
         again = self._again() if self.fields else {}
         self.real = {
             i
@@ -266,19 +267,57 @@ class _Look:
         found = masked.see(masked.hollow, self.wanted, SECOND, self._inputs, varied=True)
         return found or masked.see(masked.hollow, self.wanted, SECOND, self._inputs)
 
-    def unit(self, carriers: Carriers, indices: Iterable[int]) -> dict[int, Field]:
+    @property
+    def seen(self) -> "_Fields":
+        """What readers see in removed channels."""
+        both = self._inputs is not None
+        here = {i: f for i, f in self.own.items() if both and i not in self.real}
+        return _Fields(self.fields, here)
+
+    def unit(self, carriers: Carriers, indices: Iterable[int]) -> "_Fields":
         """What these readers see in constant channels."""
         left = {i: self.wanted[i] for i in indices}
-        found: dict[int, Field] = {}
+        found = _Fields({}, {})
         for runs in ("hollow", "whole"):
             mine = {i: gone for i, gone in left.items() if runs == "whole" or i not in self.real}
             if mine:
                 chosen: Runs = getattr(self.masked, runs)
                 with carriers.shown(chosen.tensors):
-                    inputs = self._inputs if runs == "hollow" else None
-                    found |= self.masked.see(chosen, mine, FIRST, inputs)
-                left = {i: gone for i, gone in left.items() if i not in found}
+                    if runs == "hollow" and self._inputs is not None:
+                        found.large.update(self.masked.see(chosen, mine, FIRST, self._inputs))
+                        found.here.update(self.masked.see(chosen, mine, FIRST))
+                    else:
+                        found.large.update(self.masked.see(chosen, mine, FIRST))
+                left = {i: gone for i, gone in left.items() if i not in found.large}
         return found
+
+
+@dataclass
+class _Fields:
+    """Fields by reader: at the larger size, and at that of the example where there are two."""
+
+    large: dict[int, Field]
+    here: dict[int, Field]
+
+
+def _side_by_side(index: int, seen: _Fields, unit: _Fields) -> tuple[Field, Field]:
+    """What a reader sees at the size of the example and at the other one in one row: where one
+    constant is a multiple of another in both, it is so at every size.
+    """
+    large, unit_large = seen.large[index], unit.large[index]
+    if index not in unit.here:
+        return large, unit_large
+    rows: list[list[Tensor]] = [[], []]
+    for pair in ((seen.here[index], unit.here[index]), (large, unit_large)):
+        places = max(field.values.shape[1] for field in pair)
+        for row, field in zip(rows, pair, strict=True):
+            row.append(field.values.expand(-1, places))
+    values = [torch.cat(row, 1) for row in rows]
+    return replace(large, values=values[0]), replace(unit_large, values=values[1])
+
+
+#: What is added to the reason where a fold is exact at the size of the example.
+ELSEWHERE = "on inputs of other sizes: plan with an example as large as in use"
 
 
 def _carry(
@@ -289,23 +328,29 @@ def _carry(
     """
     channels = carriers.channels
     several = {i for i in pending if len(sinks.calls_of_weight(i)) > 1}  # one weight, several uses
-    unit = look.unit(carriers, pending.keys() - look.depends - several)
+    seen, unit = look.seen, look.unit(carriers, pending.keys() - look.depends - several)
     for i, problem in pending.items():
-        call, positions, seen = channels.graph.projections[i], look.wanted[i], look.fields[i]
+        call, positions, reader = channels.graph.projections[i], look.wanted[i], result.readers[i]
+        here = look.here(i)
         left = torch.ones(positions.numel(), dtype=torch.bool, device="cpu")
-        if i in unit:
-            needed, left = carriers.carry(result.readers[i], call, positions, seen, unit[i])
+        # What is one value at the size of the example needs no carrier there.
+        level = i in seen.here and here.problem() is None and not call.padded
+        level &= not call.transposed
+        why = f"{problem} {ELSEWHERE}" if level else None
+        if i in unit.large:
+            both = _side_by_side(i, seen, unit)
+            needed, left = carriers.carry(reader, call, positions, *both)
+            if bool(left.any()) and i in unit.here:
+                reader.columns.clear()
+                needed, left = set(), torch.ones_like(left)
+                if not level:
+                    own = here, unit.here[i]
+                    needed, left = carriers.carry(reader, call, positions, *own)
+                    reader.note = f"{problem} {ELSEWHERE}"
             result.constant |= needed
         if bool(left.any()):
-            seen = look.here(i)
-            if seen.problem() is None and look.fields[i].problem() is not None:
-                note = (
-                    f"{problem} on inputs of other sizes: plan with an example as large as in use"
-                )
-                result.readers[i].take(positions[left], seen.level[left], note)
-                continue
-            note = _note(problem, seen, channels, left)
-            result.readers[i].take(positions[left], seen.level[left], note)
+            why = why or _note(problem, here, channels, left)
+            reader.take(positions[left], here.level[left], why)
 
 
 def _note(problem: str, seen: Field, channels: Channels, left: Tensor | None = None) -> str:

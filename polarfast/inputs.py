@@ -66,11 +66,11 @@ class Inputs:
     has a meaning (indices, lengths, masks, boxes).
 
     Attributes:
-        spec: what they look like (`describe`).
+        specs: what each example looks like (`describe`).
         examples: those that were given; none where a plan was read from a file.
     """
 
-    spec: Spec
+    specs: tuple[Spec, ...]
     examples: tuple[Any, ...] = ()
 
     @classmethod
@@ -86,90 +86,105 @@ class Inputs:
         examples = tuple(example_inputs) if isinstance(example_inputs, list) else (example_inputs,)
         if not examples:
             raise ArgumentError("example_inputs=[]: give at least one example")
-        specs = [describe(example, meaning) for example in examples]
+        specs = tuple(describe(example, meaning) for example in examples)
         for number, spec in enumerate(specs):
-            if _form(spec) != _form(specs[0]):
+            if not alike(spec, specs[0]):
                 raise ArgumentError(
                     f"example_inputs[{number}] has other inputs than example_inputs[0]: several "
                     "examples are a list of the same tensors, tuples or dicts; the positional "
                     "inputs of one example are a tuple"
                 )
-        return cls(specs[0], examples)
+        return cls(specs, examples)
 
-    def alike(self, spec: Spec) -> bool:
-        """Whether another description is of the same inputs, apart from sizes and values."""
-        return bool(_form(self.spec) == _form(spec))
-
-    def make(self, *, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
-        """Inputs to run on: what has a meaning from one of the examples, the rest random, in the
-        range of the first one. Floating point ones are in `dtype`; standard normal if the example
-        was constant.
+    def make(self, *, device: torch.device, dtype: torch.dtype, seed: int, example: int = 0) -> Any:
+        """Inputs to run on: what has a meaning as in one of the examples, the rest random, in its
+        range. Floating point ones are in `dtype`; standard normal if the example was constant.
 
         Raises:
             PlanError: there is no such description; or what has a meaning is not at hand.
         """
-        given = leaves(self.examples[seed % len(self.examples)]) if self.examples else []
-        return generate(self.spec, device=device, dtype=dtype, seed=seed, given=given)
+        given = tensors_in(self.examples[example]) if self.examples else ()
+        spec = self.specs[example]
+        return generate(spec, device=device, dtype=dtype, seed=seed, given=given)
 
     def each(self, *, device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Any]:
-        """As `make`, for each of the examples, or once where there are none at hand."""
-        if not self.examples:
-            yield self.make(device=device, dtype=dtype, seed=seed)
-        for example, spec in zip(self.examples, self._specs(), strict=False):
-            yield generate(spec, device=device, dtype=dtype, seed=seed, given=leaves(example))
-
-    def _specs(self) -> Iterator[Spec]:
-        """A description for each example: as the first's, with the example's own plain values."""
-
-        def with_values(part: Spec, example: Any) -> Spec:
-            if "value" in part:
-                return {"value": example}
-            if "named" in part:
-                items = part["named"].items()
-                return {"named": {key: with_values(item, example[key]) for key, item in items}}
-            return {
-                key: [with_values(*pair) for pair in zip(value, example, strict=True)]
-                if key in ("items", "list")
-                else value
-                for key, value in part.items()
-            }
-
-        for example in self.examples:
-            yield with_values(self.spec, example)
+        """As `make`, of each example."""
+        for example in range(len(self.specs)):
+            yield self.make(device=device, dtype=dtype, seed=seed, example=example)
 
     def at_other_sizes(self) -> "list[Inputs]":
         """The same at another height and width, large enough for a border to differ from what is
         inside: odd at every halving, and for networks that do not run there a multiple; none where
         there is nothing to change.
         """
-        found = [self._resized(_odd), self._resized(lambda size: size * (3 if size < 64 else 2))]
-        return [inputs for inputs in found if inputs.spec != self.spec]
+        found = [self._resized(_odd), self._resized(_multiple)]
+        return [inputs for inputs in found if inputs.specs != self.specs]
 
-    def _resized(self, larger: Callable[[int], int]) -> "Inputs":
+    def _resized(self, larger: Callable[[int, int], int]) -> "Inputs":
+        """As many places along each dimension as `larger` says, given how many there are and over
+        how many dimensions; at most two samples, where nothing has a meaning for each.
+        """
+        mine = [part for spec in self.specs for part in _parts(spec)]
+        few = not any(part.get("given") for part in mine)
 
         def resized(part: Spec) -> Spec:
-            shape = part.get("shape")
-            if shape is None:
-                named = part.get("named")
-                if named is not None:
-                    return {"named": {key: resized(item) for key, item in named.items()}}
-                return {
-                    key: [resized(item) for item in value] if key in ("items", "list") else value
-                    for key, value in part.items()
-                }
+            shape = part["shape"]
             if part.get("given") or len(shape) < 3:
                 return part
-            places = [size if size == 1 else larger(size) for size in shape[2:]]
-            return {**part, "shape": [*shape[:2], *places]}
+            space = len(shape) - 2
+            places = [size if size == 1 else larger(size, space) for size in shape[2:]]
+            return {**part, "shape": [min(shape[0], 2) if few else shape[0], shape[1], *places]}
 
-        return replace(self, spec=resized(self.spec))
+        return replace(self, specs=tuple(_map_parts(spec, resized) for spec in self.specs))
 
 
-def _odd(size: int) -> int:
-    """A larger size that ends in five binary ones: halved, it stays odd five times."""
-    times = 4 if size < 64 else 2 if size < 128 else 1
-    found = (times * size) | 31
-    return found if found > size else found + 32
+def _odd(size: int, space: int) -> int:
+    """A larger size that ends in binary ones, and so stays odd when it is halved: five of them in
+    images, three in volumes, which would take too much memory.
+    """
+    ones = 31 if space < 3 else 7
+    times = 4 if size <= 2 * ones else 2 if size <= 4 * ones else 1
+    found = ((times if space < 3 else min(times, 2)) * size) | ones
+    return found if found > size else found + ones + 1
+
+
+def _multiple(size: int, space: int) -> int:
+    return size * (3 if size < 64 and space < 3 else 2)
+
+
+def _map_parts(spec: Spec, function: Callable[[Spec], Spec]) -> Spec:
+    """A description with `function` of each tensor's."""
+    if "shape" in spec:
+        return function(spec)
+    if "value" in spec:
+        return spec
+    key, parts = next(iter(spec.items()))
+    if isinstance(parts, dict):
+        return {key: {name: _map_parts(part, function) for name, part in parts.items()}}
+    return {key: [_map_parts(part, function) for part in parts]}
+
+
+def _parts(spec: Spec) -> list[Spec]:
+    """The descriptions of the tensors, in order."""
+    found: list[Spec] = []
+
+    def note(part: Spec) -> Spec:
+        found.append(part)
+        return part
+
+    _map_parts(spec, note)
+    return found
+
+
+def with_meaning(spec: Spec) -> frozenset[int]:
+    """Numbers of the floating point tensors whose values have a meaning, by their description."""
+    parts = enumerate(_parts(spec))
+    return frozenset(n for n, part in parts if part.get("given") and "float" in part["dtype"])
+
+
+def alike(first: Spec, second: Spec) -> bool:
+    """Whether two descriptions are of the same inputs, apart from sizes and values."""
+    return bool(_form(first) == _form(second))
 
 
 def _form(spec: Spec) -> Any:
@@ -254,16 +269,15 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return tree
 
 
-def leaves(tree: Any) -> list[Tensor]:
-    """The tensors in mappings, lists and tuples, in order."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(tree, note)
-    return found
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors in dicts, lists and tuples, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, Mapping):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    return [tensor for item in tree for tensor in tensors_in(item)]
 
 
 def convert(inputs: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
@@ -335,13 +349,16 @@ def enlarged(example_inputs: Any, times: int) -> Any:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Whatever draws random numbers inside, draws the same ones each time; afterwards the random
-    state is as before.
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Whatever draws random numbers inside, on the CPU or this device, draws the same ones each
+    time; afterwards the random state is as before.
     """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=[*devices]):
-        torch.manual_seed(seed)
+    gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 

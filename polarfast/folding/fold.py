@@ -67,14 +67,14 @@ def fold_constants(
         reader = result.readers[i] = ReaderFold(call.weight, sinks.name(i))
         problem = DEPENDS if i in look.depends else seen.problem()
         if problem is None and i in look.sized:
-            problem = "depends on the size of the input"
+            problem = "is another constant"
         if problem is None and (call.padded or call.transposed):
             problem = "zero padding: not exact at the border"
         if problem is None and sinks.lost(i):
             problem = "its layer has no bias that could take up a constant"
         if problem is None or mode == "bias":
-            here = look.here(i)
-            reader.take(wanted[i], here.level, problem and _note(problem, here, channels))
+            why = problem and look.why(i, problem, channels)
+            reader.take(wanted[i], look.here(i).level, why)
         else:
             pending[i] = problem
     if pending:
@@ -165,6 +165,11 @@ class Masked:
     ) -> None:
         self._model, self._kept, self._zero_beta = model, kept, zero_beta
         self._graph, self.inputs, self._device = channels.graph, inputs, device_of(model)
+
+    @property
+    def calls(self) -> list[ProjectionCall]:
+        """The convolutions and linear layers of the graph."""
+        return self._graph.projections
 
     @cached_property
     def whole(self) -> Runs:
@@ -261,6 +266,21 @@ class _Look:
         """What a reader sees at the size of the example: what is folded where one value must do."""
         return self.fields[index] if index in self.real else self.own.get(index, self.fields[index])
 
+    def whole_here(self, index: int) -> bool:
+        """Whether one value is all that a reader sees at the size of the example, and not at
+        another.
+        """
+        call = self.masked.calls[index]
+        plain = self.here(index).problem() is None and not (call.padded or call.transposed)
+        differs = self.fields[index].problem() is not None or index in self.sized
+        return plain and differs and index not in self.real
+
+    def why(self, index: int, problem: str, channels: Channels, left: Tensor | None = None) -> str:
+        """Why one value for each channel (bool [R]: for these) is not exact."""
+        if self.whole_here(index):
+            return f"{problem} {ELSEWHERE}"
+        return _note(problem, self.here(index), channels, left)
+
     def _again(self) -> dict[int, Field]:
         """A second look, in which all that may differ does."""
         masked = self.masked
@@ -333,24 +353,19 @@ def _carry(
         call, positions, reader = channels.graph.projections[i], look.wanted[i], result.readers[i]
         here = look.here(i)
         left = torch.ones(positions.numel(), dtype=torch.bool, device="cpu")
-        # What is one value at the size of the example needs no carrier there.
-        level = i in seen.here and here.problem() is None and not call.padded
-        level &= not call.transposed
-        why = f"{problem} {ELSEWHERE}" if level else None
         if i in unit.large:
             both = _side_by_side(i, seen, unit)
             needed, left = carriers.carry(reader, call, positions, *both)
             if bool(left.any()) and i in unit.here:
                 reader.columns.clear()
                 needed, left = set(), torch.ones_like(left)
-                if not level:
+                if not look.whole_here(i):  # else it needs no carrier there
                     own = here, unit.here[i]
                     needed, left = carriers.carry(reader, call, positions, *own)
                     reader.note = f"{problem} {ELSEWHERE}"
             result.constant |= needed
         if bool(left.any()):
-            why = why or _note(problem, here, channels, left)
-            reader.take(positions[left], here.level[left], why)
+            reader.take(positions[left], here.level[left], look.why(i, problem, channels, left))
 
 
 def _note(problem: str, seen: Field, channels: Channels, left: Tensor | None = None) -> str:

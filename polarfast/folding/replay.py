@@ -15,10 +15,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..copies import tensors_of_model
 from ..errors import PlanError
-from ..inputs import Operators, call_model, first_of, map_tensors, plain_eager, seeded
+from ..inputs import Operators, call_model, device_of, map_tensors, plain_eager, seeded, tensors_in
 from ..kernels.gather import gather_channels
 from ..tracing.graph import ProjectionCall
-from ..tracing.projections import convolution_shape
+from ..tracing.projections import convolution_fits, convolution_shape
 
 #: A field counts as one constant (or as proportional to another field) up to this share of its
 #: largest value: float64 rounding.
@@ -320,13 +320,13 @@ class _Hollow(_Reads):
             self.raw[tensor] = True
             return tensor
 
-        return map_tensors(first_of(inputs), raw) if self.varied else inputs
+        return map_tensors(inputs, raw) if self.varied else inputs
 
     def _vary(self, name: str, args: Any, out: Any) -> Any:
         """The result of an operator on the inputs, drawn where it decides something or is looked
         up.
         """
-        numbers = [arg for arg in args if isinstance(arg, Tensor) and arg in self.raw]
+        numbers = [tensor for tensor in tensors_in(args) if tensor in self.raw]
         if not numbers or not isinstance(out, Tensor):
             return out
         if out.dtype == torch.bool and any(number.dtype != torch.bool for number in numbers):
@@ -390,10 +390,7 @@ class _Draws:
 
 def _fits(name: str, x: Tensor, weight: Tensor, args: Any) -> bool:
     """Whether a projection's input has the channels that its weight reads."""
-    if name != "convolution":
-        return x.shape[1] == weight.shape[0]
-    transposed, groups = args[6], args[8]
-    return x.shape[1] == (weight.shape[0] if transposed else weight.shape[1] * groups)
+    return convolution_fits(args) if name == "convolution" else x.shape[1] == weight.shape[0]
 
 
 def _taps(weight: Tensor) -> int:
@@ -498,9 +495,9 @@ class Runs:
             PlanError: what a whole model reads is not finite.
         """
         if self.hollow:
-            with seeded(seed):
+            with seeded(seed, device_of(self.model)):
                 return self._drawn(inputs, wanted, seed, varied)
-        with seeded(seed), _Reads(self.tensors, self.calls, wanted) as reads:
+        with seeded(seed, device_of(self.model)), _Reads(self.tensors, self.calls, wanted) as reads:
             run_double(self.model, inputs)
         for index, seen in reads.fields.items():
             if not math.isfinite(seen.largest):

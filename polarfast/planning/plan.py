@@ -13,7 +13,7 @@ from ..inputs import Inputs, unwrap
 from ..layers import lost_gates
 from ..scaling.factors import ScalingFactors
 from ..tracing.classes import Channels, Traced, trace_channels
-from ..tracing.meaning import meaning
+from ..tracing.meaning import inputs_of
 from . import remarks
 from .costs import Costs
 from .limits import Counts, Limits, Shares
@@ -118,10 +118,13 @@ def plan(
             written.remarks = remarks.on_share(written, scales)
         else:
             written.remarks = remarks.on_thresholds(written, scales)
-        for remark in written.remarks:
-            warnings.warn(f"pf.plan: {remark}", stacklevel=2)
         written._gammas = {name: gamma.detach().clone() for name, gamma in scales.items()}
-    written._examples = chooser.inputs.examples
+    told = [*written.remarks]
+    if written.inexact and fold == "exact":
+        told.append(remarks.on_leftovers(written))  # in the plan's text, reader by reader
+    for remark in told:
+        warnings.warn(f"pf.plan: {remark}", stacklevel=2)
+    written._inputs = chooser.inputs
     written._traced = Traced(chooser.model, chooser.channels)
     written._folded = Folded(chooser.model, chooser.channels, choice.alive(), folded, fold)
     return written
@@ -203,9 +206,10 @@ def _chooser(
     model: nn.Module, example_inputs: Any, scales: ScalingFactors, fold: str, limits: Limits
 ) -> Chooser:
     model = unwrap(model)
-    inputs = Inputs.of(example_inputs, meaning(model, example_inputs))
+    Inputs.of(example_inputs)  # refuses what are no inputs; then the network runs on them
     channels = trace_channels(model, example_inputs, scales.residual)
     check_belongs(model, channels, scales)
+    inputs = inputs_of(model, example_inputs)
     return Chooser(model, channels, inputs, scales, fold, limits)
 
 
@@ -256,7 +260,7 @@ def _write_plan(
         residual=channels.residual,
         method=method,
         fold=chooser.fold,
-        inputs=chooser.inputs.spec,
+        inputs=chooser.inputs.specs[0],
         macs_before=costs.macs(everything),
         macs=costs.macs(stays),
         params_before=costs.params(everything),

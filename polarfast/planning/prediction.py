@@ -19,7 +19,7 @@ from ..scaling.factors import ScalingFactors
 from ..sharding import is_sharded, present_parameters, whole
 from ..tracing.classes import Channels, trace_channels
 from ..tracing.graph import PIN, ProjectionCall
-from ..tracing.meaning import meaning
+from ..tracing.meaning import inputs_of
 from .costs import Costs
 from .limits import Counts, Limits, Shares, bound_of
 from .plan import check_belongs
@@ -82,7 +82,7 @@ class CutPredictor:
         self._counter = CutCounter(
             self.model,
             channels,
-            Inputs.of(example_inputs, meaning(self.model, example_inputs)),
+            inputs_of(self.model, example_inputs),
             self._names,
             fold=fold,
             limits=limits,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
-from ..inputs import Inputs
+from ..inputs import Inputs, alike, with_meaning
 from ..tracing.classes import RESIDUAL_MODES
 
 if TYPE_CHECKING:
@@ -80,19 +80,21 @@ class PruningPlan:
         self._traced: Traced | None = None
         self._folded: Folded | None = None
         self._gammas: dict[str, Tensor] = {}  # as they were
-        self._examples: tuple[Any, ...] = ()  # of the inputs
+        self._inputs: Inputs | None = None  # with the examples
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_traced": None, "_folded": None, "_gammas": {}, "_examples": ()}
+        return {**self.__dict__, "_traced": None, "_folded": None, "_gammas": {}, "_inputs": None}
 
     def inputs_like(self, given: Any = None) -> Inputs:
         """What to run its network on: the examples that it was made with, if they are still at
         hand, or those given.
         """
         if given is None:
-            return Inputs(self.inputs, self._examples)
+            return self._inputs or Inputs((self.inputs,))
         own = Inputs.of(given)
-        return Inputs(self.inputs, own.examples) if own.alike(self.inputs) else own
+        return (
+            Inputs.of(given, with_meaning(self.inputs)) if alike(own.specs[0], self.inputs) else own
+        )
 
     @property
     def flops_reduction(self) -> float:

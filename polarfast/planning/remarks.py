@@ -93,3 +93,15 @@ def removed(plan: PruningPlan, sizes: Mapping[str, Tensor]) -> tuple[float, floa
         if float(each[goes].max()) >= largest:
             largest, where = float(each[goes].max()), name
     return gone / max(total, 1e-30), largest, where
+
+
+def on_leftovers(plan: PruningPlan) -> str:
+    """What removed channels leave behind is not taken up exactly somewhere."""
+    reader, why = next(iter(plan.inexact.items()))
+    count = len(plan.inexact)
+    return (
+        f"what removed channels leave behind is not exact in {count} layer{'s' * (count > 1)} "
+        f"({reader}: {why}), and the slim model differs there until it is fine-tuned; "
+        "plan.inexact has them all. pf.FlopsTarget leaves nothing behind, nor do gates "
+        "(pf.add_gates)"
+    )

@@ -46,7 +46,7 @@ class Origin:
                 constants[bias] = f"{prefix}.put_back_constant".lstrip(".")
         return cls(
             index={name: dict(layout.index(name)) for name in layout.changed()},
-            ones=[norm.var for norm in layout.graph.norms if norm.var is not None],
+            ones=[norm.var for norm in layout.graph.norms if norm.var and layout.index(norm.var)],
             put_back=constants,
             created=[f"{n}.bias" if n else "bias" for n, c in structure.modules.items() if c.bias],
         )
@@ -156,10 +156,20 @@ class Origin:
         }
 
     @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> "Origin":
-        """The inverse of `to_data`."""
+    def from_data(cls, data: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> "Origin":
+        """The inverse of `to_data`.
+
+        Args:
+            shapes: of the slim model's tensors: as many positions are kept.
+
+        Raises:
+            ValueError: other numbers of positions are.
+        """
         index = {
-            name: {int(dim): _from_ranges(places) for dim, places in kept.items()}
+            name: {
+                int(dim): _from_ranges(places, shapes[name][int(dim)])
+                for dim, places in kept.items()
+            }
             for name, kept in data["index"].items()
         }
         return cls(index, list(data["ones"]), dict(data["put_back"]), list(data["created"]))
@@ -172,9 +182,11 @@ def _to_ranges(places: Tensor) -> list[Any]:
     )
 
 
-def _from_ranges(pairs: list[Any]) -> Tensor:
+def _from_ranges(pairs: list[Any], count: int) -> Tensor:
     if pairs and isinstance(pairs[0][0], list):
-        return torch.stack([_from_ranges(row) for row in pairs])
+        return torch.stack([_from_ranges(row, count) for row in pairs])
+    if sum(last + 1 - first for first, last in pairs) != count:  # before any is written out
+        raise ValueError(f"positions {pairs[:3]} are not {count}")
     places = [place for first, last in pairs for place in range(first, last + 1)]
     return torch.tensor(places, dtype=torch.long, device="cpu")
 

@@ -63,8 +63,9 @@ class SlimInfo:
         """
         data = json.loads(text)
         known = data.get("origin")
-        origin = None if known is None else Origin.from_data(known)
-        return cls(Structure.from_data(data["structure"]), data["fold"], data["inexact"], origin)
+        structure = Structure.from_data(data["structure"])
+        origin = None if known is None else Origin.from_data(known, structure.shapes)
+        return cls(structure, data["fold"], data["inexact"], origin)
 
     def after(self, before: "SlimInfo | None") -> "SlimInfo":
         """The same for a model that was itself slim: differences from the first original."""

@@ -50,6 +50,7 @@ class Report:
         exact: whether the difference is rounding only, of the dtype in which the slim model keeps
             its numbers.
         notes: reader's weight name -> why removed constants are not folded into it exactly.
+        random: whether the original draws random numbers in eval mode.
         decided: whether the slim model was given the original's decisions (which boxes overlap,
             which scores are the highest), since they hang on rounding.
     """
@@ -60,6 +61,7 @@ class Report:
     exact: bool
     notes: dict[str, str] = field(default_factory=dict)
     decided: bool = False
+    random: bool = False
 
     def __str__(self) -> str:
         verdict = "equal to rounding" if self.exact else "NOT equal"
@@ -132,6 +134,12 @@ def check_slim(
             "before it out with scales.select(…); or has changed since the plan was made: make the "
             "plan anew"
         ) from error
+    if not report.exact and report.random:
+        raise VerificationError(
+            "the network draws random numbers in eval mode, others in the slim model than in the "
+            "original, so that these cannot be compared: make it draw none while pf.slim runs, or "
+            "as many whatever the number of channels; verify=False returns the slim model unchecked"
+        )
     if not report.exact:
         raise VerificationError(
             f"the slim model is not what the plan says (fold={fold!r}): error "
@@ -156,6 +164,7 @@ class Decisions(StaysDouble):
         self.taken: list[tuple[str, Tensor, list[Tensor]]] = []
         self.apart: list[tuple[Tensor, Tensor]] = []  # what they were taken from, in both runs
         self.place: int | None = None  # in `taken`, of the next decision to take over
+        self.random = False  # whether random numbers were drawn
 
     def replay(self) -> "Decisions":
         """From here on, take the decisions over, from the first one on."""
@@ -247,6 +256,7 @@ def _compare(
             report.decided = True
     if report.max_abs_diff == float("inf"):
         _check_comparable(pairs)
+    report.random = any(decisions.random for _, _, decisions in pairs)
     return report
 
 
@@ -262,9 +272,9 @@ def _pair(
     """
     decisions = Decisions()
     with nullcontext() if claimed is None else _as_claimed(reference, *claimed), decisions:
-        wanted = _outputs(reference, inputs)
+        wanted, decisions.random = _outputs(reference, inputs)
     with decisions.replay() if replay else nullcontext():
-        got = _outputs(candidate, inputs)
+        got, _ = _outputs(candidate, inputs)
     return wanted, got, decisions
 
 
@@ -338,7 +348,15 @@ def _inputs(examples: Inputs, device: torch.device) -> Iterator[Any]:
         yield from examples.each(device=device, dtype=torch.float64, seed=100 + seed)
 
 
-def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    with seeded(0):  # noise and the like are the same in both
+def _outputs(model: nn.Module, inputs: Any) -> tuple[list[Tensor], bool]:
+    """All that a model returns, and whether it drew random numbers: the same ones each time."""
+    device = device_of(model)
+    with seeded(0, device):
+        before = _random_state(device)
         found = tensors_of(run_double(model, inputs))
-    return [tensor.double() for tensor in found if tensor.numel()]
+        drew = not torch.equal(before, _random_state(device))
+    return [tensor.double() for tensor in found if tensor.numel()], drew
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)

@@ -19,6 +19,7 @@ from ..scaling.factors import ScalingFactors
 from ..sharding import Part, is_sharded, local, present_parameters, whole
 from ..slimming.slim import SlimInfo, info_of
 from ..stepping.regularizers import Polarization
+from .pace import groups_of, rate_of, scales_gradients, strength_for
 
 #: Optimizer steps that a training is taken to have where `steps` is not given.
 HORIZON = 1000
@@ -311,8 +312,8 @@ class FlopsTarget(Polarization):
     def _steps_to_fall(self, scales: ScalingFactors, optimizer: Optimizer) -> float:
         """In how many steps a factor is to fall to 0, from when it is chosen."""
         usual = FALL * self._horizon
-        rate, group = _rate(scales, optimizer)
-        if not _scales_gradients(group):
+        rate, group = rate_of(scales, optimizer)
+        if not scales_gradients(group):
             return usual
         longest = LONGEST_FALL * self._horizon
         return min(max(usual, SLACK * self._up / rate), longest) if rate else longest
@@ -364,48 +365,24 @@ class FlopsTarget(Polarization):
     ) -> None:
         """λ for the steps until the next look."""
         wanted = self._up / (FALL * self._horizon)  # the whole way, from where factors start
-        rate, group = _rate(scales, optimizer)
+        rate, group = rate_of(scales, optimizer)
+        part = self._part
+        assert part is not None  # of the scales that are steered
         if rate == 0.0:
             return  # a warm-up that has not begun: nothing moves, whatever λ is
         if self._estimate == 0.0:
-            found = self._strength_for(wanted, scales, optimizer, scale)
+            found = strength_for(wanted, scales, optimizer, part, scale)
             if math.isfinite(found):  # no infinite gradient, in a step that is going to be skipped
                 self.lam = self._estimate = found
             return
-        if not _scales_gradients(group):  # a larger learning rate than any before needs less
-            less = min(self._strength_for(wanted, scales, optimizer, scale) / self._estimate, 1.0)
+        if not scales_gradients(group):  # a larger learning rate than any before needs less
+            less = min(strength_for(wanted, scales, optimizer, part, scale) / self._estimate, 1.0)
             self._estimate, self.lam = less * self._estimate, less * self.lam
         change = 1 / GROWTH**self._every
         if self._way:
             change = min(max(wanted / max(self._speed, 1e-12), change), 1 / change)
         lam = self.lam * change
         self.lam = min(max(lam, LEAST * self._estimate), MOST * self._estimate)
-
-    def _strength_for(
-        self,
-        speed: float,
-        scales: ScalingFactors,
-        optimizer: Optimizer,
-        scale: Tensor | None,
-    ) -> float:
-        """λ with which an optimizer moves factors so fast, by its learning rate now.
-
-        Args:
-            speed: of a factor under its center, a step.
-        """
-        rate, group = _rate(scales, optimizer)
-        if not _scales_gradients(group):  # SGD: 2λ·lr/(1 − μ) a step
-            return speed * (1 - group.get("momentum", 0.0)) / (2 * rate)
-        # Adam and the like move by lr times the gradient in units of its usual size.
-        assert self._part is not None
-        moving = {gamma: gamma.grad for gamma in scales.values() if gamma.grad is not None}
-        grads = torch.cat([local(grad).reshape(-1) for grad in moving.values()])
-        squares = grads.double().square() / (1.0 if scale is None else scale.double() ** 2)
-        known = [optimizer.state.get(gamma, {}).get("exp_avg_sq") for gamma in moving]
-        if all(isinstance(each, Tensor) for each in known):  # what they have been up to now
-            usual = torch.cat([local(each).reshape(-1) for each in known]).double()
-            squares = torch.maximum(squares, usual)
-        return max(float(self._part.mean(squares)) ** 0.5, 1e-8) * min(speed / rate, 1.0) / 2
 
     def _warn(self, scales: ScalingFactors, optimizer: Optimizer, last: bool) -> None:
         """Say it where the share will not be reached: once while there is time, and at the end."""
@@ -422,15 +399,15 @@ class FlopsTarget(Polarization):
             missed = late and (slow or self._hopeless(left, scales, optimizer))
         if missed:
             self._warned = True
-            message = self._what_lacks(_groups(scales, optimizer), left)
+            message = self._what_lacks(groups_of(scales, optimizer), left)
             warnings.warn(message, stacklevel=6)  # who called pf.step or an attached step
 
     def _hopeless(self, left: int, scales: ScalingFactors, optimizer: Optimizer) -> bool:
         """Whether an optimizer that moves factors by at most its learning rate a step has too few
         steps left.
         """
-        rate, group = _rate(scales, optimizer)
-        return _scales_gradients(group) and rate * left < self._way
+        rate, group = rate_of(scales, optimizer)
+        return scales_gradients(group) and rate * left < self._way
 
     def _what_lacks(self, groups: list[dict[str, Any]], left: int) -> str:
         """The state of things, why it is so, and what to change."""
@@ -574,23 +551,6 @@ class FlopsTarget(Polarization):
         self._before = torch.tensor(state["before"], device="cpu") if state["before"] else None
         self._way, self._up, self._fall = state["way"], state["up"], state["fall"]
         self._warned = state["warned"]
-
-
-def _groups(scales: ScalingFactors, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The parameter groups that hold these factors."""
-    ids = {id(gamma) for gamma in scales.values()}
-    return [g for g in optimizer.param_groups if not ids.isdisjoint(map(id, g["params"]))]
-
-
-def _rate(scales: ScalingFactors, optimizer: Optimizer) -> tuple[float, dict[str, Any]]:
-    """The largest learning rate of the factors, and the parameter group that has it."""
-    group = max(_groups(scales, optimizer), key=lambda group: float(group["lr"]))
-    return float(group["lr"]), group
-
-
-def _scales_gradients(group: Mapping[str, Any]) -> bool:
-    """Whether steps are gradients in units of their usual size, as Adam's: at most lr or so."""
-    return "betas" in group or "eps" in group
 
 
 def _between(order: Tensor, count: int) -> float:

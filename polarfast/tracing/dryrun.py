@@ -23,12 +23,12 @@ from ..inputs import (
     first_of,
     modes_kept,
     plain_eager,
+    tensors_in,
     tensors_of,
 )
-from . import rules
 from .graph import Graph
 from .operators import record
-from .projections import convolution_shape
+from .projections import convolution_fits, convolution_shape
 from .recorder import Recorder, pinned_ids
 from .sizes import SizeTracking
 
@@ -46,8 +46,8 @@ class _DryRun(Operators):
         self.recorder, self.hollow = recorder, hollow
 
     def operator(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        self.recorder.see(rules.tensors_in((args, kwargs)))
-        if self.hollow and func is torch.ops.aten.convolution.default and _fits(*args):
+        self.recorder.see(tensors_in((args, kwargs)))
+        if self.hollow and func is torch.ops.aten.convolution.default and convolution_fits(args):
             out = args[0].new_zeros(convolution_shape(args))
         else:
             out = func(*args, **kwargs)
@@ -61,12 +61,6 @@ class _DryRun(Operators):
                 "report the model"
             ) from error
         return out
-
-
-def _fits(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> bool:
-    """Whether a convolution's input has the channels that its weight reads."""
-    transposed, groups = rest[4], rest[6]
-    return x.shape[1] == (weight.shape[0] if transposed else weight.shape[1] * groups)
 
 
 def trace(model: nn.Module, example_inputs: Any) -> Graph:
@@ -181,7 +175,7 @@ def _run(
     source = recorder.node([])
     recorder.graph.inputs.append(source)
     args, kwargs = copied_inputs(example_inputs)
-    for tensor in rules.tensors_in((args, kwargs)):
+    for tensor in tensors_in((args, kwargs)):
         recorder.values[tensor] = recorder.start(pinned_ids(tensor), source)
     try:
         with plain_eager(), _in_parts(model), SizeTracking(recorder), _DryRun(recorder, hollow):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..inputs import Operators, call_model, first_of, leaves, plain_eager
+from ..inputs import Inputs, Operators, call_model, first_of, plain_eager, tensors_in
 from .dryrun import as_found
 
 #: Operators behind which an input is an activation like any other.
@@ -27,12 +27,12 @@ class _Raw(Operators):
 
     def operator(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        tensors = [each for each in _flat((args, kwargs)) if isinstance(each, Tensor)]
+        tensors = tensors_in((args, kwargs))
         raw = set().union(*(self._raw.get(tensor, set()) for tensor in tensors))
         name = func.overloadpacket.__name__
         if not raw or name in PROJECTIONS:
             return out
-        results = [each for each in _flat(out) if isinstance(each, Tensor)]
+        results = tensors_in(out)
         whole = any(not each.is_floating_point() and each.dtype != torch.bool for each in results)
         if func.namespace not in ("aten", "prim", "prims") or (whole and name == "_to_copy"):
             self.found |= raw
@@ -41,22 +41,22 @@ class _Raw(Operators):
         return out
 
 
-def _flat(tree: Any) -> list[Any]:
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    if isinstance(tree, (list, tuple)):
-        return [leaf for part in tree for leaf in _flat(part)]
-    return [tree]
+def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
+    """What to run a network on, which runs on these examples.
+
+    Raises:
+        ArgumentError: as `Inputs.of`.
+    """
+    return Inputs.of(example_inputs, meaning(model, first_of(example_inputs)))
 
 
-def meaning(model: nn.Module, example_inputs: Any) -> frozenset[int]:
+def meaning(model: nn.Module, example: Any) -> frozenset[int]:
     """Numbers of the floating point inputs, in order over all tensors, whose values have a meaning.
 
     A network's only input is always data.
     """
-    example = first_of(example_inputs)
-    tensors = leaves(example)
-    if sum(tensor.is_floating_point() for tensor in tensors) == 0 or len(tensors) < 2:
+    tensors = tensors_in(example)
+    if not any(tensor.is_floating_point() for tensor in tensors) or len(tensors) < 2:
         return frozenset()
     raw = _Raw(tensors)
     with as_found(model), plain_eager(), raw:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..inputs import tensors_in
 from . import projections, reshapes, rules
 from .recorder import Recorder
 from .rules import pointwise
@@ -21,7 +22,7 @@ def record(
     plain = name.rstrip("_") if in_place else name
     if in_place and args and isinstance(args[0], Tensor):
         rec.touched(args[0])
-    tensors = rules.tensors_in((args, kwargs))
+    tensors = tensors_in((args, kwargs))
     if any(rec.value(tensor) is not None for tensor in tensors):
         _apply(rec, plain, func, args, kwargs, out)
     elif not rules.parameter_view(rec, plain, args, out):

@@ -46,6 +46,12 @@ def convolution_shape(args: tuple[Any, ...]) -> list[int]:
     return shape
 
 
+def convolution_fits(args: tuple[Any, ...]) -> bool:
+    """Whether the input of aten.convolution has the channels that its weight reads."""
+    x, weight, *_, transposed, _, groups = args
+    return bool(x.shape[1] == (weight.shape[0] if transposed else weight.shape[1] * groups))
+
+
 def addmm(rec: Recorder, args: tuple[Any, ...], out: Tensor) -> None:
     """aten.addmm(bias, input, weight.t())"""
     bias, x, weight_t = args[:3]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ..inputs import tensors_in
 from .graph import PIN, along, compact, varying_dims
 from .recorder import ParameterView, Recorder, Value
 
@@ -40,10 +41,12 @@ SPATIAL = frozenset(
 #: Operators along one dimension, and where that stands among their arguments: what they return for
 #: a channel depends on that channel alone.
 LINES = {
-    **dict.fromkeys("max min median nanmedian mode sort argmax argmin argsort".split(), 1),
+    **dict.fromkeys("max min median nanmedian mode sort argmax argmin".split(), 1),
     **dict.fromkeys("cumsum cumprod cummax cummin logcumsumexp _softmax _log_softmax".split(), 1),
     **dict.fromkeys("topk kthvalue".split(), 2),
 }
+#: Those of them that work along the last dimension unless told; the others over everything.
+LAST = frozenset("mode sort topk kthvalue".split())
 #: Transforms over several dimensions, given as their second argument.
 TRANSFORMS = frozenset("_fft_r2c _fft_c2c _fft_c2r".split())
 #: Reductions over given dimensions.
@@ -162,7 +165,8 @@ def line(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     """
     value, name = rec.values[args[0]], func.overloadpacket.__name__
     place = LINES.get(name, 1)
-    given = args[place] if len(args) > place else kwargs.get("dim", -1)
+    usual = -1 if name in LAST else None
+    given = args[place] if len(args) > place else kwargs.get("dim", usual)
     rank = value.ids.dim()
     several = list(given) if isinstance(given, (list, tuple)) else [given]
     if not all(type(dim) is int for dim in several):
@@ -279,16 +283,6 @@ def is_gate(rec: Recorder, factor: Any) -> bool:
     """Whether an operand is the gate of a gated module."""
     view = rec.view(factor)
     return view is not None and view.gate is None and view.name in rec.gates
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, (list, tuple)):
-        return []
-    return [tensor for item in tree for tensor in tensors_in(item)]
 
 
 @dataclass(frozen=True, eq=False)

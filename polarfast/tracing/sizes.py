@@ -125,7 +125,10 @@ class SizeTracking(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func in _CONVOLUTIONS:
             self.recorder.groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
-            return func(*args, **kwargs)
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self.recorder.groups = 1
         if func in _MAKERS:
             return self._made(func(*args, **kwargs), args, kwargs)
         if func in _CHUNKS:
@@ -233,8 +236,8 @@ _CONVOLUTIONS = frozenset(
 )
 _MAKERS = frozenset(
     {
-        *(torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn),
-        *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty),
+        *(torch.zeros, torch.ones, torch.full),
+        *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
     }
 )
 _CHUNKS = frozenset({Tensor.chunk, Tensor.tensor_split, torch.chunk, torch.tensor_split})

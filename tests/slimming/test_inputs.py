@@ -108,6 +108,14 @@ class Conditioned(nn.Module):
         return self.fc(self.b(self.a(x) * self.table(label)[:, :, None, None]).mean((2, 3)))
 
 
+class Indexed(Conditioned):
+    """The same, by indexing."""
+
+    def forward(self, x, label):
+        factor = self.table.weight[label][:, :, None, None]
+        return self.fc(self.b(self.a(x) * factor).mean((2, 3)))
+
+
 IMAGES = torch.rand(4, 3, 12, 12) + 0.5
 LABELS = torch.zeros(4, dtype=torch.long)
 
@@ -118,6 +126,7 @@ LABELS = torch.zeros(4, dtype=torch.long)
         (Masked, (torch.randn(4, 8, 30), torch.full((4,), 30))),
         (Switched, (IMAGES,)),
         (Conditioned, (IMAGES, LABELS)),
+        (Indexed, (IMAGES, LABELS)),
     ],
 )
 def test_what_depends_on_an_input_is_no_constant(build, inputs):
@@ -206,8 +215,30 @@ def test_the_same_random_numbers_on_both_sides():
     plan = half(model, x)
     state = torch.get_rng_state()
     slim = pf.slim(model, plan)
-    assert pf.verify(model, slim, plan, x).max_abs_diff < 1e3
+    assert pf.verify(model, slim, plan, x).exact
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class OwnNoise(Noisy):
+    def forward(self, x):
+        x = self.a(x)
+        return self.out(self.b(x * torch.rand_like(x)))
+
+
+def test_random_numbers_that_follow_the_channels_are_not_called_a_bug():
+    torch.manual_seed(0)
+    model, x = OwnNoise(), torch.randn(2, 3, 12, 12)
+    plan = half(model, x)
+    with pytest.raises(pf.VerificationError, match="draws random numbers in eval mode") as error:
+        pf.slim(model, plan)
+    assert "bug" not in str(error.value)
+
+
+def test_a_plan_that_is_not_exact_says_so():
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="pf.plan: .*1 layer.*b.0.weight.*depends on the input"):
+        plan = half(Switched(), IMAGES)
+    assert "not exact: b.0.weight: depends on the input" in str(plan)
 
 
 def test_a_forward_that_copies_would_share_is_refused():

@@ -36,7 +36,9 @@ from polarfast.engine.campaigns.comparison import chains, spread
 from polarfast.engine.campaigns.rivals import DENSE, METHODS
 from polarfast.engine.campaigns.trials import Trial, adopt_training
 from polarfast.engine.data.source import DataSource, load
+from polarfast.engine.distributed import Workers
 from polarfast.engine.launch import launch
+from polarfast.engine.models import build
 from polarfast.engine.recipe import Recipe, load_recipe
 from polarfast.engine.run import Run
 from polarfast.engine.trainer import evaluate
@@ -87,8 +89,6 @@ def measured_in(chosen: Any, run_recipe: Recipe) -> Iterator[None]:
     model = torch.nn.Module()
     macs: Mapping[str, float] = {}
     if chosen == "mean of MACs":
-        from polarfast.engine.models import build
-
         model, example = build(run_recipe.model, 10, 3), torch.zeros(1, 3, 32, 32)
         scales = pf.scaling_factors(model, example, residual=run_recipe.sparsity.residual)
         macs = pf.mac_weights(model, example, scales, 0.1, 1.0)
@@ -129,7 +129,7 @@ def carry_out(trial: Trial, folder: Path, test: DataSource) -> dict[str, Any]:
         results = launch(trial.recipe, path, Console(file=log, width=100))
     assert results is not None
     seconds = time.perf_counter() - start
-    run = Run(trial.recipe, path, *_place(trial.recipe))
+    run = Run(trial.recipe, path, Workers(trial.recipe.hardware))
     found: dict[str, Any] = {"cut": round(results.macs.cut, 4), "seconds": round(seconds)}
     for name, network in (
         ("pruned", run.networks.slim("pruned")),
@@ -138,12 +138,6 @@ def carry_out(trial: Trial, folder: Path, test: DataSource) -> dict[str, Any]:
         right = evaluate(network, test, run.workers, trial.recipe.precision)
         found[name] = round(right, 2)
     return found
-
-
-def _place(run_recipe: Recipe) -> tuple[Any, Any]:
-    from polarfast.engine.distributed import Workers
-
-    return Workers(run_recipe.hardware), None
 
 
 def tune(model: str, root: str, folder: Path) -> None:

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ArgumentError
@@ -321,9 +322,41 @@ SILENT = {
 }
 
 
+def put_back_type(module: nn.Module) -> type[nn.Module] | None:
+    """The class that puts back the channels of a normalization, of torch's or one derived from it
+    that does nothing more than normalize (timm's, without an activation); None for other modules.
+    """
+    plain = plain_type(module)
+    if plain in PUT_BACK:
+        return PUT_BACK[plain]
+    if issubclass(plain, NORMS) and not issubclass(plain, nn.SyncBatchNorm):
+        return _variant(PutBack, plain) if _only_normalizes(module, plain) else None
+    return None
+
+
+def _only_normalizes(module: nn.Module, plain: type[nn.Module]) -> bool:
+    """Whether a norm of a derived class computes what torch's own does, by trying it."""
+    width, device = int(module.num_features), cast(Tensor, module.weight).device  # type: ignore[arg-type]
+    ones, zeros = torch.ones(width, device=device), torch.zeros(width, device=device)
+    inner = object.__new__(plain)
+    inner.__dict__.update(module.__dict__, training=False)
+    inner.__dict__["_parameters"] = {"weight": ones, "bias": zeros}
+    inner.__dict__["_buffers"] = {"running_mean": zeros, "running_var": ones}
+    spatial = next(n for n, norm in enumerate(NORMS, 1) if issubclass(plain, norm))
+    input = torch.linspace(-10, 10, width * 3**spatial, device=device)
+    input = input.view(1, width, *[3] * spatial)
+    try:
+        with torch.no_grad():
+            found = plain.forward(inner, input)
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        return False
+    wanted = F.batch_norm(input, zeros, ones, ones, zeros, eps=inner.eps)  # type: ignore[arg-type]
+    return isinstance(found, Tensor) and torch.equal(found, wanted)
+
+
 def can_put_back(module: nn.Module) -> bool:
     """Whether a module has a put-back form."""
-    return plain_type(module) in PUT_BACK
+    return put_back_type(module) is not None
 
 
 def can_be_silent(module: nn.Module) -> bool:

@@ -78,7 +78,8 @@ class Sparsity:
         mean: of γ, "global" (the paper) or of each "layer".
         clamp: "scales" clamps what is regularized; "all" every BatchNorm weight, or every gate.
         init: value of every scaling factor before the first step; None leaves them.
-        residual: what happens to channels that are added: "keep", "expand" or "couple".
+        residual: what happens to channels that are added: "keep", "expand", "expand-all" or
+            "couple".
         regularize: regular expression on names; those that match are regularized, all are pruned.
         gates: regular expression on names of norms that get gates, in place of their γ; empty:
             none.
@@ -95,7 +96,7 @@ class Sparsity:
     mean: Literal["global", "layer"] = "global"
     clamp: Literal["scales", "all"] = "scales"
     init: float | None = 0.5
-    residual: Literal["keep", "expand", "couple"] = "expand"
+    residual: Literal["keep", "expand", "expand-all", "couple"] = "expand"
     regularize: str = ""
     gates: str = ""
     cut: float | None = None

@@ -24,7 +24,8 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         pinned: names of BatchNorm weights that cannot take part -> the reason.
         others: BatchNorm weights (in a network with gates: gates) that are not in this mapping
             (clamped too with ``clamp="all"``).
-        residual: "keep", "expand" or "couple": what happens to channels that meet in an addition.
+        residual: "keep", "expand", "expand-all" or "couple": what happens to channels that meet in
+            an addition.
 
     Args:
         model: the network that the factors are parameters of, so that a training step can notice
@@ -159,8 +160,10 @@ def scaling_factors(
             `torch.randn(1, 3, 224, 224)`.
         residual: what happens to channels that meet in an addition. "keep": they are left alone.
             "expand": the last convolution of a branch is pruned and what remains is put back at its
-            places (the paper's ResNets and MobileNetV2). "couple": channels that are added together
-            are kept or removed together.
+            places (the paper's ResNets); parallel branches (RepVGG) lose a channel of their sum
+            where all of them do. "expand-all": so does what a shortcut begins with, its last
+            convolution, the stem (the paper's MobileNetV2). "couple": channels that are added
+            together are kept or removed together.
 
     Raises:
         ArgumentError: `residual` is none of these, or the model is sharded already.

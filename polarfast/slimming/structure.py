@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..copies import tensors_of_model
 from ..errors import PlanError
 from ..kernels.gather import gather_channels
-from ..layers import PUT_BACK, SILENT
+from ..layers import SILENT, put_back_type
 from ..tracing.classes import Channels
 from ..tracing.graph import ProjectionCall
 
@@ -106,15 +106,16 @@ class Structure:
     ) -> None:
         for attribute, size in change.attributes.items():
             setattr(module, attribute, size)
-        table = PUT_BACK if change.put_back is not None else SILENT if change.silent else None
-        if table is not None:
-            if type(module) not in table:
+        if change.put_back is not None or change.silent:
+            puts_back = change.put_back is not None
+            variant = put_back_type(module) if puts_back else SILENT.get(type(module))
+            if variant is None:
                 raise PlanError(
                     f"{name} is a {type(module).__name__}, but the plan was made for a plain "
                     "torch layer there"
                 )
             # The class alone changes: parameters, hooks, modes stay with the instance.
-            module.__class__ = table[type(module)]
+            module.__class__ = variant
         if change.put_back is None and not change.bias:
             return
         weight = module.weight

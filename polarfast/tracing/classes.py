@@ -13,16 +13,20 @@ from torch import Tensor, nn
 from ..layers import can_put_back
 from ..sharding import refuse_sharded
 from .dryrun import trace
-from .graph import PIN, Graph, Match, NormCall, ProjectionCall, Ragged
+from .graph import PIN, Addition, Graph, Match, NormCall, ProjectionCall, Ragged
 
 #: What may happen to channels that meet in an addition.
-RESIDUAL_MODES = ("keep", "expand", "couple")
+RESIDUAL_MODES = ("keep", "expand", "expand-all", "couple")
+#: Those in which norms put their channels back.
+PUTTING_BACK = ("expand", "expand-all")
 
 UNRUN = "did not run on the example inputs"
 STEM = "is the stem of a residual network"
 MEETS = {
     "keep": "its channels meet in an addition (residual='expand' or 'couple' can prune them)",
-    "expand": "its channels are a shortcut that meets an addition",
+    "expand": "its channels are a shortcut that meets an addition (residual='expand-all' can prune "
+    "them)",
+    "expand-all": "its channels meet in an addition",
     "couple": "its channels meet in an addition with channels that must stay",
 }
 
@@ -53,7 +57,7 @@ class Channels:
 
     Attributes:
         graph, residual: what this was made from.
-        boundaries: γ of norms whose output is put back to full width ("expand").
+        boundaries: γ of norms whose output is put back to full width ("expand", "expand-all").
         label: int64 [graph.count], the class of each id; PIN: must stay.
         layers: γ name -> class of each of its channels, int64 [C]; the norms that take part, in
             order of execution.
@@ -68,8 +72,9 @@ class Channels:
             if call.scale is not None:
                 self.calls.setdefault(call.scale, call)
         self._alone = {name for name, call in self.calls.items() if self._reads_alone(name, call)}
+        self._meeting, self._branches = self._sort_additions()
         self.boundaries = (
-            self._find_boundaries(can_put_back) if residual == "expand" else frozenset()
+            self._find_boundaries(can_put_back) if residual in PUTTING_BACK else frozenset()
         )
         self.label = self._classes()
         #: class labels [P, m]: as many must stay in each row
@@ -141,20 +146,54 @@ class Channels:
         me = names.index(self._siblings.get(name, name))
         return bool((self._written[labels] & (low[labels] == me) & (high[labels] == me)).all())
 
+    def _sort_additions(self) -> tuple[list[Addition], list[Addition]]:
+        """The additions in which different channels meet; and of these the sums of parallel
+        branches, one convolution and norm each, that read the same channels (RepVGG, MobileOne).
+        """
+        linked = self.graph.labels(self.graph.links())
+        meeting = [
+            add
+            for add in self.graph.additions
+            if not torch.equal(linked[add.left], linked[add.right])  # x + depthwise(x): the same
+        ]
+        reads = torch.full((self.graph.count,), -1, device="cpu")
+        known: dict[tuple[int, ...], int] = {}
+        for name in self._alone:
+            norm = self.calls[name]
+            if norm.source is not None:
+                source = self.graph.projections[norm.source]
+                key = known.setdefault(tuple(self._raw[source.inputs].tolist()), len(known))
+                reads[self._raw[norm.outputs]] = key
+        branches = []
+        for add in meeting:
+            read = reads[self._raw[torch.cat((add.left, add.right))]]
+            if bool((read == read[0]).all()) and int(read[0]) >= 0:
+                branches.append(add)
+        return meeting, branches
+
     def _find_boundaries(self, can_put_back: Callable[[str], bool]) -> frozenset[str]:
-        """Norms that end a branch: what they write is the deeper operand of an addition."""
-        deeper = self.graph.mask()
-        for add in self.graph.additions:
-            if add.left_depth >= add.right_depth:
-                deeper[self._raw[add.left]] = True
-            if add.right_depth >= add.left_depth:
-                deeper[self._raw[add.right]] = True
-        deeper[PIN] = False
+        """Norms that end a branch: what they write, or the sum of parallel branches that it is part
+        of, is the deeper operand of an addition ("expand-all": either operand).
+        """
+        label = self.graph.labels(self._branch_edges())
+        either = self.residual == "expand-all"
+        put_back = self.graph.mask()
+        for add in self._meeting:
+            if add not in self._branches:
+                if either or add.left_depth >= add.right_depth:
+                    put_back[label[add.left]] = True
+                if either or add.right_depth >= add.left_depth:
+                    put_back[label[add.right]] = True
+        put_back[PIN] = False
         return frozenset(
             name
             for name in self._alone
-            if bool(deeper[self._raw[self.calls[name].outputs]].any()) and can_put_back(name)
+            if bool(put_back[label[self.calls[name].outputs]].any()) and can_put_back(name)
         )
+
+    def _branch_edges(self) -> list[Tensor]:
+        """A channel of a sum of parallel branches goes iff it goes in all of them."""
+        return [torch.stack((add.left, add.right)) for add in self._branches]
 
     @cached_property
     def axes(self) -> Ragged:
@@ -180,11 +219,10 @@ class Channels:
         if self.residual == "couple":
             edges += graph.addition_edges()
         else:
-            edges += [
-                torch.stack((torch.full_like(ids, PIN), ids))
-                for add in graph.additions
-                for ids in (add.left, add.right)
-            ]
+            parallel = self._branches if self.residual in PUTTING_BACK else []
+            edges += [torch.stack((add.left, add.right)) for add in parallel]
+            stay = [add for add in self._meeting if add not in parallel]
+            edges += [_to_pin(ids) for add in stay for ids in (add.left, add.right)]
         self._meets = self._in_addition()
         edges += [_to_pin(self.calls[name].inputs) for name in self._stems()]
         self.mismatched: list[Match] = []
@@ -204,12 +242,12 @@ class Channels:
     @cached_property
     def _residual(self) -> bool:
         """Whether any addition joins a branch and a shortcut, which is shorter."""
-        return any(add.left_depth != add.right_depth for add in self.graph.additions)
+        return any(add.left_depth != add.right_depth for add in self._meeting)
 
     def _in_addition(self) -> Tensor:
         meets = self.graph.mask()
         label = self.graph.labels(self.graph.links(self.boundaries), self.graph.addition_edges())
-        for add in self.graph.additions:
+        for add in self._meeting:
             meets[label[add.left]] = meets[label[add.right]] = True
         return meets[label]
 

@@ -177,7 +177,7 @@ def test_where_mobilenet_gets_its_gates() -> None:
     pf.add_gates(model, example, where=recipe.sparsity.gates, residual=recipe.sparsity.residual)
     scales = pf.scaling_factors(model, example, residual=recipe.sparsity.residual)
     gates = [name for name in scales if "gate" in name]
-    assert len(gates) >= 26  # 16 expansions, and the 10 projections that are added to a shortcut
+    assert len(gates) == 33  # 16 expansions and 17 projections, as the paper prunes
     assert all(bool((scales[name] == 1).all()) for name in gates)
 
 

@@ -45,7 +45,7 @@ def prune(seed: int, residual: str, share: float, side: int, fold: str = "exact"
 @settings(max_examples=NETWORKS, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    residual=st.sampled_from(["keep", "expand", "couple"]),
+    residual=st.sampled_from(["keep", "expand", "expand-all", "couple"]),
     share=st.sampled_from([0.2, 0.5, 0.8, 1.0]),
     side=st.sampled_from([16, 32]),
 )

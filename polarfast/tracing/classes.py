@@ -241,8 +241,19 @@ class Channels:
 
     @cached_property
     def _residual(self) -> bool:
-        """Whether any addition joins a branch and a shortcut, which is shorter."""
-        return any(add.left_depth != add.right_depth for add in self._meeting)
+        """Whether any addition joins a branch and a shortcut, which is shorter, and a γ decides on
+        either (in a transformer none does).
+        """
+        label = self.graph.labels(self.graph.links())
+        decided = self.graph.mask()
+        for name in self._alone:
+            decided[label[self.calls[name].outputs]] = True
+        decided[PIN] = False
+        return any(
+            add.left_depth != add.right_depth
+            and bool(decided[label[torch.cat((add.left, add.right))]].any())
+            for add in self._meeting
+        )
 
     def _in_addition(self) -> Tensor:
         meets = self.graph.mask()

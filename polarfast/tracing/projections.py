@@ -99,6 +99,12 @@ def project(
             rec.use_whole(operand)
         rec.put_pinned(out, [value])
         return
+    if view.name in rec.queries:
+        rec.pin(
+            value.ids,
+            f"is the query of {rec.queries[view.name]}, a torch.nn.MultiheadAttention, whose input "
+            "is as wide as its heads together",
+        )
     if depthwise:
         outputs = inputs.repeat_interleave(out.shape[1] // groups)
         rec.axis(view.name, 0, inputs if transposed else outputs)

@@ -57,6 +57,13 @@ class Recorder:
             for name, module in model.named_modules()
             if isinstance(module, nn.modules.conv._ConvNd)
         }
+        #: weight -> module, of attention whose query is as wide as what it computes with
+        self.queries = {
+            f"{name}.{weight}".lstrip("."): name or "the model"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.MultiheadAttention)
+            for weight in ("in_proj_weight", "q_proj_weight")
+        }
         self.used: set[str] = set()
         self.seen: set[str] = set()  # parameters and buffers that some operator was given
         self.whole: set[str] = set()

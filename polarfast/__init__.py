@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import FileFormatError as FileFormatError
     from .errors import PlanError as PlanError
     from .errors import PolarfastError as PolarfastError
+    from .errors import RunError as RunError
     from .errors import ScalingFactorError as ScalingFactorError
     from .errors import SearchError as SearchError
     from .errors import StepError as StepError
@@ -56,7 +57,7 @@ __version__ = "0.1.0"
 #: Module -> the public names that it defines. Loaded when they are asked for: the command line's
 #: help, or a network that only needs its layers, need not wait for the rest.
 _PUBLIC = {
-    "errors": "ArgumentError BuildError FileFormatError PlanError PolarfastError "
+    "errors": "ArgumentError BuildError FileFormatError PlanError PolarfastError RunError "
     "ScalingFactorError SearchError StepError ThresholdError TracingError VerificationError",
     "layers": "convert_sync_batchnorm",
     "planning.plan": "mac_weights plan reachable",

@@ -53,6 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PolarfastError as error:
         print(f"polarfast: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # the disk is full, a folder cannot be written to any more
+        where = f"'{error.filename}': " if error.filename else ""
+        print(
+            f"polarfast: {where}{error.strerror or error}. Files written before are whole; once "
+            "that is mended, the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return INTERRUPTED

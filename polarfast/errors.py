@@ -21,6 +21,12 @@ class StepError(PolarfastError, RuntimeError):
     """A training step was asked for at a moment when it cannot be taken, e.g. before backward."""
 
 
+class RunError(PolarfastError, RuntimeError):
+    """A run that cannot go on: its loss is no longer finite, or a process that reads images
+    died.
+    """
+
+
 class ThresholdError(PolarfastError, ValueError):
     """Scaling factors for which no threshold can be chosen: NaN, infinite, or negative."""
 

@@ -17,6 +17,7 @@ from ..profiling import device_name, median_latencies
 from . import figures
 from .distributed import Workers
 from .folder import Checkpoints, write_text
+from .lock import locked
 from .recipe import PHASES, Recipe, differing_settings, recipe_from_dict, to_yaml
 from .results import BATCHES, Pair, Results, results_table
 from .run import DONE, Run
@@ -44,23 +45,26 @@ def launch(
         The figures, on the first process, if the run is now finished.
 
     Raises:
-        ArgumentError: the folder holds a run of other settings, or none and ``resume``.
+        ArgumentError: the folder holds a run of other settings, or none and ``resume``; or another
+            process works there.
         Interrupted: a signal asked to stop; the checkpoint is written.
+        RunError: the loss is no longer finite.
     """
     torch.set_num_threads(recipe.hardware.threads)
     workers = Workers(recipe.hardware)
     try:
-        state = find_state(folder, recipe, must=resume, again=again)
-        run = Run(recipe, folder, workers, state)
-        _check_order(run, phases)
-        workers.wait()  # until every process has read the checkpoint
-        if workers.first:
-            _execute_and_show(run, console, phases, fresh=state is None)
-            return report(run, console) if run.phase == DONE else None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the first process says it
-            run.execute(until=phases[-1])
-        return None
+        with locked(folder, workers):
+            state = find_state(folder, recipe, must=resume, again=again)
+            run = Run(recipe, folder, workers, state)
+            _check_order(run, phases)
+            workers.wait()  # until every process has read the checkpoint
+            if workers.first:
+                _execute_and_show(run, console, phases, fresh=state is None)
+                return report(run, console) if run.phase == DONE else None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # the first process says it
+                run.execute(until=phases[-1])
+            return None
     finally:
         workers.close()
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import polarfast as pf
 
+from ..errors import RunError
 from . import distributed
 from .data.source import DataSource, load
 from .distributed import Workers, deterministic
@@ -271,7 +272,21 @@ class Run:
             shrinking,
             computed,
         )
-        yield from loop.epochs()
+        try:
+            yield from loop.epochs()
+        except RunError as error:
+            raise RunError(f"{error}. {self._after_divergence()}") from None
+
+    def _after_divergence(self) -> str:
+        """What is left, and what to try."""
+        good = self.checkpoints.numbered()
+        left = f"The last good checkpoint is '{good[-1]}'" if good else "There is no checkpoint yet"
+        stage = "finetune" if self.phase == "finetune" else "train"
+        fp16 = ", or --precision bf16" if self.recipe.precision == "fp16" else ""
+        return (
+            f"{left}. The same settings would end here again: start anew, in another folder "
+            f"(--out), with a smaller --{stage}.lr, a longer --{stage}.warmup, or --clip 1{fp16}"
+        )
 
     def _next_phase(self) -> None:
         following = (*self.phases, DONE)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import polarfast as pf
 
+from ..errors import RunError
 from ..sharding import whole
 from .histograms import Gammas
 from .interrupts import StopSignals
@@ -18,7 +19,7 @@ from .watching import Epoch, Observer, Step
 
 AGREE_EVERY = 8  # steps between agreements of several processes on whether to save or stop
 SHOW_SECONDS = 0.3  # between two reports of steps
-_SAVE, _STOP = 1, 2
+_SAVE, _STOP, _DIVERGED = 1, 2, 3
 
 
 class StageLoop:
@@ -69,6 +70,7 @@ class StageLoop:
 
         Raises:
             Interrupted: a signal asked to stop; the checkpoint is written.
+            RunError: the loss or a weight is no longer finite; no checkpoint holds that.
         """
         trainer, epochs = self.trainer, self.trainer.stage.epochs
         for observer in self.observers:
@@ -92,12 +94,16 @@ class StageLoop:
         trainer, workers = self.trainer, self.trainer.workers
         if trainer.step % trainer.steps_per_epoch == 0:
             return  # the epoch's own checkpoint comes next
-        if workers.world > 1 and trainer.step % AGREE_EVERY:
+        # Also where the step runs on a GPU, which to ask for its loss would hold up.
+        if (workers.world > 1 or trainer.loss.is_cuda) and trainer.step % AGREE_EVERY:
             return
         due = time.perf_counter() - self._saved >= 60 * self._minutes
         wanted = _STOP if self._signals.received else _SAVE * (due and workers.first)
-        wanted = workers.agree(wanted)
+        wanted = workers.agree(_DIVERGED if trainer.diverged() else wanted)
+        if wanted == _DIVERGED:
+            raise self._divergence()
         if wanted:
+            self._check_finite()
             self._checkpoint(False)
         if wanted == _STOP:
             raise self._signals.interruption()
@@ -106,7 +112,25 @@ class StageLoop:
         self._save(best)
         self._saved = time.perf_counter()
 
+    def _check_finite(self) -> None:
+        broken = self.trainer.broken()
+        if self.trainer.workers.agree(broken is not None or self.trainer.diverged()):
+            raise self._divergence(broken)
+
+    def _divergence(self, broken: str | None = None) -> RunError:
+        trainer = self.trainer
+        done = (trainer.step - 1) % trainer.steps_per_epoch + 1
+        what = f"'{broken}' is no longer finite" if broken else "the loss is no longer finite"
+        if broken is None and trainer.scaler.is_enabled():
+            what = "float16 gradients overflow at every step"
+        return RunError(
+            f"{self.name} diverged: {what} after step {trainer.step:,} of {trainer.steps:,} (epoch "
+            f"{(trainer.step - 1) // trainer.steps_per_epoch + 1}, batch {done} of "
+            f"{trainer.steps_per_epoch}), at a learning rate of {trainer.lr:g}"
+        )
+
     def _epoch_done(self, seconds: float, steps: int) -> None:
+        self._check_finite()
         trainer = self.trainer
         accuracy = trainer.accuracy()
         with trainer.averaged():  # what would be pruned
@@ -139,7 +163,8 @@ class StageLoop:
         if now - self._shown < SHOW_SECONDS:
             return
         # Sharded γ could be looked at by all processes together only: at the end of the epoch.
-        gammas = None if trainer.recipe.hardware.parallel == "fsdp" else self._gammas()
+        sharded = trainer.recipe.hardware.parallel == "fsdp"
+        gammas = None if sharded or trainer.broken() else self._gammas()
         rate = (trainer.step - self._steps_shown) * trainer.recipe.batch_size / (now - self._shown)
         self._shown, self._steps_shown = now, trainer.step
         done = (trainer.step - 1) % trainer.steps_per_epoch + 1

@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 # Of evaluation: at most so many images at once, and so many pixels over all channels (56 images of
 # ImageNet's size).
 LARGEST_BATCH, BATCH_PIXELS = 500, 2**23
+# Of float16's gradients: they begin at 2^16 and are halved at each step that is skipped.
+SMALLEST_SCALE = 2.0**-14
 
 
 class Trainer:
@@ -134,6 +136,24 @@ class Trainer:
         """Mean loss of the epoch's steps so far, regularizer not included."""
         done = (self.step - 1) % self.steps_per_epoch + 1
         return float(self.workers.total(self.loss)) / (done * self.workers.world)
+
+    def diverged(self) -> bool:
+        """Whether a loss of this epoch was not finite; in float16, whose scaler skips such steps,
+        whether it has skipped a great many in a row.
+        """
+        if self.scaler.is_enabled():
+            return self.scaler.get_scale() < SMALLEST_SCALE
+        return not math.isfinite(float(self.loss))
+
+    def broken(self) -> str | None:
+        """The first parameter, or statistic of a BatchNorm, that is not finite."""
+        tensors = dict(self.model.named_parameters())
+        for name, buffer in self.model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):  # masks may well be infinite
+                tensors[name] = buffer  # type: ignore[assignment]
+        finite = [_local(tensor).isfinite().all() for tensor in tensors.values()]
+        good = torch.stack(finite).tolist()
+        return next((name for name, fine in zip(tensors, good, strict=True) if not fine), None)
 
     def accuracy(self) -> float:
         """Of the test images, percent, of the averaged weights if there are any."""

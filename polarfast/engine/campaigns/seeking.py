@@ -15,6 +15,7 @@ from ..data.source import DataSource, load
 from ..distributed import Workers
 from ..folder import write_text
 from ..launch import find_state
+from ..lock import locked
 from ..recipe import Pruning, Recipe, differing_settings, load_recipe, to_yaml
 from ..run import Run
 
@@ -43,7 +44,7 @@ def seek(
 
     Raises:
         ArgumentError: the recipe is not of polarization with the valley rule, or the trials in
-            ``folder`` are of another one.
+            ``folder`` are of another one; or another process works there.
         Interrupted: a signal asked to stop; the trial's checkpoint is written.
         SearchError: the share cannot be reached; the message lists the trials.
     """
@@ -52,10 +53,22 @@ def seek(
             "search is for sparsity.regularizer 'polarization' and pruning.method 'valley'"
         )
     torch.set_num_threads(recipe.hardware.threads)
-    folder.mkdir(parents=True, exist_ok=True)
     workers = Workers(recipe.hardware)
     if workers.world > 1:
         raise ArgumentError("search: runs in one process; start it without torchrun")
+    with locked(folder):
+        return _seek(recipe, cut, folder, note, workers, warm_epochs, settings)
+
+
+def _seek(
+    recipe: Recipe,
+    cut: float,
+    folder: Path,
+    note: Callable[[str], None],
+    workers: Workers,
+    warm_epochs: int,
+    settings: dict[str, Any],
+) -> pf.SearchResult:
     data = load(recipe.data, workers.device)
     if warm_epochs:
         recipe = _warm_start(recipe, warm_epochs, folder, workers, data, note)

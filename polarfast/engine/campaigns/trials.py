@@ -15,6 +15,7 @@ from ...errors import ArgumentError, PolarfastError
 from ..folder import NAMES, Checkpoints, load_checkpoint
 from ..interrupts import Interrupted, StopSignals
 from ..launch import find_state, launch
+from ..lock import locked
 from ..recipe import Recipe
 from ..run import DONE
 
@@ -48,7 +49,8 @@ def run_all(
         note: told of what begins and what ends.
 
     Raises:
-        ArgumentError: ``jobs`` below 1, or started by torchrun.
+        ArgumentError: ``jobs`` below 1, or started by torchrun; or another process works in
+            ``folder``.
         Interrupted: a signal asked to stop; every trial has written its checkpoint.
         PolarfastError: a trial failed; the others that had begun are stopped as by a signal.
     """
@@ -61,7 +63,7 @@ def run_all(
     note(f"{finished} of {sum(map(len, chains))} runs are finished")
     running: dict[BaseProcess, Sequence[Trial]] = {}
     context = multiprocessing.get_context("spawn")
-    with StopSignals() as signals:
+    with locked(folder), StopSignals() as signals:
         try:
             while (waiting or running) and not signals.received:
                 while waiting and len(running) < jobs:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ...errors import PolarfastError
+from ...errors import PolarfastError, RunError
 
 
 class Problem(NamedTuple):
@@ -63,13 +63,27 @@ class Queue:
                 # Without one of its own, the loader would draw from torch's global generator.
                 generator=torch.Generator(),
             )
-        for batch in self._loader:
+        for batch in self._watched(self._loader):
             yield batch
             if self._run != mine:
                 raise PolarfastError(
                     "this epoch of streamed images was given up when another one began; "
                     "finish one before the next, or load the data twice"
                 )
+
+    @staticmethod
+    def _watched(batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches; a worker that was killed is an error of ours."""
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunError(
+                f"a process that reads images died ({str(error).splitlines()[0]}): often memory or "
+                "shared memory ran out; try fewer --data.workers, then start the same command "
+                "again, which goes on from the last checkpoint"
+            ) from error
 
 
 class _Fed:

@@ -1,0 +1,108 @@
+"""One process at a time in a folder: :func:`locked`."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import ArgumentError
+from .distributed import Workers
+
+_log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+#: What file systems without locks answer.
+_NONE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def locked(folder: Path, workers: Workers | None = None) -> Iterator[None]:
+    """Inside the block no other process that asks for this folder gets it.
+
+    The operating system's lock on a file in the folder: it ends with its process, however that
+    ends, and holds on network file systems too. Processes forked from this one do not inherit it.
+
+    Args:
+        folder: made if it is not there, and removed again if it is left empty.
+        workers: of a run of several processes: the first one locks for all.
+
+    Raises:
+        ArgumentError: another process works in the folder; the message says which. Or the folder
+            cannot be made or written to.
+    """
+    descriptor, problem = None, None
+    if workers is None or workers.first:
+        try:
+            descriptor = _take(folder)
+        except ArgumentError as error:
+            problem = str(error)
+    problems = [problem] if workers is None else workers.gather(problem)
+    found = next(filter(None, problems), None)
+    if found is not None:
+        raise ArgumentError(found)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            _let_go(folder, descriptor)
+
+
+def _take(folder: Path) -> int:
+    """An open file that is this process's alone."""
+    path = folder / LOCK
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise ArgumentError(
+                f"'{folder}' cannot be the folder of a run ({error.strerror}): name another one "
+                "with --out"
+            ) from error
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            if error.errno not in _NONE:
+                raise ArgumentError(
+                    f"'{folder}' is in use by {holder}: wait until it ends, stop it, or name "
+                    "another folder with --out"
+                ) from error
+            _log.warning(
+                "the file system of '%s' has no locks (%s): see to it that no second run works "
+                "there",
+                *(folder, error.strerror),
+            )
+            return os.open(path, os.O_RDWR)
+        # Whoever held it may have removed it after it was opened here.
+        with suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                break
+        os.close(descriptor)
+    me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, json.dumps(me).encode())
+    return descriptor
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        who = json.loads(os.read(descriptor, 1000))
+        return f"process {who['process']} on {who['host']}, since {who['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _let_go(folder: Path, descriptor: int) -> None:
+    with suppress(OSError):
+        (folder / LOCK).unlink()
+    os.close(descriptor)
+    with suppress(OSError):
+        folder.rmdir()  # nothing was written

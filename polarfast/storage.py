@@ -1,5 +1,6 @@
 """Files that are either whole or not there, and that run no code when they are read."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -13,6 +14,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Have ``write`` fill a file beside ``path``, bring it to disk, then move it into place.
 
     Whoever reads ``path``, after a kill or a power cut too, finds the old file or the new one.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
     """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
@@ -23,8 +27,12 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and "inline_container" in str(error):
+            # What torch's writer says of a disk that is full.
+            full = "could not be written whole, as where the disk is full"
+            raise OSError(errno.ENOSPC, full, str(path)) from error
         raise
     sync_folder(path.parent)
 

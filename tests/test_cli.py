@@ -137,7 +137,7 @@ def test_wrong_usage_is_status_2(
         (["run", "gone.yaml", "--out", "{folder}"], "recipe 'gone.yaml': there is no such file"),
         (["run", "demo", "--train.lr", "0", "--out", "{folder}"], "lr=0.0: must be positive"),
         (["run", "demo", "--batch-size", "2000", "--out", "{folder}"], "batch_size=2000: larger"),
-        (["run", "mnist", "--data.root", "{folder}", "--out", "{folder}"], "data.root="),
+        (["run", "mnist", "--data.root", "{folder}/images", "--out", "{folder}"], "data.root="),
         (["prune", "demo", "--out", "{folder}"], "not ready for 'prune': 'train' comes first"),
     ],
 )

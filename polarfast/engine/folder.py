@@ -1,6 +1,5 @@
 """The folder of a run: the files in it by name, its checkpoints, and its small text files."""
 
-import errno
 import logging
 import os
 import shutil
@@ -128,18 +127,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_tensors(path: Path, content: Any) -> None:
-    """Write tensors, numbers and strings, readable with ``torch.load(weights_only=True)``.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written to.
-    """
-    try:
-        write_atomically(path, lambda file: torch.save(content, file))
-    except RuntimeError as error:  # torch's own writer says so little
-        if "PytorchStreamWriter" not in str(error):
-            raise
-        full = "could not be written whole, as where the disk is full"
-        raise OSError(errno.ENOSPC, full, str(path)) from error
+    """Write tensors, numbers and strings, readable with ``torch.load(weights_only=True)``."""
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def _duplicate(path: Path, to: Path) -> None:

@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 
 from ..errors import ArgumentError
 from ..layers import convert_sync_batchnorm
+from .pulse import Pulse
 from .recipe import Hardware, Recipe
 
 T = TypeVar("T")
 JOINING = timedelta(minutes=5)  # until all processes are there
-PATIENCE = timedelta(hours=2)  # others wait while rank 0 plans, verifies and writes
+PATIENCE = timedelta(hours=2)  # others wait while rank 0, alive, plans, verifies and writes
 
 
 class Workers:
@@ -48,8 +49,12 @@ class Workers:
                 "hardware.parallel='fsdp': start with torchrun --nproc-per-node=N -m polarfast ..."
             )
         self._owner = self.distributed and not dist.is_initialized()
+        self._pulse: Pulse | None = None
         if self._owner:
-            _join(self.device)
+            store = _join(self.device)
+            if self.world > 1:
+                patience = 60 * hardware.patience_minutes
+                self._pulse = Pulse(store, self.rank, self.world, patience)
 
     @property
     def first(self) -> bool:
@@ -104,12 +109,18 @@ class Workers:
 
     def close(self) -> None:
         """Leave the process group."""
+        if self._pulse is not None:
+            self._pulse.close()
         if self._owner:
             dist.destroy_process_group()
 
 
-def _join(device: torch.device) -> None:
-    """Enter the process group that torchrun's environment describes."""
+def _join(device: torch.device) -> dist.Store:
+    """Enter the process group that torchrun's environment describes.
+
+    Returns:
+        Another connection to the store that its processes share.
+    """
     # Small agreements travel by gloo, so that no GPU is waited for.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, world = next(dist.rendezvous("env://", timeout=JOINING))
@@ -121,6 +132,7 @@ def _join(device: torch.device) -> None:
     # Public from torch 2.14 on.
     private = dist.distributed_c10d._set_pg_timeout
     getattr(dist, "set_timeout", private)(PATIENCE, None)
+    return dist.PrefixStore("pulse", store.clone())
 
 
 def speaks() -> bool:

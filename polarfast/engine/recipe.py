@@ -176,6 +176,8 @@ class Hardware:
         deterministic: only deterministic kernels, so that equal runs end equal to the bit.
         checkpoint_minutes: between checkpoints within an epoch; each epoch ends with one.
         keep: how many checkpoints stay, the newest and the best apart.
+        patience_minutes: a process of a run of several that has given no sign of life for so long
+            is given up: the run ends and names it.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -186,9 +188,14 @@ class Hardware:
     deterministic: bool = False
     checkpoint_minutes: float = 10.0
     keep: int = 2
+    patience_minutes: float = 10.0
 
     def __post_init__(self) -> None:
         _at_least("hardware.threads", self.threads, 1)
+        if not 0.1 <= self.patience_minutes < math.inf:
+            raise ArgumentError(
+                f"hardware.patience_minutes={self.patience_minutes}: give at least 0.1"
+            )
         _at_least("hardware.keep", self.keep, 1)
         if not self.checkpoint_minutes >= 0:
             raise ArgumentError(f"hardware.checkpoint_minutes={self.checkpoint_minutes}: negative")

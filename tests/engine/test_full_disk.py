@@ -1,4 +1,4 @@
-"""A file that cannot be written whole: a sentence, nothing half there, and the run goes on later."""
+"""A file that cannot be written whole: a sentence, nothing half there, the run goes on later."""
 
 import subprocess
 import sys

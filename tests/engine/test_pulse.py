@@ -1,0 +1,55 @@
+"""A process that is stopped but lives does not hold the others for long, and is named."""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support.engine import PATIENCE, TINY, launched, start_ranks
+
+from polarfast.engine import pulse
+from polarfast.engine.folder import Checkpoints
+from polarfast.engine.recipe import Hardware
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name != "posix", reason="sends signals"),
+]
+HASTY = replace(
+    TINY,
+    train=replace(TINY.train, epochs=1000),
+    hardware=Hardware(device="cpu", checkpoint_minutes=0.0, patience_minutes=0.2),
+)
+
+
+def quick(said: Path) -> None:
+    pulse.BEAT = 0.2
+    sys.stderr = open(f"{said}-{os.environ['RANK']}", "w", encoding="utf-8")
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_process_is_named(tmp_path: Path, stopped: int) -> None:
+    folder = tmp_path / "run"
+    processes = start_ranks(2, launched, HASTY, folder, partial(quick, tmp_path / "said"))
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while len(Checkpoints(folder).numbered()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(processes[stopped].pid, signal.SIGSTOP)
+        processes[1 - stopped].join(PATIENCE)
+        assert processes[1 - stopped].exitcode == 1
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    said = (tmp_path / f"said-{1 - stopped}").read_text(encoding="utf-8")
+    assert f"process {stopped} has not been heard from" in said
+    if stopped:  # the first one said so before
+        shown = (tmp_path / "run-0.txt").read_text(encoding="utf-8")
+        assert "the run ends after 12 s" in shown
+    assert Checkpoints(folder).newest() is not None

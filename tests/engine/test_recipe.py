@@ -68,7 +68,7 @@ def changed(path: str, value: object) -> dict[str, object]:
         ("train.epochs", 1.5, "train.epochs=1.5 must be of type int"),
         ("train.epochs", True, "train.epochs=True must be of type int"),
         ("sparsity.lam", "strong", "sparsity.lam='strong' must be of type float"),
-        ("sparsity.residual", "drop", "must be one of keep, expand, couple"),
+        ("sparsity.residual", "drop", "must be one of keep, expand, expand-all, couple"),
         ("sparsity.cut", 1.5, "sparsity.cut=1.5: a share in (0, 1)"),
         ("sparsity.cut", 0.5, "only regularizer 'flops-target' aims at a share"),
         ("sparsity.regularizer", "flops-target", "'flops-target' needs the share"),

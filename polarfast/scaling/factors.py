@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError, TracingError
-from ..inputs import unwrap
+from ..inputs import misplaced, unwrap
 from ..layers import is_gate, lost_gates
 from ..sharding import present_parameters, whole
 from ..tracing.classes import RESIDUAL_MODES, Channels, trace_channels
@@ -104,13 +104,15 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
             ArgumentError: a name is missing in `model` or has another number of channels, or the
                 model is in FullyShardedDataParallel.
         """
-        present = present_parameters(unwrap(model))
+        model = unwrap(model)
+        present = present_parameters(model)
         for name, size in (self._sizes | {n: p.numel() for n, p in self.others.items()}).items():
             if name not in present:
                 raise ArgumentError(
                     f"{name!r} is no parameter of this model, whose names look like "
                     f"{', '.join(map(repr, list(present)[:2]))}: rebind to the model that the "
-                    f"factors were found in, or to one built alike{lost_gates([name])}"
+                    "factors were found in, or to one built alike"
+                    f"{misplaced(self, model) or lost_gates([name])}"
                 )
             if present[name].numel() != size:
                 raise ArgumentError(
@@ -122,7 +124,7 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
             pinned=self.pinned,
             others={name: present[name] for name in self.others},
             residual=self.residual,
-            model=unwrap(model),
+            model=model,
         )
 
     def __getstate__(self) -> dict[str, Any]:

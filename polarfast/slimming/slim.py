@@ -14,7 +14,7 @@ from ..copies import double_copy, tensors_of_model
 from ..errors import ArgumentError, PlanError
 from ..folding.fold import check_fold, fold_constants, new_biases
 from ..folding.replay import Fold, shift_of
-from ..inputs import Inputs, device_of, dtype_of, unwrap
+from ..inputs import Inputs, device_of, dtype_of, misplaced, unwrap
 from ..kernels.gather import gather_channels
 from ..layers import drop_gate, fold_gate, gate_name, gated_modules, lost_gates
 from ..planning.pruning_plan import PruningPlan
@@ -270,8 +270,11 @@ def _fit(model: nn.Module, plan: PruningPlan, examples: Inputs) -> tuple[Channel
     channels = _channels(model, plan, examples)
     for name, layer in plan.layers.items():
         if name not in channels.layers:
-            why = channels.pinned.get(name, f"it has no such scaling factor{lost_gates([name])}")
-            raise PlanError(f"the plan does not fit this model: {name} takes no part ({why})")
+            why = channels.pinned.get(name, "it has no such scaling factor")
+            raise PlanError(
+                f"the plan does not fit this model: {name} takes no part ({why})"
+                f"{misplaced(plan.layers, model) or lost_gates([name])}"
+            )
         if channels.layers[name].numel() != layer.channels:
             raise PlanError(
                 f"the plan does not fit this model: {name} has {channels.layers[name].numel()} "

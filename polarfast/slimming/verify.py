@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..copies import double_copy, masked_copy
-from ..errors import VerificationError
+from ..errors import PlanError, VerificationError
 from ..folding.replay import AsFolded, Fold, StaysDouble, run_double
-from ..inputs import Inputs, convert, device_of, dtype_of, seeded, tensors_of, unwrap
+from ..inputs import Inputs, convert, device_of, dtype_of, misplaced, seeded, tensors_of, unwrap
 from ..planning.pruning_plan import PruningPlan
 from ..sharding import refuse_sharded
 from ..tracing.classes import Channels
@@ -93,20 +93,35 @@ def verify(model: nn.Module, slim: nn.Module, plan: PruningPlan, example_inputs:
     Raises:
         ArgumentError: either model is sharded.
         VerificationError: outputs differ in shape, or the original's are not finite.
-        PlanError: the network does not run in float64.
+        PlanError: the plan is not of this network, or it does not run in float64.
     """
+    model, slim = unwrap(model), unwrap(slim)
     for either in (model, slim):
-        refuse_sharded(unwrap(either))
-    info = getattr(unwrap(slim), "polarfast_info", None)
+        refuse_sharded(either)
+    _check_fits(model, plan)
+    infos = [getattr(module, "polarfast_info", None) for module in slim.modules()]
+    info = next((each for each in infos if each is not None), None)  # perhaps of what it wraps
     report = _compare(
-        unwrap(model),
-        unwrap(slim),
+        model,
+        slim,
         plan,
         info.fold if info else plan.fold,
         plan.inputs_like(example_inputs),
     )
     report.notes = dict(info.inexact if info else plan.inexact)
     return report
+
+
+def _check_fits(model: nn.Module, plan: PruningPlan) -> None:
+    params = dict(model.named_parameters())
+    for name, layer in plan.layers.items():
+        found = params[name].numel() if name in params else "no"
+        if found != layer.channels:
+            raise PlanError(
+                f"the plan does not fit this model: {name} has {found} channels, the plan says "
+                f"{layer.channels}: give the original first, then the slim model"
+                f"{misplaced(plan.layers, model)}"
+            )
 
 
 def check_slim(

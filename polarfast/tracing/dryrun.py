@@ -131,6 +131,11 @@ def _in_parts(model: nn.Module) -> Iterator[None]:
 def _refuse_functions(model: nn.Module) -> None:
     """Raise TracingError for a forward that copies of the model would share."""
     for name, module in model.named_modules():
+        if name and "_orig_mod" in module._modules:
+            raise TracingError(
+                f"{name} is compiled (torch.compile): prune the network as it is before that, then "
+                "compile the slim one"
+            )
         if isinstance(vars(module).get("forward"), types.FunctionType):
             raise TracingError(
                 f"the forward of {name or 'the model'} was replaced by a function, which goes on "

@@ -258,6 +258,7 @@ def _write_plan(
         kept=choice.kept(),
         layers=layers,
         pinned=dict(channels.pinned),
+        pinned_macs=dict(channels.pinned_macs),
         residual=channels.residual,
         method=method,
         fold=chooser.fold,

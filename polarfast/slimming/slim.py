@@ -22,10 +22,10 @@ from ..planning.remarks import MASS, removed
 from ..planning.selection import Selection, can_vanish, is_balanced
 from ..tracing.classes import Channels, trace_channels
 from ..tracing.graph import ProjectionCall
+from .checking import check_slim
 from .optimizer import migrate_optimizer
 from .origin import Origin
 from .structure import Layout, Structure, blank, fill_, structure_of
-from .verify import check_slim
 
 
 @dataclass

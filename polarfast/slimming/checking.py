@@ -2,18 +2,24 @@
 
 import copy
 import json
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import PolarfastError, VerificationError
+from ..errors import PlanError, PolarfastError, VerificationError
 from ..folding.replay import Fold
 from ..inputs import Inputs, convert, device_of
 from ..planning.pruning_plan import PruningPlan
 from ..reproduction import request
-from ..tracing.classes import Channels, trace_channels
+from ..tracing.classes import Channels
 from ..tracing.graph import PIN, compact
 from .verify import compare, outputs_of
+
+Claimed = tuple[Fold, Channels]
+#: What a network may raise that is given other channels than its code expects.
+_ANY = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError)
 
 
 def check_slim(
@@ -22,7 +28,8 @@ def check_slim(
     plan: PruningPlan,
     fold: str,
     inputs: Inputs,
-    claimed: tuple[Fold, Channels],
+    claimed: Claimed,
+    anew: Callable[[], tuple[nn.Module, Claimed]] | None = None,
 ) -> None:
     """Compare a slim model with the original on random inputs: it must be what the plan says,
     exactly.
@@ -32,13 +39,15 @@ def check_slim(
 
     Args:
         model, slim: both in float64.
+        claimed: the constants that were folded, and the channels that they are of.
+        anew: makes both from the network as it is, where those at hand are from an earlier look.
 
     Raises:
         VerificationError: the slim model does not run, or differs.
     """
     try:
         report = compare(model, slim, plan, fold, inputs, claimed)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+    except _ANY as error:
         raise VerificationError(
             f"the slim model does not run: {type(error).__name__}: {error}. The network's code "
             "fixes a size that pruning changes (an assertion, a hard-coded size): leave the layers "
@@ -53,7 +62,7 @@ def check_slim(
             "original, so that these cannot be compared: make it draw none while pf.slim runs, or "
             "as many whatever the number of channels; verify=False returns the slim model unchecked"
         )
-    failed = _Failed(model, slim, plan, fold, inputs, claimed)
+    failed = _Failed(model, slim, plan, fold, inputs, claimed, anew)
     raise VerificationError(
         f"the slim model is not what the plan says (fold={fold!r}): error "
         f"{report.rel_error:.2e} of the output's variation, {report.max_abs_diff:.2e} absolute; "
@@ -73,10 +82,12 @@ class _Failed:
         plan: PruningPlan,
         fold: str,
         inputs: Inputs,
-        claimed: tuple[Fold, Channels],
+        claimed: Claimed,
+        anew: Callable[[], tuple[nn.Module, Claimed]] | None,
     ) -> None:
         self.model, self.slim, self.plan, self.fold = model, slim, plan, fold
         self.inputs, self.claimed, self.channels = inputs, claimed, claimed[1]
+        self.anew = anew
 
     def why(self) -> str:
         """The cause, and what to do."""
@@ -84,11 +95,9 @@ class _Failed:
             reason = found()
             if reason is not None:
                 return reason
-        seen = self._with_lost_channels(self.channels.graph.sizes)
         unless = (
-            f"Unless the network's code computes with the number of channels of {seen} in a way "
-            "that does not show (1.0 / x.shape[1]), "
-            if seen
+            "Unless the network's code goes by a number of channels in a way that does not show, "
+            if self._right_at_full_width() is None
             else "Nothing that the network does explains it: "
         )
         call = f"pf.slim(model, plan, fold={self.fold!r}, inputs=x)"
@@ -115,16 +124,19 @@ class _Failed:
         )
 
     def _changed(self) -> str | None:
-        """Whether the network is still the one that was traced."""
+        """Whether what is built from the network as it is now is right."""
+        if self.anew is None:
+            return None
         try:
-            now = trace_channels(self.model, self._examples(), self.channels.residual)
-        except PolarfastError:
-            now = None
-        if now is not None and _calls(now) == _calls(self.channels):
+            slim, claimed = self.anew()
+            now = compare(self.model, slim, self.plan, self.fold, self.inputs, claimed).exact
+        except (PolarfastError, *_ANY):  # the plan does not fit any more
+            now = True
+        if not now:
             return None
         return (
-            "An attribute, a hook or the code of the network has changed since the plan was made, "
-            "and with it what its layers read: make the plan anew"
+            "An attribute, a hook or the code of the network has changed since the plan was made: "
+            "make the plan anew"
         )
 
     def _hooked(self) -> str | None:
@@ -138,25 +150,44 @@ class _Failed:
         for module in (*model.modules(), *slim.modules()):
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
-        args = (self.plan, self.fold, self.inputs, self.claimed)
-        if not hooked or not compare(model, slim, *args).exact:
+        try:
+            bare = compare(model, slim, self.plan, self.fold, self.inputs, self.claimed)
+        except (PolarfastError, *_ANY):  # it needs its hooks
+            return None
+        if not hooked or not bare.exact:
             return None
         return (
-            f"Without the forward hooks on {', '.join(hooked[:4])} it is: one that goes by a layer "
-            "or a size of the original does so in the slim model too. Let it go by the module that "
-            "it is given, or register it after pf.slim"
+            f"Without the forward hooks on {', '.join(hooked[:4])} it is: one of them computes "
+            "something else in the slim model, by a number of channels or by layers that are not "
+            "the slim model's. Register them after pf.slim, on the slim model"
         )
 
     def _counting(self) -> str | None:
         """Whether the network's code computes with a number of channels that pruning changes."""
         layers = self._with_lost_channels(self.channels.graph.numbers)
-        if not layers:
+        right = self._right_at_full_width()
+        if right is False or (right is None and not layers):
             return None
         return (
-            f"The network's code computes with the number of channels of {layers} (as x / "
-            "x.shape[1] does), which pruning changes: let it take a number that stays, or leave "
-            "these layers out with scales.select(…)"
+            f"The network's code computes with a number of channels{layers and f' of {layers}'} (as"
+            " x / x.shape[1] and x / self.conv.out_channels do), which pruning changes: let it take"
+            " a number that stays, or leave the layers before that out with scales.select(…)"
         )
+
+    def _right_at_full_width(self) -> bool | None:
+        """Whether the slim model's numbers are right where the original has them, so that only the
+        narrower network's own code can be wrong; None where they cannot be put back.
+        """
+        if hasattr(self.model, "polarfast_info"):  # the way back leads to the first original
+            return None
+        info: Any = self.slim.polarfast_info
+        full = copy.deepcopy(self.model)
+        try:
+            info.origin.write_back(self.slim, full)
+        except (PlanError, KeyError):  # it has biases that the original lacks, or no gates
+            return None
+        args = (self.plan, self.fold, self.inputs, self.claimed)
+        return compare(self.model, full, *args).exact
 
     def _with_lost_channels(self, rows: list[Tensor]) -> str:
         """The layers whose channels are among these ids, of rows that lose some."""
@@ -171,16 +202,6 @@ class _Failed:
         found[PIN] = False
         names = [name for name in self.plan.kept if bool(found[channels.layers[name]].any())]
         return ", ".join(names[:4])
-
-
-def _calls(channels: Channels) -> list[tuple[object, ...]]:
-    """What each layer reads and writes, by class."""
-    graph, label = channels.graph, channels.label
-    rows: list[tuple[str | None, Tensor, Tensor]] = [
-        *((call.weight, call.inputs, call.outputs) for call in graph.projections),
-        *((call.scale, call.inputs, call.outputs) for call in graph.norms),
-    ]
-    return [(name, label[a].tolist(), label[b].tolist()) for name, a, b in rows]
 
 
 def _short(plan: PruningPlan) -> str:

@@ -4,7 +4,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -123,7 +123,11 @@ def slim(
         # Built in float64, where only the algebra can be wrong.
         double = double_copy(model)
         built = blueprint.build(double)[0]
-        check_slim(double, built, plan, fold, examples, (blueprint.folded, channels))
+        seen = plan._traced is not None and plan._traced.channels is channels
+        check_slim(
+            *(double, built, plan, fold, examples, (blueprint.folded, channels)),
+            (lambda: _anew(model, double, plan, fold, examples)) if seen else None,
+        )
     small, edits = blueprint.build(model)
     for name in channels.graph.unrun:
         small.get_submodule(name).register_forward_pre_hook(refuse_other_width)
@@ -285,6 +289,16 @@ def _fit(model: nn.Module, plan: PruningPlan, examples: Inputs) -> tuple[Channel
     choice.adopt(plan.kept)
     choice.drop_unread(can_vanish(model, channels))
     return channels, choice
+
+
+def _anew(
+    model: nn.Module, double: nn.Module, plan: PruningPlan, fold: str, examples: Inputs
+) -> tuple[nn.Module, tuple[Fold, Channels]]:
+    """The slim model in float64, and what was folded, without what the plan saw of the model."""
+    forgetful = replace(plan)
+    channels, choice = _fit(model, forgetful, examples)
+    blueprint = _draw(model, forgetful, channels, choice, fold, examples)
+    return blueprint.build(double)[0], (blueprint.folded, channels)
 
 
 def _channels(model: nn.Module, plan: PruningPlan, examples: Inputs) -> Channels:

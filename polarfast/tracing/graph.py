@@ -232,8 +232,8 @@ class Graph:
         fixed_macs: multiply-accumulates of matrix products whose channels are not followed.
         unrun: modules that did not run, with parameters of their own.
         tied: weights that several modules hold.
-        sizes: ids of activations whose sizes the network's code asks for.
-        numbers: rows of ids whose number it was seen to compute with (x / x.shape[1]).
+        numbers: rows of ids whose number the network's code was seen to compute with (x /
+            x.shape[1]).
     """
 
     count: int = 1
@@ -253,7 +253,6 @@ class Graph:
     fixed_macs: int = 0
     unrun: list[str] = field(default_factory=list)
     tied: set[str] = field(default_factory=set)
-    sizes: list[Tensor] = field(default_factory=list)
     numbers: list[Tensor] = field(default_factory=list)
 
     def copy(self) -> "Graph":

@@ -204,7 +204,6 @@ class SizeTracking(TorchFunctionMode):
         value = self.recorder.value(tensor)
         if value is None:
             return out
-        self.recorder.graph.sizes.append(value.ids)
         trace = weakref.ref(self.recorder)
         sources = [(value.ids, dim, trace) for dim in range(tensor.dim())]
         if isinstance(out, torch.Size):

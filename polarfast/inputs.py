@@ -3,7 +3,8 @@ back.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,8 @@ from .errors import ArgumentError, PlanError
 
 Spec = dict[str, Any]
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+#: What wrappers of a part of a model put into the names of its parameters.
+_IN_NAMES = ("module", "_orig_mod", "_checkpoint_wrapped_module")
 
 
 def describe(inputs: Any, meaning: frozenset[int] = frozenset()) -> Spec:
@@ -303,6 +306,9 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own model inside DistributedDataParallel, DataParallel, torch.compile and
     AveragedModel.
+
+    Raises:
+        ArgumentError: this is no model, or one that holds networks and has no forward itself.
     """
     while True:
         if isinstance(model, _WRAPPERS):
@@ -310,7 +316,81 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
         else:
+            _check_runs(model)
             return model
+
+
+def _check_runs(model: Any) -> None:
+    """Raise ArgumentError for what is no network: it may hold one, as averages of weights and
+    Lightning modules do.
+    """
+    kind = type(model).__name__
+    if isinstance(model, torch.jit.ScriptFunction):  # tracing says what to do
+        return
+    if isinstance(model, nn.Module):
+        owner = next(each for each in type(model).__mro__ if "forward" in vars(each))
+        silent = owner is nn.Module or owner.__name__ == "LightningModule"  # only says so
+        if "forward" in vars(model) or not silent:
+            return
+        held, what = model._modules, f"the {kind} has no forward"
+    else:
+        held = getattr(model, "__dict__", {}) if not isinstance(model, type) else {}
+        name = f"the class {model.__name__}" if isinstance(model, type) else f"of type {kind}"
+        what = f"the model is {name}, no nn.Module"
+    inside = [name for name, part in held.items() if isinstance(part, nn.Module)]
+    hint = f", .{inside[0]}" if inside and inside[0].isidentifier() else ""
+    raise ArgumentError(
+        f"{what}: pass the network itself{' that it holds' + hint if inside else ''}"
+    )
+
+
+def misplaced(names: Iterable[str], model: nn.Module) -> str:
+    """One more cause for an error message where a model lacks parameters of these names, if it has
+    them in a network that it wraps, or is the network that they are of in a wrapper; else nothing.
+    """
+    names, kind = list(names), type(model).__name__
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    if own.intersection(names):
+        return _wrapped_part(names, own)
+
+    def there(found: Iterable[str]) -> int:
+        return len(own.intersection(found))
+
+    paths = [path for path, _ in model.named_modules() if path]
+    path = max(paths, key=lambda path: there(f"{path}.{name}" for name in names), default="")
+    if path and there(f"{path}.{name}" for name in names):
+        inner = type(model.get_submodule(path)).__name__
+        return (
+            f"; this {kind} holds a {inner} with these names as its .{path}: give that, the network"
+            f" itself (model.{path})"
+        )
+    outer = os.path.commonprefix(names).rpartition(".")[0].split(".")
+    for depth in range(1, len(outer) + 1):
+        prefix = ".".join(outer[:depth]) + "."
+        if there(name.removeprefix(prefix) for name in names):
+            return (
+                f"; without {prefix!r} the names are this {kind}'s: they come from a wrapper that "
+                f"holds such a network as its .{prefix[:-1]}. Give the network itself there too, "
+                "or the wrapper here"
+            )
+    return _wrapped_part(names, own)
+
+
+def _wrapped_part(names: list[str], own: set[str]) -> str:
+    """The same where a part of the model is in a wrapper, on one side only."""
+
+    def plain(name: str) -> str:
+        return ".".join(part for part in name.split(".") if part not in _IN_NAMES)
+
+    known = {plain(name): name for name in own}
+    for name in names:
+        if name not in own and plain(name) in known:
+            return (
+                f"; {known[plain(name)]!r} of this model may be the same parameter: a part of one "
+                "of the two models is in a wrapper (DataParallel, torch.compile). Wrap after "
+                "pf.slim, not before"
+            )
+    return ""
 
 
 def call_model(model: nn.Module, example_inputs: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .errors import ArgumentError, FileFormatError, PlanError
-from .inputs import unwrap
+from .inputs import misplaced, unwrap
 from .planning.pruning_plan import PruningPlan
 from .sharding import refuse_sharded
 from .slimming.slim import SlimInfo, rebuild
@@ -46,9 +46,14 @@ def save(slim: nn.Module, plan: PruningPlan, path: str | os.PathLike[str]) -> No
     refuse_sharded(slim)
     info = getattr(slim, "polarfast_info", None)
     if not isinstance(info, SlimInfo):
+        inside = [n for n, module in slim.named_modules() if hasattr(module, "polarfast_info")]
         raise FileFormatError(
-            "this model was not made by polarfast.slim or polarfast.load: save it with "
-            "torch.save(model.state_dict(), …)"
+            "this model was not made by polarfast.slim or polarfast.load"
+            + (
+                f", but what it holds as its .{inside[0]} was: save that (model.{inside[0]})"
+                if inside
+                else ": save it with torch.save(model.state_dict(), …)"
+            )
         )
     data = {
         "format": FORMAT,
@@ -90,26 +95,41 @@ def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Mod
         raise FileFormatError(
             f"{path} is damaged ({error}): save it again or take a copy"
         ) from error
-    model = rebuild(unwrap(build()), info)
-    state, structure = model.state_dict(keep_vars=True), info.structure
-    rest = {name: tensors.pop(name) for name in [*tensors] if _not_in_state(name, state, structure)}
+    built = unwrap(build())
+    try:
+        model = rebuild(built, info)
+        rest = _fill(model, info.structure, tensors)
+    except (PlanError, RuntimeError) as error:
+        why = misplaced(tensors, built) or f": {error}"
+        raise PlanError(
+            f"build() makes another network than the one saved in {path}{why}"
+        ) from error
+    for name, tensor in rest.items():
+        old = model.get_buffer(name)
+        old.data = tensor.to(old.device)
+    return model
+
+
+def _fill(
+    model: nn.Module, structure: Structure, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Load the state dict; what is left of the tensors is returned.
+
+    Raises:
+        RuntimeError: torch's, where names or shapes differ.
+    """
+    state = model.state_dict(keep_vars=True)
+    rest = {n: tensor for n, tensor in tensors.items() if _not_in_state(n, state, structure)}
     # Where the model was built, in the dtype that was saved.
     placed = {
         name: tensor.to(state[name].device)
         if name in state and state[name].device.type != "meta"
         else tensor
         for name, tensor in tensors.items()
+        if name not in rest
     }
-    try:
-        model.load_state_dict(placed, assign=True)
-    except RuntimeError as error:
-        raise PlanError(
-            f"build() makes another network than the one saved in {path}: {error}"
-        ) from error
-    for name, tensor in rest.items():
-        old = model.get_buffer(name)
-        old.data = tensor.to(old.device)
-    return model
+    model.load_state_dict(placed, assign=True)
+    return rest
 
 
 def load_plan(path: str | os.PathLike[str]) -> PruningPlan:

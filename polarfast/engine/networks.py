@@ -78,7 +78,13 @@ class Networks:
         gates = scales.select(r"\.gate$")
         # The γ of layers without a gate are no gates: clamp="all" must leave them alone.
         others = {name: gate for name, gate in gates.others.items() if name.endswith(".gate")}
-        return pf.ScalingFactors(gates, pinned=gates.pinned, others=others, residual=gates.residual)
+        return pf.ScalingFactors(
+            gates,
+            pinned=gates.pinned,
+            pinned_macs=gates.pinned_macs,
+            others=others,
+            residual=gates.residual,
+        )
 
     def regularizer(
         self, model: nn.Module, scales: pf.ScalingFactors, steps: int

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layers import gate_name, gated_modules
 from ..tracing.classes import Channels
-from ..tracing.graph import Ragged
+from ..tracing.graph import Macs, Ragged
 
 #: What a share may be a share of.
 COSTS = ("macs", "params")
@@ -25,10 +25,7 @@ class Costs:
 
     def __init__(self, model: nn.Module, channels: Channels) -> None:
         graph, label = channels.graph, channels.label
-        self._calls = [call for call in graph.projections if call.counted]
-        self._inputs = Ragged([label[call.inputs] for call in self._calls])
-        self._outputs = Ragged([label[call.outputs] for call in self._calls])
-        self._fixed_macs = graph.fixed_macs
+        self._macs = Macs(graph, label)
         gates = {gate_name(name) for name, _ in gated_modules(model)}
         params = {n: p.shape for n, p in model.named_parameters() if n not in gates}
         axes = {key: ids for key, ids in graph.axes.items() if key[0] in params}
@@ -49,9 +46,7 @@ class Costs:
         Args:
             stays: bool [graph.count] by class label, constant channels among them.
         """
-        n_in, n_out = self._inputs.counts(stays).tolist(), self._outputs.counts(stays).tolist()
-        macs = (call.macs(*sizes) for call, *sizes in zip(self._calls, n_in, n_out, strict=True))
-        return sum(macs) + self._fixed_macs
+        return self._macs(stays)
 
     def params(self, stays: Tensor, new_biases: Iterable[Tensor] = ()) -> int:
         """Number of parameters, gates left out.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, PlanError
 from ..folding.fold import Folded, check_fold, new_biases
 from ..folding.replay import Fold
-from ..inputs import Inputs, unwrap
+from ..inputs import Inputs, misplaced, unwrap
 from ..layers import lost_gates
 from ..scaling.factors import ScalingFactors
 from ..tracing.classes import Channels, Traced, trace_channels
@@ -220,7 +220,8 @@ def check_belongs(model: nn.Module, channels: Channels, scales: ScalingFactors) 
         if params.get(name) is not gamma:
             raise PlanError(
                 f"scales[{name!r}] is not a parameter of this model: call scaling_factors(model, "
-                f"…) on the model to plan, or take scales.rebind(model){lost_gates([name])}"
+                "…) on the model to plan, or take scales.rebind(model)"
+                f"{misplaced(scales, model) or lost_gates([name])}"
             )
         if name not in channels.layers:
             raise PlanError(
@@ -257,6 +258,7 @@ def _write_plan(
         kept=choice.kept(),
         layers=layers,
         pinned=dict(channels.pinned),
+        pinned_macs=dict(channels.pinned_macs),
         residual=channels.residual,
         method=method,
         fold=chooser.fold,

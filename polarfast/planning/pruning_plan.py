@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 from ..inputs import Inputs, alike, with_meaning
+from ..scaling.factors import kept_from_cutting
 from ..tracing.classes import RESIDUAL_MODES
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class PruningPlan:
     Attributes:
         kept: γ name -> sorted int64 [K] of kept channels.
         layers: γ name -> `LayerPlan`.
-        pinned: BatchNorm weight -> why it takes no part.
+        pinned, pinned_macs: BatchNorm weight -> why it takes no part; reason -> the share of the
+            MACs that it keeps from being cut, as in `ScalingFactors`.
         residual, method, fold: how the plan was made.
         inputs: description of the example inputs (JSON data).
         macs_before, macs: multiply-accumulates of convolutions and linear layers on the example
@@ -71,6 +73,7 @@ class PruningPlan:
     params_before: int
     params: int
     inexact: dict[str, str] = field(default_factory=dict)
+    pinned_macs: dict[str, float] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     profiled: "Profile | None" = field(default=None, compare=False, repr=False)
@@ -125,6 +128,7 @@ class PruningPlan:
                 for name, layer in self.layers.items()
             },
             "pinned": self.pinned,
+            "pinned_macs": self.pinned_macs,
             "inexact": self.inexact,
             "asked": self.asked,
             "remarks": self.remarks,
@@ -217,10 +221,11 @@ def _from_data(data: Mapping[str, Any]) -> PruningPlan:
         "pinned",
         "inexact",
     )
-    # Plans written before these were recorded have neither.
+    # Plans written before these were recorded have none.
     return PruningPlan(
         kept=kept,
         layers=layers,
+        pinned_macs=dict(data.get("pinned_macs", {})),
         asked=dict(data.get("asked", {})),
         remarks=list(data.get("remarks", [])),
         **{name: data[name] for name in names},
@@ -262,12 +267,7 @@ def table(plan: PruningPlan) -> str:
     ]
     if plan.asked:
         lines.append(f"asked for: {', '.join(f'{k}={v}' for k, v in plan.asked.items())}")
-    reasons: dict[str, list[str]] = {}
-    for name, reason in plan.pinned.items():
-        reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
-        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        lines.append(f"takes no part: {some}: {reason}")
+    lines += kept_from_cutting(plan.pinned, plan.pinned_macs)
     for name, why in plan.inexact.items():
         lines.append(f"not exact: {name}: {why}")
     lines += [f"NOTE: {remark}" for remark in plan.remarks]

@@ -1,7 +1,7 @@
 """How many of the weakest channels must go for a share to be cut, under all limits: `Aim`."""
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from ..errors import ArgumentError, PlanError
 from ..folding.fold import new_biases
 from ..folding.replay import Fold
 from ..folding.visibility import Foretold
+from ..scaling.factors import WORTH_SAYING
 from .costs import COSTS, Costs
 from .selection import Chooser, Selection
 from .thresholds import Ranking
@@ -25,6 +26,7 @@ class Reach:
     Attributes:
         macs: of the multiply-accumulates.
         params: of the parameters.
+        pinned: as `ScalingFactors.pinned_macs`.
         binding: limit that binds, as given -> the largest shares without it, of MACs and of
             parameters.
     """
@@ -32,13 +34,16 @@ class Reach:
     macs: tuple[float, float]
     params: tuple[float, float]
     binding: dict[str, tuple[float, float]]
+    pinned: dict[str, float] = field(default_factory=dict)
 
     def refusal(self, cut: float, of: str = "macs") -> PlanError:
         """Says that this share is out of reach, and what is not."""
         what = {"macs": "MACs", "params": "parameters"}[of]
+        costly = [item for item in self.pinned.items() if item[1] >= WORTH_SAYING][:2]
         return PlanError(
             f"cut={cut:g} of the {what} is out of reach: {self}. Ask for less, ease a limit, or "
             "let more layers take part (residual='expand' or 'couple' in scaling_factors)"
+            + "".join(f"; {share:.1%} of the MACs stay for: {why}" for why, share in costly)
         )
 
     def __str__(self) -> str:
@@ -125,7 +130,8 @@ def reach(chooser: Chooser, ranking: Ranking) -> Reach:
         shares = _Trials(freer, ranking).most.shares
         if any(shares[of] > most[of] + ROUNDING for of in COSTS):
             binding[f"{name}={value}"] = (shares["macs"], shares["params"])
-    return Reach((0.0, most["macs"]), (0.0, most["params"]), binding)
+    pinned = chooser.channels.pinned_macs
+    return Reach((0.0, most["macs"]), (0.0, most["params"]), binding, pinned)
 
 
 class _Trials:

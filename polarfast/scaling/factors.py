@@ -10,10 +10,15 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError, TracingError
-from ..inputs import unwrap
+from ..inputs import misplaced, unwrap
 from ..layers import is_gate, lost_gates
 from ..sharding import present_parameters, whole
 from ..tracing.classes import RESIDUAL_MODES, Channels, trace_channels
+
+#: Reasons that keep a smaller share of the MACs are said without it.
+WORTH_SAYING = 0.0005
+#: Reasons in `repr`.
+SHOWN = 5
 
 
 class ScalingFactors(Mapping[str, nn.Parameter]):
@@ -21,7 +26,11 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
     the layers run.
 
     Attributes:
-        pinned: names of BatchNorm weights that cannot take part -> the reason.
+        pinned: names of BatchNorm weights that cannot take part -> the reason; first those whose
+            reason costs most.
+        pinned_macs: reason -> the share of the network's MACs that it keeps from being cut: by how
+            much the largest share that can be cut (all channels that take part gone, no limits)
+            would grow if the channels pinned for this reason could go too.
         others: BatchNorm weights (in a network with gates: gates) that are not in this mapping
             (clamped too with ``clamp="all"``).
         residual: "keep", "expand", "expand-all" or "couple": what happens to channels that meet in
@@ -40,6 +49,7 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         params: Mapping[str, nn.Parameter],
         *,
         pinned: Mapping[str, str] | None = None,
+        pinned_macs: Mapping[str, float] | None = None,
         others: Mapping[str, nn.Parameter] | None = None,
         residual: str = "keep",
         model: nn.Module | None = None,
@@ -49,6 +59,7 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         self._params = dict(params)
         self._sizes = {name: param.numel() for name, param in self._params.items()}
         self.pinned = dict(pinned or {})
+        self.pinned_macs = dict(pinned_macs or {})
         self.others = dict(others or {})
         self.residual = residual
         self._binding: Any = None  # stepping.binding.Binding, of these very parameters
@@ -89,6 +100,7 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         return ScalingFactors(
             chosen,
             pinned=self.pinned,
+            pinned_macs=self.pinned_macs,
             others={**rest, **self.others},
             residual=self.residual,
             model=None if self._model is None else self._model(),
@@ -105,13 +117,15 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
             ArgumentError: a name is missing in `model` or has another number of channels, or the
                 model is in FullyShardedDataParallel.
         """
-        present = present_parameters(unwrap(model))
+        model = unwrap(model)
+        present = present_parameters(model)
         for name, size in (self._sizes | {n: p.numel() for n, p in self.others.items()}).items():
             if name not in present:
                 raise ArgumentError(
                     f"{name!r} is no parameter of this model, whose names look like "
                     f"{', '.join(map(repr, list(present)[:2]))}: rebind to the model that the "
-                    f"factors were found in, or to one built alike{lost_gates([name])}"
+                    "factors were found in, or to one built alike"
+                    f"{misplaced(self, model) or lost_gates([name])}"
                 )
             if present[name].numel() != size:
                 raise ArgumentError(
@@ -121,9 +135,10 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         return ScalingFactors(
             {name: present[name] for name in self},
             pinned=self.pinned,
+            pinned_macs=self.pinned_macs,
             others={name: present[name] for name in self.others},
             residual=self.residual,
-            model=unwrap(model),
+            model=model,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -132,11 +147,32 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         return {**self.__dict__, "_binding": None, "_model": None}
 
     def __repr__(self) -> str:
-        return (
+        line = (
             f"ScalingFactors({len(self)} layers, {self.numel()} channels, "
-            f"residual={self.residual!r}, "
-            f"{len(self.pinned)} layers pinned)"
+            f"residual={self.residual!r}, {len(self.pinned)} layers pinned)"
         )
+        lines = kept_from_cutting(self.pinned, self.pinned_macs)
+        more = len(lines) - SHOWN
+        lines = [*lines[:SHOWN], *([f"and for {more} further reasons, see .pinned"] * (more > 0))]
+        return "\n  ".join([line, *lines])
+
+
+def kept_from_cutting(pinned: Mapping[str, str], macs: Mapping[str, float]) -> list[str]:
+    """A line for each reason for which layers are pinned: names, the reason, what it costs.
+
+    Args:
+        pinned, macs: as `ScalingFactors.pinned` and `pinned_macs`.
+    """
+    layers: dict[str, list[str]] = {}
+    for name, reason in pinned.items():
+        layers.setdefault(reason, []).append(name)
+    lines = []
+    for reason, names in layers.items():
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        share = macs.get(reason, 0.0)
+        cost = f", which keeps {share:.1%} of the MACs" if share >= WORTH_SAYING else ""
+        lines.append(f"takes no part{cost}: {some}: {reason}")
+    return lines
 
 
 def _check_residual(residual: str) -> None:
@@ -209,6 +245,7 @@ def factors_of(model: nn.Module, channels: Channels) -> ScalingFactors:
     return ScalingFactors(
         taking_part,
         pinned=channels.pinned,
+        pinned_macs=channels.pinned_macs,
         others=others,
         residual=channels.residual,
         model=model,

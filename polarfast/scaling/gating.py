@@ -78,7 +78,12 @@ def add_gates(
     found = factors_of(model, channels)
     gates = {name: gate for name, gate in found.items() if name in channels.graph.gate_names()}
     return ScalingFactors(
-        gates, pinned=found.pinned, others=found.others, residual=residual, model=model
+        gates,
+        pinned=found.pinned,
+        pinned_macs=found.pinned_macs,
+        others=found.others,
+        residual=residual,
+        model=model,
     )
 
 

@@ -4,7 +4,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..copies import double_copy, tensors_of_model
 from ..errors import ArgumentError, PlanError
 from ..folding.fold import check_fold, fold_constants, new_biases
 from ..folding.replay import Fold, shift_of
-from ..inputs import Inputs, device_of, dtype_of, unwrap
+from ..inputs import Inputs, device_of, dtype_of, misplaced, unwrap
 from ..kernels.gather import gather_channels
 from ..layers import drop_gate, fold_gate, gate_name, gated_modules, lost_gates
 from ..planning.pruning_plan import PruningPlan
@@ -22,10 +22,10 @@ from ..planning.remarks import MASS, removed
 from ..planning.selection import Selection, can_vanish, is_balanced
 from ..tracing.classes import Channels, trace_channels
 from ..tracing.graph import ProjectionCall
+from .checking import check_slim
 from .optimizer import migrate_optimizer
 from .origin import Origin
 from .structure import Layout, Structure, blank, fill_, structure_of
-from .verify import check_slim
 
 
 @dataclass
@@ -123,7 +123,11 @@ def slim(
         # Built in float64, where only the algebra can be wrong.
         double = double_copy(model)
         built = blueprint.build(double)[0]
-        check_slim(double, built, plan, fold, examples, (blueprint.folded, channels))
+        seen = plan._traced is not None and plan._traced.channels is channels
+        check_slim(
+            *(double, built, plan, fold, examples, (blueprint.folded, channels)),
+            (lambda: _anew(model, double, plan, fold, examples)) if seen else None,
+        )
     small, edits = blueprint.build(model)
     for name in channels.graph.unrun:
         small.get_submodule(name).register_forward_pre_hook(refuse_other_width)
@@ -270,8 +274,11 @@ def _fit(model: nn.Module, plan: PruningPlan, examples: Inputs) -> tuple[Channel
     channels = _channels(model, plan, examples)
     for name, layer in plan.layers.items():
         if name not in channels.layers:
-            why = channels.pinned.get(name, f"it has no such scaling factor{lost_gates([name])}")
-            raise PlanError(f"the plan does not fit this model: {name} takes no part ({why})")
+            why = channels.pinned.get(name, "it has no such scaling factor")
+            raise PlanError(
+                f"the plan does not fit this model: {name} takes no part ({why})"
+                f"{misplaced(plan.layers, model) or lost_gates([name])}"
+            )
         if channels.layers[name].numel() != layer.channels:
             raise PlanError(
                 f"the plan does not fit this model: {name} has {channels.layers[name].numel()} "
@@ -282,6 +289,16 @@ def _fit(model: nn.Module, plan: PruningPlan, examples: Inputs) -> tuple[Channel
     choice.adopt(plan.kept)
     choice.drop_unread(can_vanish(model, channels))
     return channels, choice
+
+
+def _anew(
+    model: nn.Module, double: nn.Module, plan: PruningPlan, fold: str, examples: Inputs
+) -> tuple[nn.Module, tuple[Fold, Channels]]:
+    """The slim model in float64, and what was folded, without what the plan saw of the model."""
+    forgetful = replace(plan)
+    channels, choice = _fit(model, forgetful, examples)
+    blueprint = _draw(model, forgetful, channels, choice, fold, examples)
+    return blueprint.build(double)[0], (blueprint.folded, channels)
 
 
 def _channels(model: nn.Module, plan: PruningPlan, examples: Inputs) -> Channels:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..copies import double_copy, masked_copy
-from ..errors import VerificationError
+from ..errors import PlanError, VerificationError
 from ..folding.replay import AsFolded, Fold, StaysDouble, run_double
-from ..inputs import Inputs, convert, device_of, dtype_of, seeded, tensors_of, unwrap
+from ..inputs import Inputs, convert, device_of, dtype_of, misplaced, seeded, tensors_of, unwrap
 from ..planning.pruning_plan import PruningPlan
 from ..sharding import refuse_sharded
 from ..tracing.classes import Channels
@@ -93,14 +93,17 @@ def verify(model: nn.Module, slim: nn.Module, plan: PruningPlan, example_inputs:
     Raises:
         ArgumentError: either model is sharded.
         VerificationError: outputs differ in shape, or the original's are not finite.
-        PlanError: the network does not run in float64.
+        PlanError: the plan is not of this network, or it does not run in float64.
     """
+    model, slim = unwrap(model), unwrap(slim)
     for either in (model, slim):
-        refuse_sharded(unwrap(either))
-    info = getattr(unwrap(slim), "polarfast_info", None)
-    report = _compare(
-        unwrap(model),
-        unwrap(slim),
+        refuse_sharded(either)
+    _check_fits(model, plan)
+    infos = [getattr(module, "polarfast_info", None) for module in slim.modules()]
+    info = next((each for each in infos if each is not None), None)  # perhaps of what it wraps
+    report = compare(
+        model,
+        slim,
         plan,
         info.fold if info else plan.fold,
         plan.inputs_like(example_inputs),
@@ -109,46 +112,16 @@ def verify(model: nn.Module, slim: nn.Module, plan: PruningPlan, example_inputs:
     return report
 
 
-def check_slim(
-    model: nn.Module,
-    slim: nn.Module,
-    plan: PruningPlan,
-    fold: str,
-    inputs: Inputs,
-    claimed: tuple[Fold, Channels],
-) -> None:
-    """`slim`'s own check, on random inputs: the slim model must be what the plan says, exactly.
-
-    Where a fold is not exact, the reference sees what was folded instead of what is there, so that
-    one such reader hides nothing else.
-
-    Raises:
-        VerificationError: the slim model does not run, or differs.
-    """
-    try:
-        report = _compare(model, slim, plan, fold, inputs, claimed)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        raise VerificationError(
-            f"the slim model does not run: {type(error).__name__}: {error}. The network's code "
-            "fixes a size that pruning changes (an assertion, a hard-coded size): leave the layers "
-            "before it out with scales.select(…); or has changed since the plan was made: make the "
-            "plan anew"
-        ) from error
-    if not report.exact and report.random:
-        raise VerificationError(
-            "the network draws random numbers in eval mode, others in the slim model than in the "
-            "original, so that these cannot be compared: make it draw none while pf.slim runs, or "
-            "as many whatever the number of channels; verify=False returns the slim model unchecked"
-        )
-    if not report.exact:
-        raise VerificationError(
-            f"the slim model is not what the plan says (fold={fold!r}): error "
-            f"{report.rel_error:.2e} of the output's variation, {report.max_abs_diff:.2e} absolute."
-            " If an attribute, a hook or the code of the network has changed since the plan was "
-            "made, make the plan anew; a network that computes with the number of channels "
-            "(x / x.shape[1]) cannot be pruned there; otherwise this is a bug in polarfast: please "
-            "report the model. verify=False returns the slim model all the same"
-        )
+def _check_fits(model: nn.Module, plan: PruningPlan) -> None:
+    params = dict(model.named_parameters())
+    for name, layer in plan.layers.items():
+        found = params[name].numel() if name in params else "no"
+        if found != layer.channels:
+            raise PlanError(
+                f"the plan does not fit this model: {name} has {found} channels, the plan says "
+                f"{layer.channels}: give the original first, then the slim model"
+                f"{misplaced(plan.layers, model)}"
+            )
 
 
 class Decisions(StaysDouble):
@@ -226,7 +199,7 @@ def _picked(name: str, args: Any, kwargs: dict[str, Any], indices: Tensor) -> Te
 
 
 @torch.no_grad()
-def _compare(
+def compare(
     model: nn.Module,
     slim: nn.Module,
     plan: PruningPlan,
@@ -239,13 +212,13 @@ def _compare(
     dtype = dtype_of(slim)
     pairs = [
         _pair(reference, candidate, inputs, claimed)
-        for inputs in _inputs(examples, device_of(reference))
+        for inputs in inputs_to_compare(examples, device_of(reference))
     ]
     report = _measure([pair[:2] for pair in pairs], dtype)
     if not report.exact and any(decisions.taken for _, _, decisions in pairs):
         pairs = [
             _pair(reference, candidate, inputs, claimed, replay=True)
-            for inputs in _inputs(examples, device_of(reference))
+            for inputs in inputs_to_compare(examples, device_of(reference))
         ]
         helped = _measure([pair[:2] for pair in pairs], dtype)
         # What differs by more than rounding may be hidden behind a decision that was given.
@@ -272,9 +245,9 @@ def _pair(
     """
     decisions = Decisions()
     with nullcontext() if claimed is None else _as_claimed(reference, *claimed), decisions:
-        wanted, decisions.random = _outputs(reference, inputs)
+        wanted, decisions.random = outputs_of(reference, inputs)
     with decisions.replay() if replay else nullcontext():
-        got, _ = _outputs(candidate, inputs)
+        got, _ = outputs_of(candidate, inputs)
     return wanted, got, decisions
 
 
@@ -341,14 +314,14 @@ def _difference(wanted: list[Tensor], got: list[Tensor]) -> float:
     return largest if largest == largest else float("inf")
 
 
-def _inputs(examples: Inputs, device: torch.device) -> Iterator[Any]:
+def inputs_to_compare(examples: Inputs, device: torch.device) -> Iterator[Any]:
     for example in examples.examples:
         yield convert(example, device=device, dtype=torch.float64)
     for seed in range(RANDOM_INPUTS - bool(examples.examples)):
         yield from examples.each(device=device, dtype=torch.float64, seed=100 + seed)
 
 
-def _outputs(model: nn.Module, inputs: Any) -> tuple[list[Tensor], bool]:
+def outputs_of(model: nn.Module, inputs: Any) -> tuple[list[Tensor], bool]:
     """All that a model returns, and whether it drew random numbers: the same ones each time."""
     device = device_of(model)
     with seeded(0, device):

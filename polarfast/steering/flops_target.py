@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ArgumentError
-from ..inputs import unwrap
+from ..inputs import misplaced, unwrap
 from ..kernels.table import Kind
 from ..planning.prediction import CutPredictor
 from ..planning.thresholds import as_factors, thresholds
@@ -174,7 +174,7 @@ class FlopsTarget(Polarization):
             if last >= tensor.numel():
                 raise ArgumentError(
                     f"{name}: this network is no slim form of the one that FlopsTarget was made "
-                    "with; give it what pf.shrink returns"
+                    f"with; give it what pf.shrink returns{misplaced(watched, slim)}"
                 )
         pruned = self.predictor.scales
         gone = {name for name in pruned if not params[name].numel()}

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from ..layers import can_put_back
 from ..sharding import refuse_sharded
 from .dryrun import trace
-from .graph import PIN, Addition, Graph, Match, NormCall, ProjectionCall, Ragged
+from .graph import PIN, Addition, Graph, Macs, Match, NormCall, ProjectionCall, Ragged
 
 #: What may happen to channels that meet in an addition.
 RESIDUAL_MODES = ("keep", "expand", "expand-all", "couple")
 #: Those in which norms put their channels back.
 PUTTING_BACK = ("expand", "expand-all")
 
+WITH_THE_LAYER_BEFORE = "its channels are those of the layer before the depthwise convolution"
 UNRUN = "did not run on the example inputs"
 STEM = "is the stem of a residual network"
 MEETS = {
@@ -61,7 +62,8 @@ class Channels:
         label: int64 [graph.count], the class of each id; PIN: must stay.
         layers: γ name -> class of each of its channels, int64 [C]; the norms that take part, in
             order of execution.
-        pinned: γ name -> why it does not take part.
+        pinned: γ name -> why it does not take part; the reason that costs most first, as in
+            `pinned_macs`.
     """
 
     def __init__(self, graph: Graph, residual: str, can_put_back: Callable[[str], bool]) -> None:
@@ -80,15 +82,15 @@ class Channels:
         #: class labels [P, m]: as many must stay in each row
         self.balanced = self._find_balanced()
         self.layers: dict[str, Tensor] = {}
-        self.pinned: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
         for name, call in self.calls.items():
             reason = self._why_not(name, call)
             if reason is None:
                 self.layers[name] = self.label[call.inputs]
             else:
-                self.pinned[name] = reason
+                self._reasons[name] = reason
         for module in graph.unrun:
-            self.pinned.setdefault(f"{module}.weight".lstrip("."), UNRUN)
+            self._reasons.setdefault(f"{module}.weight".lstrip("."), UNRUN)
 
     # --- who reads and writes what
 
@@ -299,6 +301,41 @@ class Channels:
 
     # --- reasons
 
+    @cached_property
+    def pinned(self) -> dict[str, str]:
+        ranks = {reason: rank for rank, reason in enumerate(self.pinned_macs)}
+        return dict(sorted(self._reasons.items(), key=lambda item: ranks[item[1]]))
+
+    @cached_property
+    def pinned_macs(self) -> dict[str, float]:
+        """Reason -> the share of all multiply-accumulates that it keeps from being cut, the largest
+        first: what would go beside all that can, every channel that takes part gone, if also the
+        channels that are pinned for this reason went, with those that meet them in additions and
+        products. Two reasons may keep the same layer; channels that go with the layer before keep
+        none.
+        """
+        graph = self.graph
+        meeting = [*graph.products, *graph.addition_edges()]
+        together = graph.labels(
+            graph.links(self.boundaries), [pairs[:, (pairs != PIN).all(0)] for pairs in meeting]
+        )
+        takes_part = graph.mask()
+        for labels in self.layers.values():
+            takes_part[labels] = True
+        takes_part[PIN] = False
+        stays = ~takes_part[self.label]
+        macs = Macs(graph, torch.arange(graph.count, device="cpu"))
+        full, least = macs(torch.ones_like(stays)), macs(stays)
+        shares = dict.fromkeys(self._reasons.values(), 0.0)
+        for reason in shares:
+            mine = graph.mask()
+            for name, why in self._reasons.items():
+                if why == reason and why not in (UNRUN, WITH_THE_LAYER_BEFORE):
+                    mine[together[self.calls[name].inputs]] = True
+            mine[PIN] = False
+            shares[reason] = (least - macs(stays & ~mine[together])) / max(full, 1)
+        return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
     def _why_not(self, name: str, call: NormCall) -> str | None:
         """Why a norm does not take part; None if it does."""
         free = (self.label[call.inputs] != PIN) & self._decided_factor[call.inputs]
@@ -319,7 +356,7 @@ class Channels:
             and torch.equal(c.outputs, call.inputs)
             for c in self.graph.projections
         ):
-            return "its channels are those of the layer before the depthwise convolution"
+            return WITH_THE_LAYER_BEFORE
         return "normalizes what no single convolution or linear layer writes (a sum, or the input)"
 
     def _shared(self, call: NormCall) -> str | None:

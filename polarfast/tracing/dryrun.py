@@ -26,11 +26,16 @@ from ..inputs import (
     tensors_in,
     tensors_of,
 )
+from ..reproduction import request
 from .graph import Graph
 from .operators import record
 from .projections import convolution_fits, convolution_shape
 from .recorder import Recorder, pinned_ids
 from .sizes import SizeTracking
+
+
+class _RuleError(TracingError):
+    """A rule fails, whatever the model is."""
 
 
 class _DryRun(Operators):
@@ -56,10 +61,7 @@ class _DryRun(Operators):
             with torch.utils._python_dispatch._disable_current_modes():
                 record(self.recorder, func, args, kwargs, out)
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-            raise TracingError(
-                f"polarfast's rule for {func} fails ({error}): this is a bug in polarfast, please "
-                "report the model"
-            ) from error
+            raise _RuleError(f"polarfast's rule for {func} fails: {error}") from error
         return out
 
 
@@ -101,19 +103,35 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
                 "eager model, then export the slim one"
             ) from error
         _refuse_functions(model)
-        _run(model, example_inputs, recorder)
-        for example in example_inputs[1:] if isinstance(example_inputs, list) else ():
-            recorder.again = True
-            _run(model, example, recorder)
-        recorder.again = False
-        unread = _unread(model, recorder)
-        if unread:
-            # Auxiliary heads and the like run in train mode only; they read channels all the same.
-            recorder.counting = False
-            model.train()
-            _run_in_training(model, example_inputs, recorder, unread[0])
+        with _reported(model, example_inputs):
+            _run_all(model, example_inputs, recorder)
     recorder.graph.unrun = _unrun(model, recorder)
     return recorder.finish()
+
+
+def _run_all(model: nn.Module, example_inputs: Any, recorder: Recorder) -> None:
+    """Every example in eval mode, and one in train mode where that reads further layers."""
+    _run(model, example_inputs, recorder)
+    for example in example_inputs[1:] if isinstance(example_inputs, list) else ():
+        recorder.again = True
+        _run(model, example, recorder)
+    recorder.again = False
+    unread = _unread(model, recorder)
+    if unread:
+        # Auxiliary heads and the like run in train mode only; they read channels all the same.
+        recorder.counting = False
+        model.train()
+        _run_in_training(model, example_inputs, recorder, unread[0])
+
+
+@contextmanager
+def _reported(model: nn.Module, example_inputs: Any) -> Iterator[None]:
+    """Where a rule fails: ask for a report."""
+    try:
+        yield
+    except _RuleError as error:
+        found = request(model, example_inputs, "pf.scaling_factors(model, x)")
+        raise TracingError(f"{error}; {found}") from error
 
 
 @contextmanager
@@ -131,6 +149,11 @@ def _in_parts(model: nn.Module) -> Iterator[None]:
 def _refuse_functions(model: nn.Module) -> None:
     """Raise TracingError for a forward that copies of the model would share."""
     for name, module in model.named_modules():
+        if name and "_orig_mod" in module._modules:
+            raise TracingError(
+                f"{name} is compiled (torch.compile): prune the network as it is before that, then "
+                "compile the slim one"
+            )
         if isinstance(vars(module).get("forward"), types.FunctionType):
             raise TracingError(
                 f"the forward of {name or 'the model'} was replaced by a function, which goes on "

@@ -232,6 +232,8 @@ class Graph:
         fixed_macs: multiply-accumulates of matrix products whose channels are not followed.
         unrun: modules that did not run, with parameters of their own.
         tied: weights that several modules hold.
+        numbers: rows of ids whose number the network's code was seen to compute with (x /
+            x.shape[1]).
     """
 
     count: int = 1
@@ -251,6 +253,7 @@ class Graph:
     fixed_macs: int = 0
     unrun: list[str] = field(default_factory=list)
     tied: set[str] = field(default_factory=set)
+    numbers: list[Tensor] = field(default_factory=list)
 
     def copy(self) -> "Graph":
         """A graph that can be written on while this one stays as it is."""
@@ -303,3 +306,25 @@ class Graph:
             if parents and node not in cut:
                 alive[node] = any(alive[parent] for parent in parents)
         return all(alive[node] for node in self.outputs)
+
+
+class Macs:
+    """Multiply-accumulates on the example inputs, as a function of what stays; fast enough to be
+    asked many times.
+
+    Args:
+        graph: the calls.
+        label: int64 [graph.count], the class of each id.
+    """
+
+    def __init__(self, graph: Graph, label: Tensor) -> None:
+        self._calls = [call for call in graph.projections if call.counted]
+        self._inputs = Ragged([label[call.inputs] for call in self._calls])
+        self._outputs = Ragged([label[call.outputs] for call in self._calls])
+        self._fixed = graph.fixed_macs
+
+    def __call__(self, stays: Tensor) -> int:
+        """Their number when these classes stay (bool [graph.count] by label)."""
+        n_in, n_out = self._inputs.counts(stays).tolist(), self._outputs.counts(stays).tolist()
+        macs = (call.macs(*sizes) for call, *sizes in zip(self._calls, n_in, n_out, strict=True))
+        return sum(macs) + self._fixed

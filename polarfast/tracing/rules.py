@@ -56,6 +56,8 @@ REDUCTIONS = frozenset("mean sum amax amin var std logsumexp linalg_vector_norm"
 FORGET = frozenset(
     "new_zeros new_ones new_full new_empty sym_size sym_stride sym_numel is_same_size".split()
 )
+#: Fewer channels would be given other numbers than they have among all.
+DRAWN = "draws random numbers for each channel"
 #: Products: a factor 0 in one operand is 0 in the result. Every other combination counts as an
 #: addition.
 PRODUCTS = frozenset("mul div".split())
@@ -232,11 +234,10 @@ def opaque(rec: Recorder, func: Any, args: Any, out: Any) -> None:
         value = rec.value(tensor)
         if value is not None:
             sources.append(value)
-            rec.pin(
-                value.ids,
-                f"flows through {func.overloadpacket.__name__}, which mixes channels or is not "
-                "known",
-            )
+            name = func.overloadpacket.__name__
+            drawn = name.startswith("fractional_max_pool")
+            why = DRAWN if drawn else "mixes channels or is not known"
+            rec.pin(value.ids, f"flows through {name}, which {why}")
         rec.use_whole(tensor)
     for tensor in tensors_in(out) if sources else []:
         rec.put_pinned(tensor, sources)

@@ -39,7 +39,32 @@ class Size(int):
     def __reduce__(self) -> tuple[Any, ...]:
         return int, (int(self),)
 
+    def as_number(self) -> int:
+        """Plain, and noted if it counts channels: the network computes with their number."""
+        ids = channels_of(self)
+        recorder = self.sources[0][2]() if ids is not None else None
+        if ids is not None and recorder is not None:
+            recorder.graph.numbers.append(ids)
+        return int(self)
+
+    def __float__(self) -> float:
+        return float(self.as_number())
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.as_number() / other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self.as_number()
+
+    def __pow__(self, other: Any, modulus: Any = None) -> Any:
+        return pow(self.as_number(), other, modulus)
+
+    def __rpow__(self, other: Any, modulus: Any = None) -> Any:
+        return other ** self.as_number()
+
     def __mul__(self, other: Any) -> Any:
+        if not isinstance(other, int):
+            return self.as_number() * other
         value = int(self) * other
         if isinstance(other, Size):
             return Size.of(value, (*self.sources, *other.sources))
@@ -140,6 +165,10 @@ class SizeTracking(TorchFunctionMode):
                 asked = list(_numbers((args[1:], kwargs)))
             with self._asking(asked):
                 return func(*args, **kwargs)
+        if getattr(func, "__name__", "").strip("_") in _ARITHMETIC:
+            for arg in args:
+                if isinstance(arg, Size):
+                    arg.as_number()
         return func(*args, **kwargs)
 
     def _made(self, out: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -233,6 +262,10 @@ _CONVOLUTIONS = frozenset(
         *(torch.conv1d, torch.conv2d, torch.conv3d),
         *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
     }
+)
+_ARITHMETIC = frozenset(
+    "add radd sub rsub mul rmul multiply div rdiv divide truediv rtruediv true_divide pow "
+    "rpow".split()
 )
 _MAKERS = frozenset(
     {

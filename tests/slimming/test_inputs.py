@@ -184,6 +184,30 @@ def test_modules_that_never_ran_are_named():
         slim(x, 1)
 
 
+class Domains(nn.Module):
+    """A norm for each domain, of which one runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(16), nn.BatchNorm2d(16)])
+
+    def forward(self, x, domain=0):
+        return self.out(F.relu(self.norms[domain](self.conv(x))))
+
+
+def test_a_domain_that_never_ran_is_named():
+    torch.manual_seed(0)
+    model, x = Domains(), torch.randn(2, 3, 12, 12)
+    with pytest.warns(UserWarning, match=r"1 modules did not run on the example inputs: norms\.1"):
+        plan = half(model, x)
+    assert "norms.1.weight: did not run" in str(plan)
+    slim = pf.slim(model, plan)
+    close(model, slim, x)
+    with pytest.raises(pf.PlanError, match=r"reads 16 channels and is given \d+: it did not run"):
+        slim(x, 1)
+
+
 def test_an_example_of_each_use():
     torch.manual_seed(0)
     model, x = Tasks(), torch.randn(2, 3, 12, 12)
@@ -303,6 +327,26 @@ def test_a_constant_through_a_depthwise_convolution_without_a_norm(groups):
     slim = pf.slim(model, plan)
     close(model, slim, x)
     close(model, slim, torch.randn(2, 3, 31, 20))
+
+
+def test_taps_of_each_channel_s_own_are_named_or_the_channel_stays():
+    """As in a separable convolution: what several channels leave behind has several borders. One
+    channel alone could be replaced by a constant one only, and no channel would be saved.
+    """
+    for gone, named in ((1, False), (8, True)):
+        torch.manual_seed(0)
+        model, x = Blurred(alike=False), torch.randn(4, 3, 16, 16)
+        settle_with(model, (x,))
+        scales = pf.scaling_factors(model, x)
+        with torch.no_grad():
+            scales["a.1.weight"][:gone] = 0
+        plan = pf.plan(model, x, scales, "fixed", value=0.0)
+        assert ("b.0.weight" in plan.inexact) == named
+        assert (len(plan.kept["a.1.weight"]) < 16) == named
+        slim = pf.slim(model, plan)
+        if not named:
+            close(model, slim, x)
+            close(model, slim, torch.randn(2, 3, 31, 20))
 
 
 def test_groups_that_the_code_fixes_pin():

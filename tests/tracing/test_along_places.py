@@ -107,6 +107,14 @@ def test_along_the_channels_it_pins():
         assert "a.1.weight" in scales.pinned and "b.1.weight" in scales
 
 
+def test_what_draws_numbers_for_each_channel_pins():
+    """With fewer channels, each would be given other numbers."""
+    pool = Through(lambda x: F.fractional_max_pool2d(x, 2, output_size=4))
+    scales = pf.scaling_factors(pool, X)
+    assert "draws random numbers for each channel" in scales.pinned["a.1.weight"]
+    assert "b.1.weight" in scales
+
+
 class Beside(nn.Module):
     """Zeros by the sizes of an activation, joined to it."""
 

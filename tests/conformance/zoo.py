@@ -1,0 +1,130 @@
+"""Networks as other packages build them, from configurations and with random weights; nothing is
+downloaded. `make test-zoo` installs the packages (requirements-zoo.txt) and runs these.
+
+What packages do after their networks (decoding of boxes, losses) is theirs; what is taken here is
+what one would train.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from .case import CLASSES, Case, of
+
+LARGER = (3, 96, 128)
+#: Frames × features of spectrograms.
+SPEECH, LONGER = (60, 24), (90, 24)
+
+
+def _yolo(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        tasks = of("ultralytics", ".nn.tasks")
+        return tasks.DetectionModel(f"{name}.yaml", nc=CLASSES, verbose=False)
+
+    return build
+
+
+def _segmentation(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        make = getattr(of("segmentation_models_pytorch"), name)
+        return make("resnet18", encoder_weights=None, classes=CLASSES)
+
+    return build
+
+
+def _transformers(name: str, **settings: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        package = of("transformers")
+        config = getattr(package, f"{name}Config")(num_labels=CLASSES, **settings)
+        head = "SemanticSegmentation" if name == "Segformer" else "ImageClassification"
+        return getattr(package, f"{name}For{head}")(config)
+
+    return build
+
+
+def timm(name: str) -> Callable[[], nn.Module]:
+    """One of timm's networks."""
+
+    def build() -> nn.Module:
+        return of("timm").create_model(name, pretrained=False, num_classes=CLASSES)
+
+    return build
+
+
+def _facenet() -> nn.Module:
+    return of("facenet_pytorch").InceptionResnetV1(pretrained=None)
+
+
+def _xvector() -> nn.Module:
+    return of("speechbrain", ".lobes.models.Xvector").Xvector(in_channels=SPEECH[1])
+
+
+def _ecapa() -> nn.Module:
+    ecapa = of("speechbrain", ".lobes.models.ECAPA_TDNN").ECAPA_TDNN
+    return ecapa(SPEECH[1], channels=[64] * 4 + [192], attention_channels=32, lin_neurons=32)
+
+
+def _monai() -> nn.Module:
+    return of("monai", ".networks.nets").UNet(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=CLASSES,
+        channels=(16, 32, 64),
+        strides=(2, 2),
+        num_res_units=2,
+        norm="batch",
+    )
+
+
+def _osnet() -> nn.Module:
+    return of("torchreid", ".reid.models.osnet").osnet_x1_0(num_classes=CLASSES, pretrained=False)
+
+
+def _effdet() -> nn.Module:
+    package = of("effdet")
+    config = package.get_efficientdet_config("tf_efficientdet_d0")
+    config.num_classes, config.image_size = CLASSES, [128, 128]
+    return package.EfficientDet(config, pretrained_backbone=False)
+
+
+#: Where the package's own default is a large network: the settings of its smallest.
+SMALLEST: dict[str, dict[str, Any]] = {
+    "EfficientNet": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280}
+}
+TRANSFORMERS = "ResNet RegNet MobileNetV1 MobileNetV2 MobileViT MobileViTV2 EfficientNet Segformer"
+#: With tables of positions for one size of image.
+ONE_SIZE = "efficientformer_l1 efficientformerv2_s0 levit_128s"
+
+
+def _zoo() -> dict[str, Case]:
+    cases = [
+        *(Case(f"ultralytics/{name}", _yolo(name), False) for name in ("yolov8n", "yolo11n")),
+        *(
+            Case(f"segmentation_models_pytorch/{name}", _segmentation(name), False)
+            for name in ("Unet", "UnetPlusPlus", "FPN", "DeepLabV3Plus")
+        ),
+        *(
+            Case(f"transformers/{name}", _transformers(name, **SMALLEST.get(name, {})), False)
+            for name in TRANSFORMERS.split()
+        ),
+        Case("facenet_pytorch/InceptionResnetV1", _facenet, False, (3, 96, 96), (3, 112, 128)),
+        Case("speechbrain/Xvector", _xvector, False, SPEECH, LONGER),
+        Case("speechbrain/ECAPA_TDNN", _ecapa, False, SPEECH, LONGER),
+        Case("monai/UNet", _monai, False, (1, 16, 16, 16), (1, 24, 16, 32)),
+        Case("torchreid/osnet_x1_0", _osnet, False, (3, 64, 32), (3, 96, 64)),
+        Case("effdet/tf_efficientdet_d0", _effdet, False, (3, 128, 128), None),
+        *(
+            Case(f"timm/{name}", timm(name), False)
+            for name in "resnetblur18 dpn48b res2net50_26w_4s mobilevit_xxs mobilevitv2_050".split()
+        ),
+        *(Case(f"timm/{n}", timm(n), False, (3, 224, 224), None) for n in ONE_SIZE.split()),
+    ]
+    return {
+        case.name: replace(case, other=LARGER) if case.shape == (3, 64, 64) else case
+        for case in cases
+    }
+
+
+ZOO = _zoo()

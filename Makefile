@@ -46,6 +46,7 @@ test-abi: $(STAMP)
 # The networks of other packages, which are installed into an environment of their own.
 ZOO := tests/conformance/requirements-zoo.txt
 test-zoo: .venv-zoo/.packages
+	YOLO_CONFIG_DIR=$(CURDIR)/.venv-zoo YOLO_OFFLINE=true HF_HUB_OFFLINE=1 \
 	.venv-zoo/bin/python -m pytest tests/conformance/test_networks.py --models zoo $(ARGS)
 
 .venv-zoo/.packages: $(ZOO) pyproject.toml setup.py $(wildcard csrc/*)

@@ -19,6 +19,7 @@ from .graph import PIN, Graph, Match, NormCall, ProjectionCall, Ragged
 RESIDUAL_MODES = ("keep", "expand", "couple")
 
 UNRUN = "did not run on the example inputs"
+FACTOR = "its channels are multiplied with others that its γ does not make 0, and these are read"
 STEM = "is the stem of a residual network"
 MEETS = {
     "keep": "its channels meet in an addition (residual='expand' or 'couple' can prune them)",
@@ -286,7 +287,13 @@ class Channels:
         free = (self.label[call.inputs] != PIN) & self._decided_factor[call.inputs]
         if name in self._alone and bool(free.any()):
             return None
-        for found in (self._unwritten, self._shared, self._pin_reason, self._stem_or_addition):
+        for found in (
+            self._unwritten,
+            self._shared,
+            self._pin_reason,
+            self._stem_or_addition,
+            self._multiplied,
+        ):
             reason = found(call)
             if reason is not None:
                 return reason
@@ -343,6 +350,12 @@ class Channels:
         if bool(self._meets[call.outputs].any()):
             return MEETS[self.residual]
         return STEM if call.depth <= 1 and self._residual else None
+
+    def _multiplied(self, call: NormCall) -> str | None:
+        of_products = self.graph.mask()
+        for product in self.graph.products:
+            of_products[self._joined[product.out]] = True
+        return FACTOR if bool(of_products[self._joined[call.outputs]].any()) else None
 
 
 def _matches(label: Tensor, match: Match) -> bool:

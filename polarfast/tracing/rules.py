@@ -206,8 +206,8 @@ def gated_half(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> 
         rec.put(out, value.ids.narrow(dim, 0, 1).expand(out.shape), [value])
         return
     first, second = value.ids.chunk(2, dim)
-    halves = (compact(half).contiguous() for half in (first, second))
-    ids = rec.multiply(*halves, args[0] not in rec.nonzero, False)
+    left, right = (compact(half).contiguous() for half in (first, second))
+    ids = rec.multiply(left, right, args[0] not in rec.nonzero, False)
     rec.put(out, ids.expand(out.shape), [value])
 
 

@@ -20,7 +20,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # All tests of one network follow each other: it is built once.
     metafunc.parametrize("case", parameters(chosen(models)), scope="module")
     if "fold" in metafunc.fixturenames:
-        metafunc.parametrize(("mode", "fold"), SOME if models == "fast" else EVERY)
+        metafunc.parametrize(("mode", "fold"), SOME if models in ("fast", "zoo") else EVERY)
     else:
         metafunc.parametrize("mode", MODES)
 

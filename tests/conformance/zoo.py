@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .case import CLASSES, Case, of
 
@@ -57,13 +57,26 @@ def _facenet() -> nn.Module:
     return of("facenet_pytorch").InceptionResnetV1(pretrained=None)
 
 
+class WholeLength(nn.Module):
+    """A network that is told how much of each input counts: all of it. (Its own default for this
+    is in float32, which the suite is not.)"""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x, x.new_ones(len(x)))
+
+
 def _xvector() -> nn.Module:
     return of("speechbrain", ".lobes.models.Xvector").Xvector(in_channels=SPEECH[1])
 
 
 def _ecapa() -> nn.Module:
     ecapa = of("speechbrain", ".lobes.models.ECAPA_TDNN").ECAPA_TDNN
-    return ecapa(SPEECH[1], channels=[64] * 4 + [192], attention_channels=32, lin_neurons=32)
+    network = ecapa(SPEECH[1], channels=[64] * 4 + [192], attention_channels=32, lin_neurons=32)
+    return WholeLength(network)
 
 
 def _monai() -> nn.Module:

@@ -129,6 +129,8 @@ def test_what_goes_is_nothing(name, mode):
     plan = pf.plan(model, X, scales, "fixed", value=0.0, fold="none")
     parts = {gamma.partition(".")[0] for gamma in scales} - {"end", "other"}
     assert parts == set(layers[["keep", "expand", "couple"].index(mode)])
+    if not any(layers):
+        assert any("does not make 0" in why for why in scales.pinned.values())
     slim = pf.slim(model, plan)
     assert not plan.inexact
     assert error(masked(model, plan, zero_beta=True), slim) < TOLERANCE

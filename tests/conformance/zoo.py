@@ -6,14 +6,12 @@ what one would train.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from .case import CLASSES, Case, of
 
-LARGER = (3, 96, 128)
 #: Frames × features of spectrograms.
 SPEECH, LONGER = (60, 24), (90, 24)
 
@@ -107,37 +105,52 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "EfficientNet": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280}
 }
 TRANSFORMERS = "ResNet RegNet MobileNetV1 MobileNetV2 MobileViT MobileViTV2 EfficientNet Segformer"
-#: With tables of positions for one size of image.
-ONE_SIZE = "efficientformer_l1 efficientformerv2_s0 levit_128s"
+TIMM = (
+    "resnetblur18 dpn48b res2net50_26w_4s mobilevit_xxs mobilevitv2_050 efficientformer_l1 "
+    "efficientformerv2_s0 levit_128s"
+)
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    **{f"ultralytics/{name}": _yolo(name) for name in ("yolov8n", "yolo11n")},
+    **{
+        f"segmentation_models_pytorch/{name}": _segmentation(name)
+        for name in ("Unet", "UnetPlusPlus", "FPN", "DeepLabV3Plus")
+    },
+    **{
+        f"transformers/{name}": _transformers(name, **SMALLEST.get(name, {}))
+        for name in TRANSFORMERS.split()
+    },
+    "facenet_pytorch/InceptionResnetV1": _facenet,
+    "speechbrain/Xvector": _xvector,
+    "speechbrain/ECAPA_TDNN": _ecapa,
+    "monai/UNet": _monai,
+    "torchreid/osnet_x1_0": _osnet,
+    "effdet/tf_efficientdet_d0": _effdet,
+    **{f"timm/{name}": timm(name) for name in TIMM.split()},
+}
+#: Of one input, and of one of another size; None where a network is made for one size.
+Sizes = tuple[tuple[int, ...], tuple[int, ...] | None]
+USUAL: Sizes = ((3, 64, 64), (3, 96, 128))
+SIZES: dict[str, Sizes] = {
+    "facenet_pytorch/InceptionResnetV1": ((3, 96, 96), (3, 112, 128)),
+    "speechbrain/Xvector": (SPEECH, LONGER),
+    "speechbrain/ECAPA_TDNN": (SPEECH, LONGER),
+    "monai/UNet": ((1, 16, 16, 16), (1, 24, 16, 32)),
+    "torchreid/osnet_x1_0": ((3, 64, 32), (3, 96, 64)),
+    "effdet/tf_efficientdet_d0": ((3, 128, 128), None),
+    "timm/efficientformer_l1": ((3, 224, 224), None),
+    "timm/efficientformerv2_s0": ((3, 224, 224), None),
+    "timm/levit_128s": ((3, 224, 224), None),
+}
+#: Nothing in them keeps a β from being folded exactly: no depthwise convolutions, no gates.
+EXACT = (
+    "ultralytics/yolov8n segmentation_models_pytorch/Unet "
+    "segmentation_models_pytorch/UnetPlusPlus segmentation_models_pytorch/FPN "
+    "transformers/ResNet transformers/Segformer facenet_pytorch/InceptionResnetV1 "
+    "speechbrain/Xvector monai/UNet timm/resnetblur18 timm/dpn48b timm/res2net50_26w_4s "
+    "timm/levit_128s"
+).split()
 
-
-def _zoo() -> dict[str, Case]:
-    cases = [
-        *(Case(f"ultralytics/{name}", _yolo(name), False) for name in ("yolov8n", "yolo11n")),
-        *(
-            Case(f"segmentation_models_pytorch/{name}", _segmentation(name), False)
-            for name in ("Unet", "UnetPlusPlus", "FPN", "DeepLabV3Plus")
-        ),
-        *(
-            Case(f"transformers/{name}", _transformers(name, **SMALLEST.get(name, {})), False)
-            for name in TRANSFORMERS.split()
-        ),
-        Case("facenet_pytorch/InceptionResnetV1", _facenet, False, (3, 96, 96), (3, 112, 128)),
-        Case("speechbrain/Xvector", _xvector, False, SPEECH, LONGER),
-        Case("speechbrain/ECAPA_TDNN", _ecapa, False, SPEECH, LONGER),
-        Case("monai/UNet", _monai, False, (1, 16, 16, 16), (1, 24, 16, 32)),
-        Case("torchreid/osnet_x1_0", _osnet, False, (3, 64, 32), (3, 96, 64)),
-        Case("effdet/tf_efficientdet_d0", _effdet, False, (3, 128, 128), None),
-        *(
-            Case(f"timm/{name}", timm(name), False)
-            for name in "resnetblur18 dpn48b res2net50_26w_4s mobilevit_xxs mobilevitv2_050".split()
-        ),
-        *(Case(f"timm/{n}", timm(n), False, (3, 224, 224), None) for n in ONE_SIZE.split()),
-    ]
-    return {
-        case.name: replace(case, other=LARGER) if case.shape == (3, 64, 64) else case
-        for case in cases
-    }
-
-
-ZOO = _zoo()
+ZOO = {
+    name: Case(name, build, name in EXACT, *SIZES.get(name, USUAL))
+    for name, build in BUILDERS.items()
+}

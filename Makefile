@@ -1,5 +1,6 @@
 # Every target first makes .venv, with torch and polarfast in it, unless it is there and up to date.
-#   make demo   make demo-quick   make test   make test-fast   make test-abi   make lint   make bench
+#   make demo   make demo-quick   make test   make test-fast   make test-abi   make test-zoo   make lint
+#   make bench
 # Another interpreter: make PYTHON=python3.12.  Another torch: make TORCH='torch==2.13.0'.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo demo-quick test test-fast test-abi lint bench clean
+.PHONY: install demo demo-quick test test-fast test-abi test-zoo lint bench clean
 
 install: $(STAMP)
 
@@ -42,6 +43,17 @@ test-abi: $(STAMP)
 		$(patsubst %,tests/kernels/test_%.py,valley gather put_back table) \
 		tests/stepping/test_step.py tests/slimming/test_slim.py
 
+# The networks of other packages, which are installed into an environment of their own.
+ZOO := tests/conformance/requirements-zoo.txt
+test-zoo: .venv-zoo/.packages
+	YOLO_CONFIG_DIR=$(CURDIR)/.venv-zoo YOLO_OFFLINE=true HF_HUB_OFFLINE=1 \
+	.venv-zoo/bin/python -m pytest tests/conformance/test_networks.py --models zoo $(ARGS)
+
+.venv-zoo/.packages: $(ZOO) pyproject.toml setup.py $(wildcard csrc/*)
+	$(MAKE) VENV=.venv-zoo install
+	.venv-zoo/bin/python -m pip install --quiet --no-deps -r $(ZOO)
+	touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -51,4 +63,4 @@ bench: $(STAMP)
 	for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) .venv-abi build dist *.egg-info polarfast/_C*.so
+	rm -rf $(VENV) .venv-abi .venv-zoo build dist *.egg-info polarfast/_C*.so

@@ -3,6 +3,10 @@ torch-pruning and torch-kirigami make of the same channels.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_models.py --write docs/models.md
         [--models REGULAR-EXPRESSION]   only these rows; the others stay as they were
+        [--ours]                        what peers make of them stays as it was, too
+
+With --models zoo: the networks of other packages, of which peers are not asked; run it with
+.venv-zoo/bin/python, which `make test-zoo` makes.
 
 Figures are kept in benchmarks/results/models.json, from which the page is written. All networks
 take about an hour and a half on one core, and 10 GB of memory.
@@ -16,7 +20,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -32,7 +36,10 @@ from conformance import checks, oracles  # noqa: E402
 from conformance.models import ALL, Case, chosen  # noqa: E402
 from conformance.peers import Kirigami, TorchPruning  # noqa: E402
 from conformance.pruners import MODES, Polarfast, Pruner  # noqa: E402
+from conformance.zoo import ZOO  # noqa: E402
 from models_page import page  # noqa: E402
+
+import polarfast as pf  # noqa: E402
 
 RESULTS = HERE / "results" / "models.json"
 PEERS = {"torch-pruning": TorchPruning(), "torch-kirigami": Kirigami()}
@@ -58,10 +65,15 @@ class Peer:
 
 @dataclass
 class Row:
-    """One network in one mode. `zero` and `beta` are errors as shares of the output's variation."""
+    """One network in one mode. `zero` and `beta` are errors as shares of the output's variation;
+    `layers` and `gammas` are those that take part, `pinned` the share of all γ that do not.
+    """
 
     model: str
     mode: str
+    layers: int | None = None
+    gammas: int | None = None
+    pinned: float | None = None
     cut: float | None = None
     zero: float | None = None
     beta: float | None = None
@@ -71,30 +83,33 @@ class Row:
     peers: dict[str, Peer] = field(default_factory=dict)
 
 
-def measure(case: Case, mode: str, slow: Collection[str] = ()) -> Row:
-    """Prune one network and have the peers prune it, but for those that are known to be `slow`."""
+def measure(case: Case, mode: str, peers: Mapping[str, Pruner | None]) -> Row:
+    """Prune one network and have these peers prune it (None: known to take too long)."""
     row = Row(case.name, mode)
     try:
-        _measure(row, case, slow)
+        _measure(row, case, peers)
     except Exception as error:  # whatever it is, it belongs into the table
         row.failure = describe(error)
     return row
 
 
-def _measure(row: Row, case: Case, slow: Collection[str]) -> None:
+def _measure(row: Row, case: Case, peers: Mapping[str, Pruner | None]) -> None:
     ours, mode = Polarfast(), row.mode
+    scales = pf.scaling_factors(checks.prepared(case), case.inputs(), residual=mode)
+    every = scales.numel() + sum(gamma.numel() for gamma in scales.others.values())
+    row.layers, row.gammas, row.pinned = len(scales), scales.numel(), 1 - scales.numel() / every
     trial = checks.run(ours, case, mode, "none", beta=True)
     checks.check_removed(trial)
     before = oracles.count_macs(trial.original, trial.inputs)
     row.cut = 1 - oracles.count_macs(trial.pruned.model, trial.inputs) / before
-    row.zero = oracles.error(trial.original, trial.pruned.model, trial.probe)
+    row.zero = max(trial.errors(beta=True))
     row.seconds = seconds(ours, trial, mode, trial.asked)
     if mode != "expand":  # no peer puts what is left of a branch back at its places
-        for name, peer in PEERS.items():
-            row.peers[name] = ask(peer, trial, before) if name not in slow else Peer(failure=SLOW)
+        for name, peer in peers.items():
+            row.peers[name] = ask(peer, trial, before) if peer else Peer(failure=SLOW)
     del trial
     with_beta = checks.run(ours, case, mode, "exact", beta=False)
-    row.beta = with_beta.error(beta=False)
+    row.beta = max(with_beta.errors(beta=False))
     why = with_beta.pruned.inexact.values()
     row.inexact = dict(Counter(reason.partition(",")[0] for reason in why))
 
@@ -153,42 +168,51 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:70]}{'…' if len(text) > 70 else ''}"
 
 
-def load() -> dict[tuple[str, str], Row]:
+def load() -> tuple[dict[tuple[str, str], Row], dict[str, str]]:
+    """The rows, and the versions of the peers in them."""
     if not RESULTS.exists():
-        return {}
-    rows = [Row(**data) for data in json.loads(RESULTS.read_text())["rows"]]
+        return {}, {}
+    data = json.loads(RESULTS.read_text())
+    rows = [Row(**each) for each in data["rows"]]
     for row in rows:
-        row.peers = {name: Peer(**data) for name, data in row.peers.items()}  # type: ignore[arg-type]
-    return {(row.model, row.mode): row for row in rows}
+        row.peers = {name: Peer(**each) for name, each in row.peers.items()}  # type: ignore[arg-type]
+    return {(row.model, row.mode): row for row in rows}, data["versions"]
 
 
-def save(rows: dict[tuple[str, str], Row]) -> None:
-    names = list(ALL)
+def save(rows: dict[tuple[str, str], Row], versions: dict[str, str]) -> None:
+    names = [*ALL, *ZOO]
     order = sorted(rows, key=lambda key: (names.index(key[0]), MODES.index(key[1])))
     for key in order:  # those measured last are not always the last of the table
         rows[key] = rows.pop(key)
-    data = {"rows": [asdict(row) for row in rows.values()]}
+    data = {"versions": versions, "rows": [asdict(row) for row in rows.values()]}
     RESULTS.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--models", default="all", help="regular expression of names, fast or all")
+    parser.add_argument("--models", default="all", help="fast, all, zoo or a regular expression")
+    parser.add_argument("--ours", action="store_true", help="leave the peers' figures alone")
     parser.add_argument("--write", type=Path, help="the page to write")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rows = load()
+    rows, versions = load()
     for case in chosen(arguments.models):
-        slow: set[str] = set()
+        peers: dict[str, Pruner | None] = {}
+        if not arguments.ours and case.name not in ZOO:
+            peers |= PEERS
+        versions |= {name: metadata.version(name) for name in peers}
         for mode in MODES:
-            rows[case.name, mode] = row = measure(case, mode, slow)
-            slow |= {name for name, peer in row.peers.items() if peer.failure == SLOW}
+            row = measure(case, mode, peers)
+            peers |= {name: None for name, peer in row.peers.items() if peer.failure == SLOW}
+            if arguments.ours and (case.name, mode) in rows:
+                row.peers = rows[case.name, mode].peers
+            rows[case.name, mode] = row
             print(json.dumps(asdict(row)), flush=True)
-            save(rows)
+            save(rows, versions)
     if arguments.write:
-        versions = {name: metadata.version(name) for name in PEERS}
-        arguments.write.write_text(page(rows, versions, PATIENCE))
+        ours, zoo = ([row for row in rows.values() if (row.model in ZOO) == own] for own in (0, 1))
+        arguments.write.write_text(page(ours, zoo, versions, PATIENCE))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ PUTTING_BACK = ("expand", "expand-all")
 
 WITH_THE_LAYER_BEFORE = "its channels are those of the layer before the depthwise convolution"
 UNRUN = "did not run on the example inputs"
+FACTOR = "its channels are multiplied with others that its γ does not make 0, and these are read"
 STEM = "is the stem of a residual network"
 MEETS = {
     "keep": "its channels meet in an addition (residual='expand' or 'couple' can prune them)",
@@ -134,11 +135,14 @@ class Channels:
 
     @cached_property
     def _written(self) -> Tensor:
-        """Whether a raw label is written by a convolution or linear layer."""
+        """Whether a raw label is written by a convolution or linear layer, or a product of one."""
         written = self.graph.mask()
         for call in self.graph.projections:
             if not call.depthwise:
                 written[self._raw[call.outputs]] = True
+        for product in self.graph.products:
+            sides = written[self._raw[product.left]] | written[self._raw[product.right]]
+            written[self._raw[product.out[sides]]] = True
         written[PIN] = False
         return written
 
@@ -186,6 +190,10 @@ class Channels:
                     put_back[label[add.left]] = True
                 if either or add.right_depth >= add.left_depth:
                     put_back[label[add.right]] = True
+        for product in reversed(self.graph.products):  # a branch may end in one
+            added = put_back[label[product.out]]
+            for side in (product.left, product.right):
+                put_back[label[side[added]]] = True
         put_back[PIN] = False
         return frozenset(
             name
@@ -246,7 +254,7 @@ class Channels:
         """Whether any addition joins a branch and a shortcut, which is shorter, and a γ decides on
         either (in a transformer none does).
         """
-        label = self.graph.labels(self.graph.links())
+        label = self.graph.labels(self.graph.links(), self.graph.product_edges())
         decided = self.graph.mask()
         for name in self._alone:
             decided[label[self.calls[name].outputs]] = True
@@ -259,7 +267,11 @@ class Channels:
 
     def _in_addition(self) -> Tensor:
         meets = self.graph.mask()
-        label = self.graph.labels(self.graph.links(self.boundaries), self.graph.addition_edges())
+        label = self.graph.labels(
+            self.graph.links(self.boundaries),
+            self.graph.addition_edges(),
+            self.graph.product_edges(),
+        )
         for add in self._meeting:
             meets[label[add.left]] = meets[label[add.right]] = True
         return meets[label]
@@ -277,27 +289,47 @@ class Channels:
     def _pin_uncovered(self, edges: list[Tensor]) -> Tensor:
         """Pin classes into which something without a γ adds.
 
-        A class joined by multiplications may go iff one of its factors is wholly decided by γ;
-        within one factor, everything that is added must be.
+        Channels joined by multiplications may go iff γ decides, wholly, of every factor or product
+        among them that a convolution or linear layer reads.
         """
         graph = self.graph
-        factor, joined = graph.labels(edges), graph.labels(edges, graph.products)
-        covered = self._written.clone()[self._raw]
-        bare = graph.mask()
+        factor, joined = graph.labels(edges), graph.labels(edges, graph.product_edges())
+        read = graph.mask()
+        undecided = self._undecided(factor)
         for call in graph.projections:
             if not call.depthwise:
-                bare[call.outputs] = True
-        decided_by_norm = graph.mask()
+                read[call.inputs] = True
+        goes, stays = graph.mask(), graph.mask()
+        goes[joined[self._written[self._raw] & ~undecided[factor]]] = True
+        stays[joined[read & undecided[factor]]] = True
+        self._decided_factor = ~undecided[factor]
+        return torch.where((goes & ~stays)[joined], joined, PIN)
+
+    def _undecided(self, factor: Tensor) -> Tensor:
+        """bool [graph.count]: labels of `factor` of which γ does not wholly decide: something that
+        no norm of its own reads adds to them, or a product that is not 0 where a factor of it is.
+        """
+        graph = self.graph
+        by_norm = graph.mask()
         for name in self._alone:
-            decided_by_norm[self._raw[self.calls[name].inputs]] = True
-        bare &= ~decided_by_norm[self._raw]
-        bare_factor = graph.mask()
-        bare_factor[factor[bare]] = True
-        decided = graph.mask()
-        ids = torch.arange(graph.count, device="cpu")
-        decided[joined[ids[covered & ~bare_factor[factor]]]] = True
-        self._decided_factor = ~bare_factor[factor]
-        return torch.where(decided[joined], joined, PIN)
+            by_norm[self._raw[self.calls[name].inputs]] = True
+        normed = by_norm[self._raw]  # before its norm a channel is not 0
+        undecided = graph.mask()
+        for call in graph.projections:
+            if not call.depthwise:
+                undecided[factor[call.outputs[~normed[call.outputs]]]] = True
+        while True:
+            before = int(undecided.sum())
+            for product in graph.products:
+                open_ = ~normed[product.out]
+                for side, zero in (
+                    (product.left, product.left_zero),
+                    (product.right, product.right_zero),
+                ):
+                    open_ &= undecided[factor[side]] | normed[side] | (not zero)
+                undecided[factor[product.out[open_]]] = True
+            if int(undecided.sum()) == before:
+                return undecided
 
     # --- reasons
 
@@ -315,7 +347,7 @@ class Channels:
         none.
         """
         graph = self.graph
-        meeting = [*graph.products, *graph.addition_edges()]
+        meeting = [*graph.product_edges(), *graph.addition_edges()]
         together = graph.labels(
             graph.links(self.boundaries), [pairs[:, (pairs != PIN).all(0)] for pairs in meeting]
         )
@@ -341,7 +373,13 @@ class Channels:
         free = (self.label[call.inputs] != PIN) & self._decided_factor[call.inputs]
         if name in self._alone and bool(free.any()):
             return None
-        for found in (self._unwritten, self._shared, self._pin_reason, self._stem_or_addition):
+        for found in (
+            self._unwritten,
+            self._shared,
+            self._pin_reason,
+            self._stem_or_addition,
+            self._multiplied,
+        ):
             reason = found(call)
             if reason is not None:
                 return reason
@@ -379,7 +417,7 @@ class Channels:
         """Labels of what goes together through norms and products; through products with what must
         stay not, which say nothing about why.
         """
-        products = [pairs[:, (pairs != PIN).all(0)] for pairs in self.graph.products]
+        products = [pairs[:, (pairs != PIN).all(0)] for pairs in self.graph.product_edges()]
         return self.graph.labels(self.graph.links(self.boundaries), products)
 
     def _pin_reason(self, call: NormCall) -> str | None:
@@ -398,6 +436,12 @@ class Channels:
         if bool(self._meets[call.outputs].any()):
             return MEETS[self.residual]
         return STEM if call.depth <= 1 and self._residual else None
+
+    def _multiplied(self, call: NormCall) -> str | None:
+        of_products = self.graph.mask()
+        for product in self.graph.products:
+            of_products[self._joined[product.out]] = True
+        return FACTOR if bool(of_products[self._joined[call.outputs]].any()) else None
 
 
 def _matches(label: Tensor, match: Match) -> bool:

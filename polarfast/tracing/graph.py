@@ -191,6 +191,23 @@ class Addition:
 
 
 @dataclass(frozen=True, eq=False)
+class Product:
+    """Two activations multiplied element by element (or divided): ids (flat, paired), and those of
+    the result, which are its own: what is added to a product is added to neither factor.
+
+    Attributes:
+        left_zero, right_zero: whether a channel of which the factor's norm makes 0 is still 0 where
+            it is multiplied (behind a sigmoid it is not), and the result then is.
+    """
+
+    left: Tensor
+    right: Tensor
+    out: Tensor
+    left_zero: bool
+    right_zero: bool
+
+
+@dataclass(frozen=True, eq=False)
 class Pin:
     """Ids whose channels must stay, and why."""
 
@@ -221,7 +238,7 @@ class Graph:
             of rows follows its own.
         ties: pairs of ids [2, E] that stand for the same channel (or must be kept or removed
             together).
-        products: pairs of ids that meet in a multiplication.
+        products: activations that meet in a multiplication.
         balanced: ids [P, m]: as many must stay in each row (groups of a convolution, chunks).
         matched: rows of ids that the network's code takes to be equal in number.
         additions: activations that meet in an addition.
@@ -241,7 +258,7 @@ class Graph:
     norms: list[NormCall] = field(default_factory=list)
     axes: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     ties: list[Tensor] = field(default_factory=list)
-    products: list[Tensor] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
     balanced: list[Tensor] = field(default_factory=list)
     matched: list[Match] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
@@ -296,6 +313,14 @@ class Graph:
     def addition_edges(self) -> list[Tensor]:
         """Edges between the channels that meet in additions."""
         return [torch.stack((add.left, add.right)) for add in self.additions]
+
+    def product_edges(self) -> list[Tensor]:
+        """Edges from the factors of each product to its result."""
+        return [
+            torch.stack((side, product.out))
+            for product in self.products
+            for side in (product.left, product.right)
+        ]
 
     def reachable(self, cut: set[int]) -> bool:
         """Whether every output still depends on an input when nodes in `cut` pass nothing on."""

@@ -25,6 +25,8 @@ def record(
     tensors = tensors_in((args, kwargs))
     if any(rec.value(tensor) is not None for tensor in tensors):
         _apply(rec, plain, func, args, kwargs, out)
+        if "batch_norm" not in plain and plain not in _RULES:
+            rules.follow_zero(rec, func, args, kwargs, out)
     elif not rules.parameter_view(rec, plain, args, out):
         for tensor in tensors:
             rec.use_whole(tensor)

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..copies import tensors_of_model
 from ..layers import gate_name, gated_modules
-from .graph import PIN, Addition, Graph, Match, Pin, along, compact
+from .graph import PIN, Addition, Graph, Match, Pin, Product, along, compact
 
 
 @dataclass(eq=False)
@@ -46,6 +46,8 @@ class Recorder:
         self.views: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.written: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.normed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        #: activations that are another number where their channels are 0
+        self.nonzero: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.gates = {gate_name(name) for name, _ in gated_modules(model)}
         self.counting = True  # whether this pass's MACs count
         self.again = False  # whether it is of a further example: calls as before are left out
@@ -129,13 +131,38 @@ class Recorder:
         if left is not right and not torch.equal(left, right):
             self.graph.ties.append(torch.stack((left.reshape(-1), right.reshape(-1))))
 
-    def multiply(self, left: Tensor, right: Tensor) -> None:
-        self.graph.products.append(torch.stack((left.reshape(-1), right.reshape(-1))))
+    def multiply(self, left: Tensor, right: Tensor, left_zero: bool, right_zero: bool) -> Tensor:
+        """The ids of the product of two activations with ids of one shape (see `Product`)."""
+        pairs = torch.stack((left.reshape(-1), right.reshape(-1)))
+        pairs, places = pairs.unique(dim=1, return_inverse=True)
+        out = self.fresh(pairs.shape[1])
+        self.graph.products.append(Product(pairs[0], pairs[1], out, left_zero, right_zero))
+        return out[places].view(left.shape)
 
     def add(self, left: Tensor, right: Tensor, left_depth: int, right_depth: int) -> None:
-        self.graph.additions.append(
-            Addition(left.reshape(-1), right.reshape(-1), left_depth, right_depth)
-        )
+        """Say that channels meet in an addition. Products that share a factor go together already:
+        they are the same channels, as in x + x * gate.
+        """
+        left, right = left.reshape(-1), right.reshape(-1)
+        others = self._factors(right)
+        if any(torch.equal(one, other) for one in self._factors(left) for other in others):
+            self.tie(left, right)
+        else:
+            self.graph.additions.append(Addition(left, right, left_depth, right_depth))
+
+    def _factors(self, ids: Tensor) -> list[Tensor]:
+        """These ids and, if they are of a product, those of all its factors."""
+        found, left = list[Tensor](), [ids]
+        while left:
+            ids = left.pop()
+            if any(torch.equal(ids, each) for each in found):
+                continue
+            found.append(ids)
+            for product in self.graph.products:
+                place = ids - product.out[0]  # new ids are a run of numbers
+                if bool(((place >= 0) & (place < product.out.numel())).all()):
+                    left += [product.left[place], product.right[place]]
+        return found
 
     def balance(self, parts: Tensor) -> None:
         """Say that as many channels must stay in each row of ids [P, m]."""

@@ -208,8 +208,9 @@ def gated_half(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> 
         rec.put(out, value.ids.narrow(dim, 0, 1).expand(out.shape), [value])
         return
     first, second = value.ids.chunk(2, dim)
-    rec.multiply(*(compact(half).contiguous() for half in (first, second)))
-    rec.put(out, first, [value])
+    left, right = (compact(half).contiguous() for half in (first, second))
+    ids = rec.multiply(left, right, args[0] not in rec.nonzero, False)
+    rec.put(out, ids.expand(out.shape), [value])
 
 
 def same(rec: Recorder, args: tuple[Any, ...], out: Any) -> None:
@@ -286,15 +287,41 @@ def is_gate(rec: Recorder, factor: Any) -> bool:
     return view is not None and view.gate is None and view.name in rec.gates
 
 
+#: Stands for any number that is not 0, nor made 0 by the sums and differences that networks write.
+SOME = 0.7310586
+
+
+def follow_zero(rec: Recorder, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Note whether a result is still 0 where its channels are: an operator that works element by
+    element is asked, all others leave 0 at 0.
+    """
+
+    def stand_in(tensor: Tensor) -> Tensor:
+        zero = rec.value(tensor) is not None and tensor not in rec.nonzero
+        return torch.full([1] * tensor.dim(), 0.0 if zero else SOME, device="cpu").to(tensor.dtype)
+
+    for result in tensors_in(out):
+        if torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
+            found = func(*tree_map_only(Tensor, stand_in, args), **kwargs)
+            zero = not bool(tensors_in(found)[0].any())
+        else:
+            zero = not any(tensor in rec.nonzero for tensor in tensors_in((args, kwargs)))
+        if zero:
+            rec.nonzero.pop(result, None)
+        else:
+            rec.nonzero[result] = True
+
+
 @dataclass(frozen=True, eq=False)
 class Operand:
     """One operand, or several already joined: ids in the result's shape, and the dimensions along
-    which it is repeated.
+    which it is repeated; whether it is 0 where its channels are.
     """
 
     ids: Tensor
     repeated: frozenset[int]
     depth: int
+    zero: bool
 
     @property
     def varying(self) -> set[int]:
@@ -307,30 +334,32 @@ def pointwise(rec: Recorder, name: str, args: tuple[Any, ...], out: Tensor) -> N
     """
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     tracked = [(tensor, value) for tensor in tensors if (value := rec.value(tensor)) is not None]
-    joined = _operand(*tracked[0], out)
+    joined = _operand(rec, *tracked[0], out)
     for tensor, value in tracked[1:]:
-        joined = _join(rec, name, joined, _operand(tensor, value, out))
+        joined = _join(rec, name, joined, _operand(rec, tensor, value, out))
     for tensor in tensors:
         if rec.value(tensor) is None:
             _constant(rec, name, joined.ids, tensor, out)
     rec.put(out, joined.ids, [value for _, value in tracked])
 
 
-def _operand(tensor: Tensor, value: Value, out: Tensor) -> Operand:
+def _operand(rec: Recorder, tensor: Tensor, value: Value, out: Tensor) -> Operand:
     offset = out.dim() - tensor.dim()
     repeated = frozenset(
         d
         for d in range(out.dim())
         if out.shape[d] > 1 and (d < offset or tensor.shape[d - offset] == 1)
     )
-    return Operand(value.ids.expand(out.shape), repeated, value.depth)
+    zero = tensor not in rec.nonzero
+    return Operand(value.ids.expand(out.shape), repeated, value.depth, zero)
 
 
 def _join(rec: Recorder, name: str, left: Operand, right: Operand) -> Operand:
     small = compact(left.ids), compact(right.ids)
     depth, repeated = max(left.depth, right.depth), left.repeated & right.repeated
+    both = left.zero and right.zero
     if torch.equal(*small):
-        return Operand(left.ids, repeated, depth)
+        return Operand(left.ids, repeated, depth, both)
     for one, other in ((left, right), (right, left)):
         if other.repeated & one.varying:
             # One value for all channels, e.g. a spatial mask: as a factor it leaves a zero channel
@@ -338,13 +367,13 @@ def _join(rec: Recorder, name: str, left: Operand, right: Operand) -> Operand:
             rec.pin(other.ids, f"is repeated over several channels ({name})")
             if name not in PRODUCTS or other.varying:
                 rec.pin(one.ids, f"meets an activation that several of its channels share ({name})")
-            return Operand(one.ids, repeated, depth)
+            return Operand(one.ids, repeated, depth, both)
     one_ids, other_ids = torch.broadcast_tensors(*small)
     if name in PRODUCTS:
-        rec.multiply(one_ids, other_ids)
-    else:
-        rec.add(one_ids, other_ids, left.depth, right.depth)
-    return Operand(left.ids if left.varying else right.ids, repeated, depth)
+        ids = rec.multiply(one_ids, other_ids, left.zero, right.zero and name != "div")
+        return Operand(ids.expand(left.ids.shape), repeated, depth, both)
+    rec.add(one_ids, other_ids, left.depth, right.depth)
+    return Operand(left.ids if left.varying else right.ids, repeated, depth, both)
 
 
 def _constant(rec: Recorder, name: str, ids: Tensor, tensor: Tensor, out: Tensor) -> None:

@@ -3,14 +3,14 @@ docs/models.md.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from . import oracles
-from .models import Case
+from .case import Case
 from .pruners import MODES, Channels, Pruned, Pruner
 
 
@@ -24,6 +24,7 @@ class Trial:
         pruned: what became of it.
         inputs: the example inputs that the pruner was given.
         probe: inputs that it was not given.
+        elsewhere: inputs of another size, where the network takes one.
     """
 
     original: nn.Module
@@ -31,11 +32,18 @@ class Trial:
     pruned: Pruned
     inputs: Tensor
     probe: Tensor
+    elsewhere: Tensor | None
 
-    def error(self, beta: bool) -> float:
-        """Against the original with γ (and with `beta` β) 0 on what is gone."""
+    def errors(self, beta: bool) -> list[float]:
+        """Against the original with γ (and with `beta` β) 0 on what is gone: on `probe` and, where
+        there is one, `elsewhere`.
+        """
         reference = oracles.masked(self.original, self.pruned.removed, beta)
-        return oracles.error(reference, self.pruned.model, self.probe)
+        return [
+            oracles.error(reference, self.pruned.model, inputs)
+            for inputs in (self.probe, self.elsewhere)
+            if inputs is not None
+        ]
 
 
 @lru_cache(maxsize=1)
@@ -73,7 +81,8 @@ def run(pruner: Pruner, case: Case, mode: str, fold: str, beta: bool) -> Trial:
     """Zero (see `zeroed`) and prune."""
     model, asked, inputs = zeroed(pruner, case, mode, beta)
     pruned = pruner.prune(copy.deepcopy(model), inputs, mode, asked, fold)
-    return Trial(model, asked, pruned, inputs, case.inputs(batch=4, seed=9))
+    elsewhere = None if case.other is None else replace(case, shape=case.other).inputs(seed=9)
+    return Trial(model, asked, pruned, inputs, case.inputs(batch=4, seed=9), elsewhere)
 
 
 def check_removed(trial: Trial) -> None:

@@ -4,19 +4,17 @@ Detectors are taken without anchors and non-maximum suppression, where no channe
 backbone and their heads.
 """
 
-import importlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
-from .pruners import MODES
+from .case import CLASSES, Case, of
+from .zoo import ZOO, timm
 
-CLASSES = 10
 #: Cheap ones of each family: what is run where nothing else is asked for.
 FAST = (
     "resnet18|resnext50_32x4d|densenet121|googlenet|inception_v3|mobilenet_v2|mobilenet_v3_small|"
@@ -24,35 +22,6 @@ FAST = (
     "timm/resnetv2_50|timm/mobilenetv4_conv_small"
 )
 SMALLEST = "shufflenet_v2_x0_5"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A network of the suite.
-
-    Attributes:
-        name: as its library calls it, "timm/" before timm's.
-        build: makes it, with random weights.
-        exact: whether a pruner can keep every β exactly, with constant channels where a zero-padded
-            convolution reads them: no depthwise convolutions, no squeeze-excite.
-        pixels: height and width of its inputs.
-        heads: leave the network itself in train mode, though none of its layers, for outputs that
-            exist in that mode only.
-        modes: in which there is anything to prune: where all channels meet in additions, "couple".
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    exact: bool
-    pixels: int = 64
-    heads: bool = False
-    modes: tuple[str, ...] = MODES
-
-    def inputs(self, batch: int = 2, seed: int = 3) -> Tensor:
-        """Random images, float64 [batch, 3, pixels, pixels]."""
-        generator = torch.Generator().manual_seed(seed)
-        shape = (batch, 3, self.pixels, self.pixels)
-        return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 class DenseDetector(nn.Module):
@@ -92,17 +61,8 @@ def _detector(name: str, head: str) -> Callable[[], nn.Module]:
     return build
 
 
-def _timm(name: str) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        timm = pytest.importorskip("timm")
-        return timm.create_model(name, pretrained=False, num_classes=CLASSES)
-
-    return build
-
-
 def _torchvision(module: str) -> Any:
-    pytest.importorskip("torchvision")
-    return importlib.import_module(f"torchvision.{module}")
+    return of("torchvision", f".{module}")
 
 
 EXACT = (
@@ -127,8 +87,7 @@ COUPLED = ("timm/repvgg_a0", "timm/mobileone_s0")
 
 
 def _all() -> dict[str, Case]:
-    pixels = {"inception_v3": 128}
-    cases = [Case(name, _classifier(name), True, pixels.get(name, 64)) for name in EXACT.split()]
+    cases = [Case(name, _classifier(name), True) for name in EXACT.split()]
     cases += [Case(name, _classifier(name), False) for name in MEASURED.split()]
     cases += [
         Case("fcn_resnet50", _segmentation("fcn_resnet50", aux_loss=True), True),
@@ -149,23 +108,26 @@ def _all() -> dict[str, Case]:
             False,
         ),
     ]
-    cases += [Case(f"timm/{name}", _timm(name), True) for name in TIMM_EXACT.split()]
-    cases += [Case(f"timm/{name}", _timm(name), False) for name in TIMM_MEASURED.split()]
-    return {
-        case.name: replace(case, modes=("couple",)) if case.name in COUPLED else case
-        for case in cases
-    }
+    cases += [Case(f"timm/{name}", timm(name), True) for name in TIMM_EXACT.split()]
+    cases += [Case(f"timm/{name}", timm(name), False) for name in TIMM_MEASURED.split()]
+    special: dict[str, dict[str, Any]] = {name: {"modes": ("couple",)} for name in COUPLED}
+    special["inception_v3"] = {"shape": (3, 128, 128), "other": (3, 144, 160)}
+    return {case.name: replace(case, **special.get(case.name, {})) for case in cases}
 
 
 ALL = _all()
 
 
 def chosen(models: str) -> list[Case]:
-    """The networks whose whole name matches a regular expression, or "all", or the "fast" ones."""
-    pattern = {"all": ".*", "fast": FAST}.get(models, models)
-    found = [case for case in ALL.values() if re.fullmatch(pattern, case.name)]
+    """The networks whose whole name matches a regular expression, or "all", or the "fast" ones, or
+    the other packages' ("zoo").
+    """
+    if models in ("all", "zoo"):
+        return list((ALL if models == "all" else ZOO).values())
+    pattern, known = FAST if models == "fast" else models, ALL | ZOO
+    found = [case for case in known.values() if re.fullmatch(pattern, case.name)]
     if not found:
-        raise ValueError(f"--models {models!r} matches none of {', '.join(ALL)}")
+        raise ValueError(f"--models {models!r} matches none of {', '.join(known)}")
     return found
 
 

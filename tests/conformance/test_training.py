@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 FAST = "resnet18|googlenet|mobilenet_v3_small|shufflenet_v2_x0_5|regnet_y_400mf"
 #: Networks with outputs that exist in train mode only, and what these need to be able to run.
-TRAIN_ONLY = {"googlenet": 64, "inception_v3": 299}
+TRAIN_ONLY = {"googlenet": (3, 64, 64), "inception_v3": (3, 299, 299)}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -51,8 +51,8 @@ def test_a_further_training_step(pruner, case, mode, optimizer):
 
 
 def test_like_the_original(pruner, case, mode):
-    pixels = TRAIN_ONLY.get(case.name, case.pixels)  # it is trained
-    training.check_likeness(pruner, replace(case, pixels=pixels), mode)
+    shape = TRAIN_ONLY.get(case.name, case.shape)  # it is trained
+    training.check_likeness(pruner, replace(case, shape=shape), mode)
 
 
 def test_the_same_again(pruner, case, mode):
@@ -83,7 +83,7 @@ def test_outputs_of_train_mode(pruner, name, request):
     dropout not, so that it can be compared) computes the same on all its outputs."""
     if name == "inception_v3" and request.config.getoption("--models") == "fast":
         pytest.skip("299 pixels take long: --models all")
-    case = replace(ALL[name], heads=True, pixels=TRAIN_ONLY[name])
+    case = replace(ALL[name], heads=True, shape=TRAIN_ONLY[name])
     trial = checks.run(pruner, case, hardest(pruner, case), "none", True)
     checks.check_removed(trial)
     assert trial.pruned.model.training

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, oracles
-from .models import Case
+from .case import Case
 from .pruners import Pruner
 
 Optimizer = torch.optim.Optimizer

@@ -152,15 +152,16 @@ def _writes(rec: Recorder, weight: str, count: int) -> Tensor:
 
 
 def unknown_projection(rec: Recorder, operands: tuple[Any, ...], out: Tensor) -> None:
-    """A product whose weight is not a parameter of the model: nothing that flows into it can be
-    removed.
-    """
+    """A product whose weight is not a parameter of the model."""
+    reason = "read by a product whose weight is not a plain parameter (computed, or an activation)"
+    refuse(rec, operands, out, reason)
+
+
+def refuse(rec: Recorder, operands: tuple[Any, ...], out: Tensor, reason: str) -> None:
+    """Nothing that flows into this can be removed."""
     sources = [value for operand in operands if (value := rec.value(operand)) is not None]
     for value in sources:
-        rec.pin(
-            value.ids,
-            "read by a product whose weight is not a plain parameter (computed, or an activation)",
-        )
+        rec.pin(value.ids, reason)
     for operand in operands:
         rec.use_whole(operand)
     if sources:
@@ -171,17 +172,18 @@ def batch_norm(rec: Recorder, overload: str, args: tuple[Any, ...], out: Tensor)
     """aten.native_batch_norm and siblings: (input, weight, bias, running_mean, running_var, …)."""
     x, tensors = args[0], list(args[1:3] if overload == "no_stats" else args[1:5])
     value = rec.value(x)
-    if value is None:
-        return
     views = [rec.view(tensor) for tensor in tensors]
     gates = {view.gate for view in views[:2] if view}
-    if len(gates) > 1 or any(
-        tensor is not None and view is None for tensor, view in zip(tensors, views, strict=True)
+    if (
+        value is None
+        or len(gates) > 1
+        or any(
+            tensor is not None and view is None for tensor, view in zip(tensors, views, strict=True)
+        )
     ):
-        rec.pin(value.ids, "normalized with parameters that are computed, not plain ones")
-        for tensor in tensors:
-            rec.use_whole(tensor)
-        rec.put_pinned(out, [value])
+        refuse(
+            rec, (x, *tensors), out, "normalized with parameters that are computed, not plain ones"
+        )
         return
     inputs = rec.channels(value, 1)
     weight, bias, mean, var = names = [

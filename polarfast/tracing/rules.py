@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..inputs import tensors_in
 from .graph import PIN, along, compact, varying_dims
-from .recorder import ParameterView, Recorder, Value
+from .recorder import ParameterView, Recorder, Value, pinned_ids
 
 #: The result has the first argument's shape and channels (operators torch does not tag as
 #: pointwise).
@@ -94,38 +94,47 @@ def join(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
     """
     movement(rec, func, args, out)
     dim = (args[1] if len(args) > 1 else 0) % out.dim()
-    rows = []
+    operands = []
     for tensor in args[0]:
         value = rec.value(tensor)
-        ids = torch.full((), PIN, device="cpu").expand(tensor.shape) if value is None else value.ids
+        ids = pinned_ids(tensor) if value is None else value.ids
         if func.overloadpacket.__name__ == "stack":
             ids = ids.unsqueeze(dim)
-        if ids.numel() and dim not in varying_dims(ids):
-            rows.append(ids.narrow(dim, 0, 1))
+        if ids.dim() == out.dim():  # torch leaves out what has one dimension and no element
+            operands.append(ids)
+    varying = [varying_dims(ids) for ids in operands]
+    if not any(dims - {dim} for dims in varying):
+        return
+    if any(dim in dims or not ids.numel() for ids, dims in zip(operands, varying, strict=True)):
+        for ids in operands:
+            rec.pin(ids, "joined along another dimension than that of its channels")
+        return
+    rows = [compact(ids.narrow(dim, 0, 1)) for ids in operands]
     for row in rows[1:]:
-        if varying_dims(row) or varying_dims(rows[0]):
-            rec.tie(*torch.broadcast_tensors(compact(rows[0]), compact(row)))
+        rec.tie(*torch.broadcast_tensors(rows[0], row))
 
 
 def spatial(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
     """Pooling, resizing, reflection: over as many last dimensions as the name says."""
     value = rec.values[args[0]]
-    result = out[0] if isinstance(out, tuple) else out
     name = func.overloadpacket.__name__
     space = next(int(char) for char in name if char in "123")
     rank = value.ids.dim()
-    if varying_dims(value.ids) & set(range(rank - space, rank)):
+    others = [other for other in args[1:] if isinstance(other, Tensor)]  # a grid to sample at
+    fixed = {*range(rank - space, rank), *([0] if others else [])}  # it has as many samples
+    if varying_dims(value.ids) & fixed:
         opaque(rec, func, args, out)
         return
-    for other in args[1:]:  # a grid to sample at
-        if isinstance(other, Tensor) and (where := rec.value(other)) is not None:
+    for other in others:
+        if (where := rec.value(other)) is not None:
             rec.pin(where.ids, f"says where {name} reads")
     if not name.startswith(("adaptive_avg", "_adaptive_avg")):
         rec.graph.pooled.append(compact(value.ids).reshape(-1))
     ids = value.ids
     for dim in range(rank - space, rank):
         ids = ids.narrow(dim, 0, 1)
-    rec.put(result, ids.expand(result.shape), [value])
+    for result in tensors_in(out):  # indices too
+        rec.put(result, ids.expand(result.shape), [value])
 
 
 def reduction(
@@ -212,8 +221,8 @@ def gated_half(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> 
 
 def same(rec: Recorder, args: tuple[Any, ...], out: Any) -> None:
     value = rec.values[args[0]]
-    result = out[0] if isinstance(out, tuple) else out
-    rec.put(result, value.ids, [value])
+    for result in tensors_in(out):
+        rec.put(result, value.ids, [value])
 
 
 def is_restrided(before: Tensor, out: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .graph import PIN, along, varying_dims
 from .recorder import Recorder, Value, spread
 from .rules import movement
-from .sizes import Kept, Size, becomes, channels_of
+from .sizes import FIXED, Kept, Size, becomes, channels_of
 
 SPLIT = "a reshape splits the channels by sizes that do not follow their number"
 
@@ -32,6 +32,9 @@ def view(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
         dims = [dim for dim in sources if value.ids.shape[dim] > 1]
         pieces = [dim for dim in pieces if out.shape[dim] > 1]
         if not varying & set(dims):
+            for size in _at(asked, pieces) if asked else ():  # of other activations
+                if (row := channels_of(size)) is not None:
+                    rec.pin(row, FIXED)
             continue
         if len(pieces) > 1:
             _split(rec, value, dims, [out.shape[d] for d in pieces], asked and _at(asked, pieces))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..inputs import tensors_in
 from .graph import along, compact, varying_dims
 from .recorder import Recorder, Value, spread
 
@@ -146,7 +147,10 @@ class SizeTracking(TorchFunctionMode):
             return self._sizes(func(*args, **kwargs), func, args, kwargs)
         if func in _ASKED:
             with self._asking(_ASKED[func](self.recorder, args, kwargs)):
-                return func(*args, **kwargs)
+                out = func(*args, **kwargs)
+                if func in _VIEWS and self.recorder.value(out) is None:
+                    self._viewed(out)
+                return out
         if func in _REPEATS:
             out = func(*args, **kwargs)
             tensors, outs, sizes = _REPEATS[func](self.recorder, args, kwargs, out)
@@ -180,6 +184,20 @@ class SizeTracking(TorchFunctionMode):
                 return
         for row in rows.values():
             recorder.pin(row, "a new tensor is made by their number, not with one place for each")
+
+    def _viewed(self, out: Tensor) -> None:
+        """A parameter or constant that was given a shape by the number of channels: it has as many
+        places as these.
+        """
+        view = self.recorder.view(out)
+        for dim, size in enumerate(self.recorder.asked or ()):
+            if (row := channels_of(size)) is None:
+                continue
+            own = view.dims[dim] if view else None
+            if view is None or own is None or row.numel() != out.shape[dim]:
+                self.recorder.pin(row, FIXED)
+            else:
+                self.recorder.axis(view.name, own, row)
 
     def _repeated(self, tensor: Tensor, out: Tensor, sizes: Sequence[Any]) -> None:
         """A tensor that was brought to these sizes by repeating it (or, back, by sums)."""
@@ -273,6 +291,7 @@ def _of_chunks(recorder: Recorder, args: Any, kwargs: dict[str, Any]) -> list[An
     return [Kept, pieces] if type(pieces) is int else _of_cut(recorder, args, kwargs)
 
 
+Asked = Callable[[Recorder, Any, dict[str, Any]], list[Any] | None]
 Repeats = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Any]]
 
 
@@ -301,6 +320,14 @@ def _together(recorder: Recorder, args: Any, kwargs: dict[str, Any], out: Any) -
     return tensors, out, sizes
 
 
+def _grid(recorder: Recorder, args: Any, kwargs: dict[str, Any], out: Any) -> Repeats:
+    """Each along a dimension of its own, repeated along those of the others."""
+    for tensor in tensors_in(args):
+        if (value := recorder.value(tensor)) is not None:
+            recorder.pin(value.ids, REPEATED)
+    return [], [], []
+
+
 def _numbers(tree: Any) -> Iterator[int]:
     if isinstance(tree, slice):
         tree = (tree.start, tree.stop)
@@ -315,10 +342,13 @@ def _numbers(tree: Any) -> Iterator[int]:
 
 _COUNTS = frozenset({Tensor.numel, Tensor.nelement, torch.numel})
 _SIZES = frozenset({Tensor.shape.__get__, Tensor.size, *_COUNTS})  # type: ignore[attr-defined]
-#: How the sizes are found that a call asks for, which the operator's rule goes by.
-_ASKED: dict[Any, Callable[[Recorder, Any, dict[str, Any]], list[Any] | None]] = {
+_VIEWS: dict[Any, Asked] = {
     **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), _of_view),
     **dict.fromkeys((Tensor.view_as, Tensor.reshape_as), _of_other),
+}
+#: How the sizes are found that a call asks for, which the operator's rule goes by.
+_ASKED: dict[Any, Asked] = {
+    **_VIEWS,
     **dict.fromkeys((Tensor.unflatten, torch.unflatten), _of_unflatten),
     **dict.fromkeys((Tensor.__getitem__, Tensor.narrow, torch.narrow), _of_cut),
     **dict.fromkeys((Tensor.split, torch.split), _of_cut),
@@ -332,7 +362,8 @@ _REPEATS: dict[Any, Callable[[Recorder, Any, dict[str, Any], Any], Repeats]] = {
     Tensor.sum_to_size: _to_sizes,
     Tensor.expand_as: _to_other,
     **dict.fromkeys((Tensor.repeat, Tensor.tile, torch.tile), _times),
-    **dict.fromkeys((torch.broadcast_tensors, torch.meshgrid), _together),
+    torch.broadcast_tensors: _together,
+    torch.meshgrid: _grid,
 }
 _CONVOLUTIONS = frozenset(
     {

@@ -25,6 +25,8 @@ def record(
     tensors = tensors_in((args, kwargs))
     if any(rec.value(tensor) is not None for tensor in tensors):
         _apply(rec, plain, func, args, kwargs, out)
+        if in_place and args and isinstance(args[0], Tensor):
+            rules.written_through(rec, args[0])
     elif not rules.parameter_view(rec, plain, args, out):
         for tensor in tensors:
             rec.use_whole(tensor)
@@ -72,26 +74,30 @@ def _apply(
         reshapes.CUTS[plain](rec, func, args, out)
     elif plain in rules.SPATIAL and first:
         rules.spatial(rec, func, args, out)
-    elif plain in rules.REDUCTIONS and first and isinstance(out, Tensor):
+    elif plain in rules.REDUCTIONS and first:
         rules.reduction(rec, func, args, kwargs, out)
     elif (
         plain in rules.LINES and func._overloadname != "other" or plain in rules.TRANSFORMS
     ) and first:
         rules.line(rec, func, args, kwargs, out)
-    elif plain == "gather" and first:
-        rules.gather(rec, func, args, out)
-    elif plain == "glu" and first:
-        rules.gated_half(rec, func, args, out)
+    elif plain in rules.OTHERS and first:
+        rules.OTHERS[plain](rec, func, args, out)
     elif plain in rules.SAME and first:
         rules.same(rec, args, out)
-    elif (
-        (torch.Tag.pointwise in func.tags or plain in rules.POINTWISE)
-        and isinstance(out, Tensor)
-        and not kwargs.get("out")
-    ):
+    elif _is_pointwise(plain, func) and isinstance(out, Tensor) and not kwargs.get("out"):
         pointwise(rec, plain, args, out)
     else:
         rules.opaque(rec, func, (args, kwargs), out)
+
+
+def _is_pointwise(plain: str, func: Any) -> bool:
+    """Whether torch says so, of the operator or (of some it says it only there) of the one that is
+    not in place.
+    """
+    if torch.Tag.pointwise in func.tags or plain in rules.POINTWISE:
+        return True
+    other = getattr(getattr(torch.ops.aten, plain, None), func._overloadname, None)
+    return other is not None and torch.Tag.pointwise in other.tags
 
 
 _RULES: Mapping[str, Callable[[Recorder, tuple[Any, ...], Any], None]] = {

@@ -251,6 +251,7 @@ CUTS: dict[str, Callable[..., None]] = {
     "unbind": cut(lambda x, dim=0: {dim: None}),
     "index_select": cut(lambda x, dim, index: {dim: None}),
     "flip": cut(lambda x, dims: dict.fromkeys(dims)),
+    "rot90": cut(lambda x, k=1, dims=(0, 1): dict.fromkeys(dims)),
     "roll": cut(lambda x, shifts, dims=(): dict.fromkeys(dims or range(x.dim()))),
     "unfold": cut(lambda x, dim, size, step: {dim: None}),
     "index": cut(lambda x, indices: {d: None for d, i in enumerate(indices) if i is not None}),

@@ -1,5 +1,6 @@
 """Rules for the operators that move, combine and reduce activations, by operator name."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,11 @@ from .recorder import ParameterView, Recorder, Value, pinned_ids
 #: pointwise).
 SAME = frozenset(
     "clone contiguous alias detach _to_copy lift_fresh hardswish hardsigmoid hardtanh relu6 celu "
-    "mish native_dropout bernoulli empty_like zeros_like ones_like full_like rand_like "
-    "randn_like".split()
+    "mish log_sigmoid_forward native_dropout bernoulli empty_like zeros_like ones_like full_like "
+    "rand_like randn_like randint_like _conj _neg_view".split()
 )
 #: Element-by-element operators of several tensors that torch does not tag as pointwise.
-POINTWISE = frozenset("prelu _prelu_kernel".split())
+POINTWISE = frozenset("prelu _prelu_kernel rsub floor_divide complex polar".split())
 #: Movements that keep every channel whole whatever the number of channels: the operator itself, run
 #: on the ids.
 FREE_MOVES = frozenset(
@@ -42,7 +43,8 @@ SPATIAL = frozenset(
 #: a channel depends on that channel alone.
 LINES = {
     **dict.fromkeys("max min median nanmedian mode sort argmax argmin".split(), 1),
-    **dict.fromkeys("cumsum cumprod cummax cummin logcumsumexp _softmax _log_softmax".split(), 1),
+    **dict.fromkeys("cumsum cumprod cummax cummin logcumsumexp".split(), 1),
+    **dict.fromkeys("_softmax _log_softmax _safe_softmax".split(), 1),
     **dict.fromkeys("topk kthvalue".split(), 2),
 }
 #: Those of them that work along the last dimension unless told; the others over everything.
@@ -50,7 +52,10 @@ LAST = frozenset("mode sort topk kthvalue".split())
 #: Transforms over several dimensions, given as their second argument.
 TRANSFORMS = frozenset("_fft_r2c _fft_c2c _fft_c2r".split())
 #: Reductions over given dimensions.
-REDUCTIONS = frozenset("mean sum amax amin var std logsumexp linalg_vector_norm".split())
+REDUCTIONS = frozenset(
+    "mean sum nansum prod amax amin aminmax var std var_mean std_mean logsumexp linalg_vector_norm "
+    "any all count_nonzero".split()
+)
 #: Operators whose result does not carry channels: shapes, and new tensors of a size given in
 #: numbers.
 FORGET = frozenset(
@@ -138,7 +143,7 @@ def spatial(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
 
 
 def reduction(
-    rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+    rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> None:
     """Reduce over dimensions along which the channel is the same (a mean over height and width)."""
     value = rec.values[args[0]]
@@ -155,17 +160,16 @@ def reduction(
     if set(dims) & varying_dims(value.ids):
         opaque(rec, func, args, out)
         return
-    if any(value.ids.shape[dim] == 0 for dim in dims):  # a sum of nothing is a constant
-        rec.put_pinned(out, [value])
-        return
-    ids = value.ids
-    for dim in dims:
-        ids = ids.narrow(dim, 0, 1)
-    rec.put(
-        out,
-        ids.reshape(out.shape) if ids.numel() == out.numel() else compact(ids).expand(out.shape),
-        [value],
-    )
+    for result in tensors_in(out):
+        if any(value.ids.shape[dim] == 0 for dim in dims):  # a sum of nothing is a constant
+            rec.put_pinned(result, [value])
+            continue
+        ids = value.ids
+        for dim in dims:
+            ids = ids.narrow(dim, 0, 1)
+        same_size = ids.numel() == result.numel()
+        ids = ids.reshape(result.shape) if same_size else compact(ids).expand(result.shape)
+        rec.put(result, ids, [value])
 
 
 def line(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -207,6 +211,43 @@ def gather(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None
     rec.put(out, own, [value, where])
 
 
+def unpool(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+    """Each channel's values put at the places that the same channel's indices say."""
+    value, where = rec.values[args[0]], rec.value(args[1])
+    space = int(func.overloadpacket.__name__[-2])
+    first = value.ids.dim() - space
+    if where is None or (varying_dims(value.ids) | varying_dims(where.ids)) - set(range(first)):
+        opaque(rec, func, args, out)
+        return
+    rec.tie(*torch.broadcast_tensors(compact(value.ids), compact(where.ids)))
+    rec.graph.pooled.append(compact(value.ids).reshape(-1))
+    ids = value.ids
+    for dim in range(first, first + space):
+        ids = ids.narrow(dim, 0, 1)
+    rec.put(out, ids.expand(out.shape), [value, where])
+
+
+def copy_into(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+    """Channels written over others, which they go together with from here on."""
+    into, value = rec.value(args[0]), rec.value(args[1])
+    if into is None or value is None or args[0] is not out:
+        opaque(rec, func, args, out)
+        return
+    rec.tie(*torch.broadcast_tensors(into.ids, value.ids))
+    rec.put(out, into.ids, [into, value])
+
+
+def as_pairs(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+    """Complex numbers as a last dimension of their two parts, and back."""
+    value = rec.values[args[0]]
+    back = out.dim() < value.ids.dim()
+    if back and value.ids.dim() - 1 in varying_dims(value.ids):
+        opaque(rec, func, args, out)
+        return
+    ids = value.ids.select(-1, 0) if back else value.ids.unsqueeze(-1)
+    rec.put(out, ids.expand(out.shape), [value])
+
+
 def gated_half(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
     """F.glu: the first half of a dimension times a gate made from the second half."""
     value = rec.values[args[0]]
@@ -219,10 +260,23 @@ def gated_half(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> 
     rec.put(out, first, [value])
 
 
+#: Operators with a rule of their own.
+OTHERS: dict[str, Callable[[Recorder, Any, tuple[Any, ...], Any], None]] = {
+    "gather": gather,
+    "max_unpool2d": unpool,
+    "max_unpool3d": unpool,
+    "copy": copy_into,
+    "view_as_real": as_pairs,
+    "view_as_complex": as_pairs,
+    "glu": gated_half,
+}
+
+
 def same(rec: Recorder, args: tuple[Any, ...], out: Any) -> None:
     value = rec.values[args[0]]
     for result in tensors_in(out):
-        rec.put(result, value.ids, [value])
+        if result.shape == value.ids.shape:  # not an empty buffer
+            rec.put(result, value.ids, [value])
 
 
 def is_restrided(before: Tensor, out: Tensor) -> bool:
@@ -249,9 +303,16 @@ def opaque(rec: Recorder, func: Any, args: Any, out: Any) -> None:
         rec.use_whole(tensor)
     for tensor in tensors_in(out) if sources else []:
         rec.put_pinned(tensor, sources)
-        # Written through a view: the buffer behind it now holds activations too.
-        if tensor._base is not None and func.overloadpacket.__name__.endswith("_"):
-            rec.put_pinned(tensor._base, sources)
+
+
+def written_through(rec: Recorder, view: Tensor) -> None:
+    """A view was written: what it is a view of holds activations too, and its size is a fact of the
+    code where nothing else is known of it.
+    """
+    value, base = rec.value(view), view._base
+    if value is not None and base is not None and rec.value(base) is None:
+        rec.pin(value.ids, "written into a part of a tensor of a fixed size")
+        rec.put_pinned(base, [value])
 
 
 def parameter_view(rec: Recorder, name: str, args: tuple[Any, ...], out: Any) -> bool:

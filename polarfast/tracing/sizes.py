@@ -350,7 +350,8 @@ _VIEWS: dict[Any, Asked] = {
 _ASKED: dict[Any, Asked] = {
     **_VIEWS,
     **dict.fromkeys((Tensor.unflatten, torch.unflatten), _of_unflatten),
-    **dict.fromkeys((Tensor.__getitem__, Tensor.narrow, torch.narrow), _of_cut),
+    **dict.fromkeys((Tensor.__getitem__, Tensor.__setitem__), _of_cut),
+    **dict.fromkeys((Tensor.narrow, torch.narrow), _of_cut),
     **dict.fromkeys((Tensor.split, torch.split), _of_cut),
     **dict.fromkeys((Tensor.split_with_sizes, torch.split_with_sizes), _of_cut),
     **dict.fromkeys((Tensor.chunk, torch.chunk), _of_chunks),

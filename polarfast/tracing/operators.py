@@ -55,13 +55,17 @@ def _apply(
     first = isinstance(args[0], Tensor) and rec.value(args[0]) is not None if args else False
     if plain in rules.FORGET:
         return
+    by_element = _is_pointwise(plain, func)
+    if not (by_element or plain in rules.SAME or plain == "gather"):
+        rules.refuse_repeated(rec, (args, kwargs))
     if plain == "mul" and first and rules.is_gate(rec, args[1]):
+        rules.refuse_repeated(rec, args)
         projections.gate(rec, args[0], args[1], out)
         return
     if rule is not None:
         rule(rec, args, out)
     elif "batch_norm" in plain and isinstance(out, tuple):
-        projections.batch_norm(rec, func._overloadname, args, out[0])
+        projections.batch_norm(rec, func._overloadname, args, out)
     elif plain in ("cat", "stack"):
         rules.join(rec, func, args, out)
     elif plain in rules.FREE_MOVES:
@@ -84,7 +88,7 @@ def _apply(
         rules.OTHERS[plain](rec, func, args, out)
     elif plain in rules.SAME and first:
         rules.same(rec, args, out)
-    elif _is_pointwise(plain, func) and isinstance(out, Tensor) and not kwargs.get("out"):
+    elif by_element and isinstance(out, Tensor) and not kwargs.get("out"):
         pointwise(rec, plain, args, out)
     else:
         rules.opaque(rec, func, (args, kwargs), out)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..inputs import tensors_in
 from .graph import NormCall, ProjectionCall
 from .recorder import ParameterView, Recorder, spread
 from .sizes import channels_of
@@ -157,19 +158,22 @@ def unknown_projection(rec: Recorder, operands: tuple[Any, ...], out: Tensor) ->
     refuse(rec, operands, out, reason)
 
 
-def refuse(rec: Recorder, operands: tuple[Any, ...], out: Tensor, reason: str) -> None:
+def refuse(rec: Recorder, operands: tuple[Any, ...], out: Any, reason: str) -> None:
     """Nothing that flows into this can be removed."""
     sources = [value for operand in operands if (value := rec.value(operand)) is not None]
     for value in sources:
         rec.pin(value.ids, reason)
     for operand in operands:
         rec.use_whole(operand)
-    if sources:
-        rec.put_pinned(out, sources)
+    for result in tensors_in(out) if sources else ():
+        rec.put_pinned(result, sources)
 
 
-def batch_norm(rec: Recorder, overload: str, args: tuple[Any, ...], out: Tensor) -> None:
-    """aten.native_batch_norm and siblings: (input, weight, bias, running_mean, running_var, …)."""
+def batch_norm(rec: Recorder, overload: str, args: tuple[Any, ...], outs: Any) -> None:
+    """aten.native_batch_norm and siblings: (input, weight, bias, running_mean, running_var, …) to
+    (output, the batch's mean and deviation in train mode, …).
+    """
+    out, *statistics = outs
     x, tensors = args[0], list(args[1:3] if overload == "no_stats" else args[1:5])
     value = rec.value(x)
     views = [rec.view(tensor) for tensor in tensors]
@@ -182,7 +186,7 @@ def batch_norm(rec: Recorder, overload: str, args: tuple[Any, ...], out: Tensor)
         )
     ):
         refuse(
-            rec, (x, *tensors), out, "normalized with parameters that are computed, not plain ones"
+            rec, (x, *tensors), outs, "normalized with parameters that are computed, not plain ones"
         )
         return
     inputs = rec.channels(value, 1)
@@ -205,6 +209,9 @@ def batch_norm(rec: Recorder, overload: str, args: tuple[Any, ...], out: Tensor)
     rec.put(out, spread(outputs, out.shape, 1), [value])
     rec.values[out].node = node
     rec.normed[out] = len(rec.graph.norms) - 1
+    for each in statistics:
+        if each.shape == inputs.shape:
+            rec.put(each, inputs, [value])
 
 
 def gate(rec: Recorder, x: Tensor, factor: Tensor, out: Tensor) -> None:

@@ -2,8 +2,8 @@
 written.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ from .graph import PIN, Addition, Graph, Match, Pin, along, compact
 @dataclass(eq=False)
 class Value:
     """An activation: its ids (of its own shape), its node, and the projections on the longest path
-    to it.
+    to it. `repeated`: dimensions along which it is repeated as often as there are channels of
+    another activation -> the ids of these.
     """
 
     ids: Tensor
     node: int
     depth: int
+    repeated: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ FORGET = frozenset(
 #: Products: a factor 0 in one operand is 0 in the result. Every other combination counts as an
 #: addition.
 PRODUCTS = frozenset("mul div".split())
+REPEATED = "repeated by the number of other channels"
 
 
 def movement(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
@@ -197,6 +198,28 @@ def line(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         rec.put(result, kept.expand(result.shape), [value])
 
 
+def refuse_repeated(rec: Recorder, args: Any) -> None:
+    """Pin what is repeated as often as there are other channels, and these: a position would be of
+    either.
+    """
+    for value in filter(None, map(rec.value, tensors_in(args))):
+        for row in value.repeated.values():
+            rec.pin(torch.cat((row, compact(value.ids).reshape(-1))), REPEATED)
+
+
+def repeated_for(rec: Recorder, value: Value, ids: Tensor) -> None:
+    """A value meets channels `ids`, of the same shape or with more dimensions before: along those
+    by whose number it is repeated these must be the ones, else all of them stay.
+    """
+    for dim, row in value.repeated.items():
+        dim += ids.dim() - value.ids.dim()
+        line = along(ids, dim) if dim in varying_dims(ids) else None
+        if line is None:
+            rec.pin(torch.cat((row, compact(value.ids).reshape(-1))), REPEATED)
+        else:
+            rec.match(line, row, REPEATED)
+
+
 def gather(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
     """Values at places along a dimension on which the channel is the same."""
     x, dim, index = args[:3]
@@ -204,9 +227,16 @@ def gather(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None
     rank = value.ids.dim()
     varying = varying_dims(value.ids)
     if where is None or dim % rank in varying | varying_dims(where.ids):
+        refuse_repeated(rec, args)
         opaque(rec, func, args, out)
         return
     own, other = (each.narrow(dim, 0, 1).expand(out.shape) for each in (value.ids, where.ids))
+    if where.repeated and not varying_dims(where.ids):
+        rec.pin(where.ids, "says where gather reads")
+        repeated_for(rec, where, own)
+        rec.put(out, own, [value, where])
+        return
+    refuse_repeated(rec, args)
     rec.tie(*torch.broadcast_tensors(compact(own), compact(other)))
     rec.put(out, own, [value, where])
 
@@ -277,6 +307,7 @@ def same(rec: Recorder, args: tuple[Any, ...], out: Any) -> None:
     for result in tensors_in(out):
         if result.shape == value.ids.shape:  # not an empty buffer
             rec.put(result, value.ids, [value])
+            rec.values[result].repeated = value.repeated
 
 
 def is_restrided(before: Tensor, out: Tensor) -> bool:
@@ -382,6 +413,8 @@ def pointwise(rec: Recorder, name: str, args: tuple[Any, ...], out: Tensor) -> N
     for tensor in tensors:
         if rec.value(tensor) is None:
             _constant(rec, name, joined.ids, tensor, out)
+    for _, value in tracked:
+        repeated_for(rec, value, joined.ids)
     rec.put(out, joined.ids, [value for _, value in tracked])
 
 
@@ -390,7 +423,8 @@ def _operand(tensor: Tensor, value: Value, out: Tensor) -> Operand:
     repeated = frozenset(
         d
         for d in range(out.dim())
-        if out.shape[d] > 1 and (d < offset or tensor.shape[d - offset] == 1)
+        if out.shape[d] > 1
+        and (d < offset or tensor.shape[d - offset] == 1 or d - offset in value.repeated)
     )
     return Operand(value.ids.expand(out.shape), repeated, value.depth)
 

@@ -7,7 +7,7 @@ computes in another way counts as fixed.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..inputs import tensors_in
-from .graph import along, compact, varying_dims
+from .graph import along, varying_dims
 from .recorder import Recorder, Value, spread
 
 #: Ids of an activation, one of its dimensions, and the trace that these ids are of.
@@ -101,7 +101,6 @@ class Kept:
 
 
 FIXED = "a reshape to sizes that are fixed in the network's code"
-REPEATED = "repeated by the number of other channels"
 
 
 def becomes(rec: Recorder, value: Value, dims: list[int], asked: Any) -> None:
@@ -167,6 +166,9 @@ class SizeTracking(TorchFunctionMode):
             out = func(*args, **kwargs)
             self._made(out, _sizes_given(args, kwargs))
             return out
+        for size in _numbers((args, kwargs)):
+            if (row := channels_of(size)) is not None:
+                self.recorder.pin(row, f"their number is an argument of {func.__name__}")
         return func(*args, **kwargs)
 
     def _made(self, out: Tensor, sizes: Sequence[Any]) -> None:
@@ -215,9 +217,8 @@ class SizeTracking(TorchFunctionMode):
         if value is None:
             self._made(out, grown)
             return
-        for size in grown:
-            if (row := channels_of(size)) is not None:
-                recorder.pin(torch.cat((row, compact(value.ids).reshape(-1))), REPEATED)
+        rows = ((dim, channels_of(size)) for dim, size in enumerate(grown))
+        recorder.values[out].repeated = {dim: row for dim, row in rows if row is not None}
 
     @contextmanager
     def _asking(self, sizes: list[Any] | None) -> Iterator[None]:
@@ -324,7 +325,7 @@ def _grid(recorder: Recorder, args: Any, kwargs: dict[str, Any], out: Any) -> Re
     """Each along a dimension of its own, repeated along those of the others."""
     for tensor in tensors_in(args):
         if (value := recorder.value(tensor)) is not None:
-            recorder.pin(value.ids, REPEATED)
+            recorder.pin(value.ids, "on a grid with others (meshgrid)")
     return [], [], []
 
 
@@ -335,7 +336,7 @@ def _numbers(tree: Any) -> Iterator[int]:
         tree = tree.values()
     if isinstance(tree, int):
         yield tree
-    elif not isinstance(tree, (Tensor, str)) and hasattr(tree, "__iter__"):
+    elif isinstance(tree, Iterable) and not isinstance(tree, (Tensor, str, Iterator)):
         for item in tree:
             yield from _numbers(item)
 
@@ -374,7 +375,7 @@ _CONVOLUTIONS = frozenset(
 )
 _MAKERS = frozenset(
     {
-        *(torch.zeros, torch.ones, torch.full, torch.empty, torch.rand, torch.randn),
+        *(torch.zeros, torch.ones, torch.full, torch.empty),
         *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty),
     }
 )

@@ -249,6 +249,8 @@ def cut(case: Case, said: Said, most: int, values: bool = True) -> str | None:
             _, part = case.run(case.with_channels(chosen))
         except (RuntimeError, ValueError, IndexError) as error:
             return f"fails on classes {kept}: {error}"
+        if len(part) != len(whole):
+            return f"returns {len(part)} results on classes {kept}"
         for number, (full, label, slim) in enumerate(zip(whole, said.results, part, strict=True)):
             left = full if label is None else full[torch.isin(label, stay)]
             if left.numel() != slim.numel():
@@ -300,6 +302,8 @@ def stays_apart(case: Case) -> bool:
         try:
             _, part = case.run(case.with_channels({leaf: stay}))
         except (RuntimeError, ValueError, IndexError):
+            return False
+        if len(part) != len(whole):
             return False
         for full, owner, slim in list(zip(whole, of, part, strict=True))[: max(own, 1)]:
             left = full[owner != gone]

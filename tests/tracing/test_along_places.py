@@ -5,6 +5,7 @@ asked for: the layer before is pruned, and what comes out is exact.
 import pytest
 import torch
 import torch.nn.functional as F
+from support.masked import TOLERANCE, error, masked
 from support.nets import settle, zero
 from torch import nn
 
@@ -27,6 +28,32 @@ def grid(x):
 def gathered(x):
     places = torch.ones(x.shape[0], x.shape[1], 4, dtype=torch.long)
     return x.flatten(2).gather(2, places).unsqueeze(-1)
+
+
+class Attention(nn.Module):
+    """One mask for all channels, brought to their number; and their values where it is highest."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = block(3, 16), block(16, 8, 1), nn.Conv2d(8, 3, 1)
+        self.mask = nn.Conv2d(3, 1, 1)
+
+    def forward(self, x):
+        mask = self.mask(x).sigmoid()
+        x = self.a(x)
+        best = mask.flatten(2).topk(5)[1].expand(-1, x.shape[1], -1)
+        x = x * mask.expand_as(x).contiguous() * mask.repeat(1, x.shape[1], 1, 1)
+        return self.out(self.b(x.flatten(2).gather(2, best).unsqueeze(-1)))
+
+
+def test_what_is_repeated_by_the_number_of_channels():
+    model = settle(Attention(), X)
+    scales = pf.scaling_factors(model, X.double())
+    zero(scales)
+    plan = pf.plan(model, X.double(), scales, "fixed", value=0.0, fold="none")
+    assert len(plan.kept["a.1.weight"]) < 16
+    slim = pf.slim(model, plan)
+    assert error(masked(model, plan, zero_beta=True), slim, (3, 8, 8)) < TOLERANCE
 
 
 def unpooled(x):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from support.operator_cases import ask, cases, cut, less, stays_apart
+from torch import Tensor
 
 LIST = Path(__file__).parent / "operators.txt"
 SHARDS = 8
@@ -48,12 +49,13 @@ def named(op):
 
 
 def works(case):
-    """Whether the operator takes the arguments, and returns the same ones twice."""
+    """Whether the operator takes these arguments, and returns anything."""
     try:
-        case.run()
-    except Exception:
+        _, results = case.run()
+    except Exception:  # whatever a sample is refused with
         return False
-    return True
+    own = len(results) - sum(isinstance(leaf, Tensor) for leaf in case.leaves)
+    return any(result.numel() for result in results[:own])
 
 
 def wrong(name, case, said, most):

@@ -42,10 +42,26 @@ NETWORKS = {
     "an input expanded like another": lambda net, x: torch.cat(
         [net.a(x), x[:, :1].expand_as(net.a(x))], 1
     ),
+    "a mask for other channels": lambda net, x: torch.cat(
+        [x[:, :1].expand_as(net.a(x)) * net.plain(x), net.a(x)], 1
+    ),
+    "a repeated mask alone": lambda net, x: torch.cat(
+        [x[:, :1].expand_as(net.a(x)).sigmoid().flip(2), net.a(x)], 1
+    ),
     "broadcast together": lambda net, x: torch.cat(torch.broadcast_tensors(net.a(x), x[:, :1]), 1),
     "a larger new tensor": lambda net, x: torch.cat(
         [net.a(x), torch.zeros(2, 2 * net.a(x).shape[1], 8, 8, dtype=x.dtype)], 1
     ),
+    "numbers beside": lambda net, x: torch.cat(
+        [net.a(x), torch.arange(net.a(x).shape[1]).view(1, -1, 1, 1).expand(2, -1, 8, 8)], 1
+    ),
+    "random numbers beside": lambda net, x: torch.cat(
+        [net.a(x), torch.rand(2, net.a(x).shape[1], 8, 8, dtype=x.dtype).clamp(max=0)], 1
+    ),
+    "divided by their number": lambda net, x: net.a(x) / net.a(x).shape[1],
+    "pooled to as many places": lambda net, x: F.adaptive_avg_pool2d(
+        x.mean(1, keepdim=True), (net.a(x).shape[1], 1)
+    ).transpose(1, 2),
     "an empty one beside": lambda net, x: torch.cat(
         [net.a(x), torch.zeros(2, 8, 0, 8, dtype=x.dtype)], 2
     ),

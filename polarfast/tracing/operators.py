@@ -72,7 +72,7 @@ def _apply(
         rules.movement(rec, func, args, out)
     elif plain in ("view", "_unsafe_view", "reshape") and first:
         reshapes.view(rec, func, args, out)
-    elif plain == "as_strided" and first and rules.is_restrided(args[0], out):
+    elif plain == "as_strided" and first and rules.is_restrided(rec.values[args[0]].ids, out):
         rules.same(rec, args, out)
     elif plain in reshapes.CUTS and first:
         reshapes.CUTS[plain](rec, func, args, out)

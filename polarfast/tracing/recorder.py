@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..copies import tensors_of_model
 from ..layers import gate_name, gated_modules
-from .graph import PIN, Addition, Graph, Match, Pin, along, compact
+from .graph import PIN, Addition, Graph, Match, Pin, along, compact, varying_dims
 
 
 @dataclass(eq=False)
@@ -173,13 +173,15 @@ class Recorder:
 
     def channels(self, value: Value, dim: int) -> Tensor:
         """Ids per index of `dim`. Where several channels share an index (a concatenation along the
-        height), they are tied.
+        height), they are tied; where all share each, none can go.
         """
         line = along(value.ids, dim)
         if line is None:
+            if dim not in varying_dims(value.ids):
+                self.pin(value.ids, "read along another dimension than that of its channels")
             rows = compact(value.ids).movedim(dim, 0).flatten(1)
-            line = rows[:, 0]
-            self.tie(line.unsqueeze(1).expand_as(rows), rows)
+            self.tie(rows[:, :1].expand_as(rows), rows)
+            line = rows[:, 0].expand(value.ids.shape[dim])
         return line
 
 

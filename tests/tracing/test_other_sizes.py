@@ -66,6 +66,7 @@ NETWORKS = {
         [net.a(x), torch.zeros(2, 8, 0, 8, dtype=x.dtype)], 2
     ),
     "joined across": lambda net, x: torch.cat([net.a(x), net.c(x).transpose(1, 2)], 2),
+    "mixed along the places": lambda net, x: net.mix(net.a(x).flatten(2)).unflatten(2, (8, 8)),
     "added into a view": added_into_a_view,
     "a style": normalized_by_another,
 }
@@ -76,7 +77,7 @@ class Net(nn.Module):
         super().__init__()
         self.run = forward
         self.a, self.c = block(3, 8), block(3, 8)
-        self.plain = nn.Conv2d(3, 8, 1)
+        self.plain, self.mix = nn.Conv2d(3, 8, 1), nn.Linear(64, 64)
         with torch.no_grad():
             channels = forward(self.eval(), X).shape[1]
         self.out = nn.Sequential(*block(channels, 8, 1), nn.Conv2d(8, 3, 1))

@@ -108,12 +108,15 @@ def join(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
             ids = ids.unsqueeze(dim)
         if ids.dim() == out.dim():  # torch leaves out what has one dimension and no element
             operands.append(ids)
-    varying = [varying_dims(ids) for ids in operands]
-    if not any(dims - {dim} for dims in varying):
+    if not any(varying_dims(ids) - {dim} for ids in operands):
         return
-    if any(dim in dims or not ids.numel() for ids, dims in zip(operands, varying, strict=True)):
+    label = rec.graph.labels()  # what goes together already does not differ
+    across = any(dim in varying_dims(label[compact(ids)]) or not ids.numel() for ids in operands)
+    if across and any(varying_dims(label[compact(ids)]) - {dim} for ids in operands):
         for ids in operands:
             rec.pin(ids, "joined along another dimension than that of its channels")
+        return
+    if across:
         return
     rows = [compact(ids.narrow(dim, 0, 1)) for ids in operands]
     for row in rows[1:]:

@@ -218,7 +218,9 @@ class SizeTracking(TorchFunctionMode):
             self._made(out, grown)
             return
         rows = ((dim, channels_of(size)) for dim, size in enumerate(grown))
-        recorder.values[out].repeated = {dim: row for dim, row in rows if row is not None}
+        repeated = {dim: row for dim, row in rows if row is not None}
+        if repeated:
+            recorder.values[out].repeated = repeated
 
     @contextmanager
     def _asking(self, sizes: list[Any] | None) -> Iterator[None]:

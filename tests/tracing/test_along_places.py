@@ -127,6 +127,9 @@ OPERATORS = {
     "activations before, subtracted": lambda x: torch.rsub(x.relu(), x),
     "as another": lambda x: x.flatten(2).view_as(x),
     "expanded like another": lambda x: x.mean((2, 3), keepdim=True).expand_as(x),
+    "below each other, then beside": lambda x: torch.cat(
+        [torch.cat([x, x.sin()], 2), torch.cat([x, x.cos()], 2)], 1
+    )[:, : x.shape[1]],
     "a new tensor beside": lambda x: torch.cat([x, x.new_zeros(*x.shape[:2], 1, 8)], 2),
 }
 

@@ -127,9 +127,6 @@ OPERATORS = {
     "activations before, subtracted": lambda x: torch.rsub(x.relu(), x),
     "as another": lambda x: x.flatten(2).view_as(x),
     "expanded like another": lambda x: x.mean((2, 3), keepdim=True).expand_as(x),
-    "below each other, then beside": lambda x: torch.cat(
-        [torch.cat([x, x.sin()], 2), torch.cat([x, x.cos()], 2)], 1
-    )[:, : x.shape[1]],
     "a new tensor beside": lambda x: torch.cat([x, x.new_zeros(*x.shape[:2], 1, 8)], 2),
 }
 
@@ -173,6 +170,22 @@ def test_the_indices_of_pooling_are_channels_too():
         return torch.cat([y, places / 64], 2)
 
     check(Through(both), "a.1.weight")
+
+
+def test_below_each_other_then_beside():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c, self.b = block(3, 16), block(3, 16), block(32, 8, 1)
+            self.out = nn.Conv2d(8, 3, 1)
+
+        def forward(self, x):
+            one, two = self.a(x), self.c(x)
+            below = torch.cat([one, two], 2)
+            return self.out(self.b(torch.cat([below, below.sin()], 1)))
+
+    plan = check(Joined(), "a.1.weight")
+    assert plan.kept["a.1.weight"].equal(plan.kept["c.1.weight"])
 
 
 def test_along_the_channels_it_pins():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..inputs import tensors_in
 from .graph import NormCall, ProjectionCall
 from .recorder import ParameterView, Recorder, spread
 from .sizes import channels_of
@@ -158,36 +159,41 @@ def _writes(rec: Recorder, weight: str, count: int) -> Tensor:
 
 
 def unknown_projection(rec: Recorder, operands: tuple[Any, ...], out: Tensor) -> None:
-    """A product whose weight is not a parameter of the model: nothing that flows into it can be
-    removed.
-    """
+    """A product whose weight is not a parameter of the model."""
+    reason = "read by a product whose weight is not a plain parameter (computed, or an activation)"
+    refuse(rec, operands, out, reason)
+
+
+def refuse(rec: Recorder, operands: tuple[Any, ...], out: Any, reason: str) -> None:
+    """Nothing that flows into this can be removed."""
     sources = [value for operand in operands if (value := rec.value(operand)) is not None]
     for value in sources:
-        rec.pin(
-            value.ids,
-            "read by a product whose weight is not a plain parameter (computed, or an activation)",
-        )
+        rec.pin(value.ids, reason)
     for operand in operands:
         rec.use_whole(operand)
-    if sources:
-        rec.put_pinned(out, sources)
+    for result in tensors_in(out) if sources else ():
+        rec.put_pinned(result, sources)
 
 
-def batch_norm(rec: Recorder, overload: str, args: tuple[Any, ...], out: Tensor) -> None:
-    """aten.native_batch_norm and siblings: (input, weight, bias, running_mean, running_var, …)."""
+def batch_norm(rec: Recorder, overload: str, args: tuple[Any, ...], outs: Any) -> None:
+    """aten.native_batch_norm and siblings: (input, weight, bias, running_mean, running_var, …) to
+    (output, the batch's mean and deviation in train mode, …).
+    """
+    out, *statistics = outs
     x, tensors = args[0], list(args[1:3] if overload == "no_stats" else args[1:5])
     value = rec.value(x)
-    if value is None:
-        return
     views = [rec.view(tensor) for tensor in tensors]
     gates = {view.gate for view in views[:2] if view}
-    if len(gates) > 1 or any(
-        tensor is not None and view is None for tensor, view in zip(tensors, views, strict=True)
+    if (
+        value is None
+        or len(gates) > 1
+        or any(
+            tensor is not None and view is None for tensor, view in zip(tensors, views, strict=True)
+        )
     ):
-        rec.pin(value.ids, "normalized with parameters that are computed, not plain ones")
-        for tensor in tensors:
-            rec.use_whole(tensor)
-        rec.put_pinned(out, [value])
+        refuse(
+            rec, (x, *tensors), outs, "normalized with parameters that are computed, not plain ones"
+        )
         return
     inputs = rec.channels(value, 1)
     weight, bias, mean, var = names = [
@@ -209,6 +215,9 @@ def batch_norm(rec: Recorder, overload: str, args: tuple[Any, ...], out: Tensor)
     rec.put(out, spread(outputs, out.shape, 1), [value])
     rec.values[out].node = node
     rec.normed[out] = len(rec.graph.norms) - 1
+    for each in statistics:
+        if each.shape == inputs.shape:
+            rec.put(each, inputs, [value])
 
 
 def gate(rec: Recorder, x: Tensor, factor: Tensor, out: Tensor) -> None:

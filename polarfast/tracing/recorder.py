@@ -2,8 +2,8 @@
 written.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,18 +12,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..copies import tensors_of_model
 from ..layers import gate_name, gated_modules
-from .graph import PIN, Addition, Graph, Match, Pin, Product, along, compact
+from .graph import PIN, Addition, Graph, Match, Pin, Product, along, compact, varying_dims
 
 
 @dataclass(eq=False)
 class Value:
     """An activation: its ids (of its own shape), its node, and the projections on the longest path
-    to it.
+    to it. `repeated`: dimensions along which it is repeated as often as there are channels of
+    another activation -> the ids of these.
     """
 
     ids: Tensor
     node: int
     depth: int
+    repeated: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -205,13 +207,15 @@ class Recorder:
 
     def channels(self, value: Value, dim: int) -> Tensor:
         """Ids per index of `dim`. Where several channels share an index (a concatenation along the
-        height), they are tied.
+        height), they are tied; where all share each, none can go.
         """
         line = along(value.ids, dim)
         if line is None:
+            if dim not in varying_dims(value.ids):
+                self.pin(value.ids, "read along another dimension than that of its channels")
             rows = compact(value.ids).movedim(dim, 0).flatten(1)
-            line = rows[:, 0]
-            self.tie(line.unsqueeze(1).expand_as(rows), rows)
+            self.tie(rows[:, :1].expand_as(rows), rows)
+            line = rows[:, 0].expand(value.ids.shape[dim])
         return line
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from .graph import PIN, along, varying_dims
 from .recorder import Recorder, Value, spread
 from .rules import movement
-from .sizes import Kept, Size, channels_of
+from .sizes import FIXED, Kept, Size, becomes, channels_of
 
-FIXED = "a reshape to sizes that are fixed in the network's code"
 SPLIT = "a reshape splits the channels by sizes that do not follow their number"
 
 # --- reshapes
@@ -33,11 +32,14 @@ def view(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
         dims = [dim for dim in sources if value.ids.shape[dim] > 1]
         pieces = [dim for dim in pieces if out.shape[dim] > 1]
         if not varying & set(dims):
+            for size in _at(asked, pieces) if asked else ():  # of other activations
+                if (row := channels_of(size)) is not None:
+                    rec.pin(row, FIXED)
             continue
         if len(pieces) > 1:
             _split(rec, value, dims, [out.shape[d] for d in pieces], asked and _at(asked, pieces))
         elif asked is not None:
-            _merge(rec, value, dims, asked[pieces[0]])
+            becomes(rec, value, dims, asked[pieces[0]])
     movement(rec, func, (args[0], list(out.shape)), out)
 
 
@@ -59,32 +61,6 @@ def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[range
                 right *= after[j]
         i, j = i + 1, j + 1
         yield range(first_i, i), list(range(first_j, j))
-
-
-def _merge(rec: Recorder, value: Value, dims: list[int], asked: Any) -> None:
-    """Dimensions become one, or stay one."""
-    if asked is Kept or (asked == -1 and not isinstance(asked, Size)):
-        return
-    row = channels_of(asked)
-    if row is None:
-        rec.pin(value.ids, FIXED)
-        return
-    own = _rows(value.ids, dims)
-    if own.numel() == row.numel():
-        rec.match(own, row, FIXED)
-    elif own.unique().equal(row.unique()):
-        return  # the same channels, each several times
-    else:
-        rec.pin(torch.cat((own, row)), FIXED)
-
-
-def _rows(ids: Tensor, dims: list[int]) -> Tensor:
-    """The ids along some dimensions, flat, at the first place of all others."""
-    for dim in set(range(ids.dim())) - set(dims):
-        ids = ids.narrow(dim, 0, 1)
-    for dim in set(dims) - varying_dims(ids):
-        ids = ids.narrow(dim, 0, 1)
-    return ids.reshape(-1)
 
 
 def _split(
@@ -275,6 +251,7 @@ CUTS: dict[str, Callable[..., None]] = {
     "unbind": cut(lambda x, dim=0: {dim: None}),
     "index_select": cut(lambda x, dim, index: {dim: None}),
     "flip": cut(lambda x, dims: dict.fromkeys(dims)),
+    "rot90": cut(lambda x, k=1, dims=(0, 1): dict.fromkeys(dims)),
     "roll": cut(lambda x, shifts, dims=(): dict.fromkeys(dims or range(x.dim()))),
     "unfold": cut(lambda x, dim, size, step: {dim: None}),
     "index": cut(lambda x, indices: {d: None for d, i in enumerate(indices) if i is not None}),

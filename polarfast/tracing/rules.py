@@ -1,5 +1,6 @@
 """Rules for the operators that move, combine and reduce activations, by operator name."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,17 +10,17 @@ from torch.utils._pytree import tree_map_only
 
 from ..inputs import tensors_in
 from .graph import PIN, along, compact, varying_dims
-from .recorder import ParameterView, Recorder, Value
+from .recorder import ParameterView, Recorder, Value, pinned_ids
 
 #: The result has the first argument's shape and channels (operators torch does not tag as
 #: pointwise).
 SAME = frozenset(
     "clone contiguous alias detach _to_copy lift_fresh hardswish hardsigmoid hardtanh relu6 celu "
-    "mish native_dropout bernoulli empty_like zeros_like ones_like full_like rand_like "
-    "randn_like".split()
+    "mish log_sigmoid_forward native_dropout bernoulli empty_like zeros_like ones_like full_like "
+    "rand_like randn_like randint_like _conj _neg_view".split()
 )
 #: Element-by-element operators of several tensors that torch does not tag as pointwise.
-POINTWISE = frozenset("prelu _prelu_kernel".split())
+POINTWISE = frozenset("prelu _prelu_kernel rsub floor_divide complex polar".split())
 #: Movements that keep every channel whole whatever the number of channels: the operator itself, run
 #: on the ids.
 FREE_MOVES = frozenset(
@@ -42,7 +43,8 @@ SPATIAL = frozenset(
 #: a channel depends on that channel alone.
 LINES = {
     **dict.fromkeys("max min median nanmedian mode sort argmax argmin".split(), 1),
-    **dict.fromkeys("cumsum cumprod cummax cummin logcumsumexp _softmax _log_softmax".split(), 1),
+    **dict.fromkeys("cumsum cumprod cummax cummin logcumsumexp".split(), 1),
+    **dict.fromkeys("_softmax _log_softmax _safe_softmax".split(), 1),
     **dict.fromkeys("topk kthvalue".split(), 2),
 }
 #: Those of them that work along the last dimension unless told; the others over everything.
@@ -50,7 +52,10 @@ LAST = frozenset("mode sort topk kthvalue".split())
 #: Transforms over several dimensions, given as their second argument.
 TRANSFORMS = frozenset("_fft_r2c _fft_c2c _fft_c2r".split())
 #: Reductions over given dimensions.
-REDUCTIONS = frozenset("mean sum amax amin var std logsumexp linalg_vector_norm".split())
+REDUCTIONS = frozenset(
+    "mean sum nansum prod amax amin aminmax var std var_mean std_mean logsumexp linalg_vector_norm "
+    "any all count_nonzero".split()
+)
 #: Operators whose result does not carry channels: shapes, and new tensors of a size given in
 #: numbers.
 FORGET = frozenset(
@@ -61,6 +66,7 @@ DRAWN = "draws random numbers for each channel"
 #: Products: a factor 0 in one operand is 0 in the result. Every other combination counts as an
 #: addition.
 PRODUCTS = frozenset("mul div".split())
+REPEATED = "repeated by the number of other channels"
 
 
 def movement(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
@@ -96,42 +102,54 @@ def join(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
     """
     movement(rec, func, args, out)
     dim = (args[1] if len(args) > 1 else 0) % out.dim()
-    rows = []
+    operands = []
     for tensor in args[0]:
         value = rec.value(tensor)
-        ids = torch.full((), PIN, device="cpu").expand(tensor.shape) if value is None else value.ids
+        ids = pinned_ids(tensor) if value is None else value.ids
         if func.overloadpacket.__name__ == "stack":
             ids = ids.unsqueeze(dim)
-        if ids.numel() and dim not in varying_dims(ids):
-            rows.append(ids.narrow(dim, 0, 1))
+        if ids.dim() == out.dim():  # torch leaves out what has one dimension and no element
+            operands.append(ids)
+    if not any(varying_dims(ids) - {dim} for ids in operands):
+        return
+    label = rec.graph.labels()  # what goes together already does not differ
+    across = any(dim in varying_dims(label[compact(ids)]) or not ids.numel() for ids in operands)
+    if across and any(varying_dims(label[compact(ids)]) - {dim} for ids in operands):
+        for ids in operands:
+            rec.pin(ids, "joined along another dimension than that of its channels")
+        return
+    if across:
+        return
+    rows = [compact(ids.narrow(dim, 0, 1)) for ids in operands]
     for row in rows[1:]:
-        if varying_dims(row) or varying_dims(rows[0]):
-            rec.tie(*torch.broadcast_tensors(compact(rows[0]), compact(row)))
+        rec.tie(*torch.broadcast_tensors(rows[0], row))
 
 
 def spatial(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> None:
     """Pooling, resizing, reflection: over as many last dimensions as the name says."""
     value = rec.values[args[0]]
-    result = out[0] if isinstance(out, tuple) else out
     name = func.overloadpacket.__name__
     space = next(int(char) for char in name if char in "123")
     rank = value.ids.dim()
-    if varying_dims(value.ids) & set(range(rank - space, rank)):
+    others = [other for other in args[1:] if isinstance(other, Tensor)]  # a grid to sample at
+    fixed = {*range(rank - space, rank), *([0] if others else [])}  # it has as many samples
+    if varying_dims(value.ids) & fixed:
         opaque(rec, func, args, out)
         return
-    for other in args[1:]:  # a grid to sample at
-        if isinstance(other, Tensor) and (where := rec.value(other)) is not None:
+    for other in others:
+        if (where := rec.value(other)) is not None:
             rec.pin(where.ids, f"says where {name} reads")
     if not name.startswith(("adaptive_avg", "_adaptive_avg")):
         rec.graph.pooled.append(compact(value.ids).reshape(-1))
     ids = value.ids
     for dim in range(rank - space, rank):
         ids = ids.narrow(dim, 0, 1)
-    rec.put(result, ids.expand(result.shape), [value])
+    for result in tensors_in(out):  # indices too
+        rec.put(result, ids.expand(result.shape), [value])
 
 
 def reduction(
-    rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+    rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> None:
     """Reduce over dimensions along which the channel is the same (a mean over height and width)."""
     value = rec.values[args[0]]
@@ -148,17 +166,16 @@ def reduction(
     if set(dims) & varying_dims(value.ids):
         opaque(rec, func, args, out)
         return
-    if any(value.ids.shape[dim] == 0 for dim in dims):  # a sum of nothing is a constant
-        rec.put_pinned(out, [value])
-        return
-    ids = value.ids
-    for dim in dims:
-        ids = ids.narrow(dim, 0, 1)
-    rec.put(
-        out,
-        ids.reshape(out.shape) if ids.numel() == out.numel() else compact(ids).expand(out.shape),
-        [value],
-    )
+    for result in tensors_in(out):
+        if any(value.ids.shape[dim] == 0 for dim in dims):  # a sum of nothing is a constant
+            rec.put_pinned(result, [value])
+            continue
+        ids = value.ids
+        for dim in dims:
+            ids = ids.narrow(dim, 0, 1)
+        same_size = ids.numel() == result.numel()
+        ids = ids.reshape(result.shape) if same_size else compact(ids).expand(result.shape)
+        rec.put(result, ids, [value])
 
 
 def line(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -186,6 +203,28 @@ def line(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         rec.put(result, kept.expand(result.shape), [value])
 
 
+def refuse_repeated(rec: Recorder, args: Any) -> None:
+    """Pin what is repeated as often as there are other channels, and these: a position would be of
+    either.
+    """
+    for value in filter(None, map(rec.value, tensors_in(args))):
+        for row in value.repeated.values():
+            rec.pin(torch.cat((row, compact(value.ids).reshape(-1))), REPEATED)
+
+
+def repeated_for(rec: Recorder, value: Value, ids: Tensor) -> None:
+    """A value meets channels `ids`, of the same shape or with more dimensions before: along those
+    by whose number it is repeated these must be the ones, else all of them stay.
+    """
+    for dim, row in value.repeated.items():
+        dim += ids.dim() - value.ids.dim()
+        line = along(ids, dim) if dim in varying_dims(ids) else None
+        if line is None:
+            rec.pin(torch.cat((row, compact(value.ids).reshape(-1))), REPEATED)
+        else:
+            rec.match(line, row, REPEATED)
+
+
 def gather(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
     """Values at places along a dimension on which the channel is the same."""
     x, dim, index = args[:3]
@@ -193,11 +232,55 @@ def gather(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None
     rank = value.ids.dim()
     varying = varying_dims(value.ids)
     if where is None or dim % rank in varying | varying_dims(where.ids):
+        refuse_repeated(rec, args)
         opaque(rec, func, args, out)
         return
     own, other = (each.narrow(dim, 0, 1).expand(out.shape) for each in (value.ids, where.ids))
+    if where.repeated and not varying_dims(where.ids):
+        rec.pin(where.ids, "says where gather reads")
+        repeated_for(rec, where, own)
+        rec.put(out, own, [value, where])
+        return
+    refuse_repeated(rec, args)
     rec.tie(*torch.broadcast_tensors(compact(own), compact(other)))
     rec.put(out, own, [value, where])
+
+
+def unpool(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+    """Each channel's values put at the places that the same channel's indices say."""
+    value, where = rec.values[args[0]], rec.value(args[1])
+    space = int(func.overloadpacket.__name__[-2])
+    first = value.ids.dim() - space
+    if where is None or (varying_dims(value.ids) | varying_dims(where.ids)) - set(range(first)):
+        opaque(rec, func, args, out)
+        return
+    rec.tie(*torch.broadcast_tensors(compact(value.ids), compact(where.ids)))
+    rec.graph.pooled.append(compact(value.ids).reshape(-1))
+    ids = value.ids
+    for dim in range(first, first + space):
+        ids = ids.narrow(dim, 0, 1)
+    rec.put(out, ids.expand(out.shape), [value, where])
+
+
+def copy_into(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+    """Channels written over others, which they go together with from here on."""
+    into, value = rec.value(args[0]), rec.value(args[1])
+    if into is None or value is None or args[0] is not out:
+        opaque(rec, func, args, out)
+        return
+    rec.tie(*torch.broadcast_tensors(into.ids, value.ids))
+    rec.put(out, into.ids, [into, value])
+
+
+def as_pairs(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+    """Complex numbers as a last dimension of their two parts, and back."""
+    value = rec.values[args[0]]
+    back = out.dim() < value.ids.dim()
+    if back and value.ids.dim() - 1 in varying_dims(value.ids):
+        opaque(rec, func, args, out)
+        return
+    ids = value.ids.select(-1, 0) if back else value.ids.unsqueeze(-1)
+    rec.put(out, ids.expand(out.shape), [value])
 
 
 def gated_half(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
@@ -213,10 +296,24 @@ def gated_half(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> 
     rec.put(out, ids.expand(out.shape), [value])
 
 
+#: Operators with a rule of their own.
+OTHERS: dict[str, Callable[[Recorder, Any, tuple[Any, ...], Any], None]] = {
+    "gather": gather,
+    "max_unpool2d": unpool,
+    "max_unpool3d": unpool,
+    "copy": copy_into,
+    "view_as_real": as_pairs,
+    "view_as_complex": as_pairs,
+    "glu": gated_half,
+}
+
+
 def same(rec: Recorder, args: tuple[Any, ...], out: Any) -> None:
     value = rec.values[args[0]]
-    result = out[0] if isinstance(out, tuple) else out
-    rec.put(result, value.ids, [value])
+    for result in tensors_in(out):
+        if result.shape == value.ids.shape:  # not an empty buffer
+            rec.put(result, value.ids, [value])
+            rec.values[result].repeated = value.repeated
 
 
 def is_restrided(before: Tensor, out: Tensor) -> bool:
@@ -242,9 +339,16 @@ def opaque(rec: Recorder, func: Any, args: Any, out: Any) -> None:
         rec.use_whole(tensor)
     for tensor in tensors_in(out) if sources else []:
         rec.put_pinned(tensor, sources)
-        # Written through a view: the buffer behind it now holds activations too.
-        if tensor._base is not None and func.overloadpacket.__name__.endswith("_"):
-            rec.put_pinned(tensor._base, sources)
+
+
+def written_through(rec: Recorder, view: Tensor) -> None:
+    """A view was written: what it is a view of holds activations too, and its size is a fact of the
+    code where nothing else is known of it.
+    """
+    value, base = rec.value(view), view._base
+    if value is not None and base is not None and rec.value(base) is None:
+        rec.pin(value.ids, "written into a part of a tensor of a fixed size")
+        rec.put_pinned(base, [value])
 
 
 def parameter_view(rec: Recorder, name: str, args: tuple[Any, ...], out: Any) -> bool:
@@ -340,6 +444,8 @@ def pointwise(rec: Recorder, name: str, args: tuple[Any, ...], out: Tensor) -> N
     for tensor in tensors:
         if rec.value(tensor) is None:
             _constant(rec, name, joined.ids, tensor, out)
+    for _, value in tracked:
+        repeated_for(rec, value, joined.ids)
     rec.put(out, joined.ids, [value for _, value in tracked])
 
 
@@ -348,7 +454,8 @@ def _operand(rec: Recorder, tensor: Tensor, value: Value, out: Tensor) -> Operan
     repeated = frozenset(
         d
         for d in range(out.dim())
-        if out.shape[d] > 1 and (d < offset or tensor.shape[d - offset] == 1)
+        if out.shape[d] > 1
+        and (d < offset or tensor.shape[d - offset] == 1 or d - offset in value.repeated)
     )
     zero = tensor not in rec.nonzero
     return Operand(value.ids.expand(out.shape), repeated, value.depth, zero)

@@ -5,6 +5,7 @@ asked for: the layer before is pruned, and what comes out is exact.
 import pytest
 import torch
 import torch.nn.functional as F
+from support.masked import TOLERANCE, error, masked
 from support.nets import settle, zero
 from torch import nn
 
@@ -27,6 +28,64 @@ def grid(x):
 def gathered(x):
     places = torch.ones(x.shape[0], x.shape[1], 4, dtype=torch.long)
     return x.flatten(2).gather(2, places).unsqueeze(-1)
+
+
+class Attention(nn.Module):
+    """One mask for all channels, brought to their number; and their values where it is highest."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = block(3, 16), block(16, 8, 1), nn.Conv2d(8, 3, 1)
+        self.mask = nn.Conv2d(3, 1, 1)
+
+    def forward(self, x):
+        mask = self.mask(x).sigmoid()
+        x = self.a(x)
+        best = mask.flatten(2).topk(5)[1].expand(-1, x.shape[1], -1)
+        x = x * mask.expand_as(x).contiguous() * mask.repeat(1, x.shape[1], 1, 1)
+        return self.out(self.b(x.flatten(2).gather(2, best).unsqueeze(-1)))
+
+
+def test_what_is_repeated_by_the_number_of_channels():
+    model = settle(Attention(), X)
+    scales = pf.scaling_factors(model, X.double())
+    zero(scales)
+    plan = pf.plan(model, X.double(), scales, "fixed", value=0.0, fold="none")
+    assert len(plan.kept["a.1.weight"]) < 16
+    slim = pf.slim(model, plan)
+    assert error(masked(model, plan, zero_beta=True), slim, (3, 8, 8)) < TOLERANCE
+
+
+def unpooled(x):
+    y, places = F.max_pool2d(x, 2, return_indices=True)
+    return F.max_unpool2d(y, places, 2)
+
+
+def shifted(x):
+    """A temporal shift: some channels come from the image after, some from that before."""
+    out, fold = torch.zeros_like(x), x.shape[1] // 4
+    out[:-1, :fold] = x[1:, :fold]
+    out[1:, fold : 2 * fold] = x[:-1, fold : 2 * fold]
+    out[:, 2 * fold :] = x[:, 2 * fold :]
+    return out
+
+
+def in_place(x):
+    y = x - 0.1
+    y.abs_()
+    F.threshold_(y, 0.05, 0.01)
+    return y.masked_fill_(y > 0.5, 0.25)
+
+
+def spread_and_center(x):
+    variance, mean = torch.var_mean(x, (2, 3), keepdim=True)
+    low, high = x.flatten(2).aminmax(dim=2)
+    return (x - mean) / (variance + 1) + spaced(low - high)
+
+
+def parts(x):
+    pairs = torch.view_as_real(torch.complex(x, torch.fft.ifft(x).real))
+    return torch.view_as_complex(pairs).imag + pairs.sum(-1)
 
 
 def spaced(x):
@@ -57,6 +116,17 @@ OPERATORS = {
     "norm": lambda x: spaced(x.flatten(2).norm(dim=2)),
     "sort": lambda x: x.flatten(2).sort(2, descending=True)[0].unflatten(2, x.shape[2:]),
     "weighted stack": lambda x: (torch.stack((x, x.relu()), -1) * torch.tensor([0.3, 0.7])).sum(-1),
+    "unpooling": unpooled,
+    "shift in place": shifted,
+    "in place": in_place,
+    "variance, lowest and highest": spread_and_center,
+    "product and any": lambda x: spaced((x + 0.5).flatten(2).prod(2) * (x > 0.7).flatten(2).any(2)),
+    "rotated": lambda x: x.rot90(1, (2, 3)),
+    "complex and its parts": parts,
+    "logsigmoid": F.logsigmoid,
+    "activations before, subtracted": lambda x: torch.rsub(x.relu(), x),
+    "as another": lambda x: x.flatten(2).view_as(x),
+    "expanded like another": lambda x: x.mean((2, 3), keepdim=True).expand_as(x),
     "a new tensor beside": lambda x: torch.cat([x, x.new_zeros(*x.shape[:2], 1, 8)], 2),
 }
 
@@ -92,6 +162,30 @@ def check(model, first, x=X):
 def test_each_channel_for_itself(name):
     plan = check(Through(OPERATORS[name]), "a.1.weight")
     assert not plan.inexact
+
+
+def test_the_indices_of_pooling_are_channels_too():
+    def both(x):
+        y, places = F.max_pool2d(x, 2, return_indices=True)
+        return torch.cat([y, places / 64], 2)
+
+    check(Through(both), "a.1.weight")
+
+
+def test_below_each_other_then_beside():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c, self.b = block(3, 16), block(3, 16), block(32, 8, 1)
+            self.out = nn.Conv2d(8, 3, 1)
+
+        def forward(self, x):
+            one, two = self.a(x), self.c(x)
+            below = torch.cat([one, two], 2)
+            return self.out(self.b(torch.cat([below, below.sin()], 1)))
+
+    plan = check(Joined(), "a.1.weight")
+    assert plan.kept["a.1.weight"].equal(plan.kept["c.1.weight"])
 
 
 def test_along_the_channels_it_pins():

@@ -51,19 +51,25 @@ class Size(int):
     def __float__(self) -> float:
         return float(self.as_number())
 
+    # What tensors are computed with, `SizeTracking` is told of by their own operators.
+
     def __truediv__(self, other: Any) -> Any:
-        return self.as_number() / other
+        return NotImplemented if isinstance(other, Tensor) else self.as_number() / other
 
     def __rtruediv__(self, other: Any) -> Any:
         return other / self.as_number()
 
     def __pow__(self, other: Any, modulus: Any = None) -> Any:
-        return pow(self.as_number(), other, modulus)
+        return (
+            NotImplemented if isinstance(other, Tensor) else pow(self.as_number(), other, modulus)
+        )
 
     def __rpow__(self, other: Any, modulus: Any = None) -> Any:
         return other ** self.as_number()
 
     def __mul__(self, other: Any) -> Any:
+        if isinstance(other, Tensor):
+            return NotImplemented
         if not isinstance(other, int):
             return self.as_number() * other
         value = int(self) * other
@@ -399,223 +405,6 @@ _CONVOLUTIONS = frozenset(
         *(torch.conv1d, torch.conv2d, torch.conv3d),
         *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
     }
-)
-_MAKERS:
-            out = func(*args, **kwargs)
-            self._made(out, _sizes_given(args, kwargs))
-            return out
-        for size in _numbers((args, kwargs)):
-            if (row := channels_of(size)) is not None:
-                self.recorder.pin(row, f"their number is an argument of {func.__name__}")
-        return func(*args, **kwargs)
-
-    def _made(self, out: Tensor, sizes: Sequence[Any]) -> None:
-        """A new tensor that has as many places along a dimension as an activation has channels has
-        one for each of them.
-        """
-        recorder = self.recorder
-        found = ((dim, channels_of(size)) for dim, size in enumerate(sizes))
-        rows = {dim: row for dim, row in found if row is not None}
-        if len(rows) == 1:
-            ((dim, row),) = rows.items()
-            if dim < out.dim() and row.numel() == out.shape[dim]:
-                ids = spread(row, out.shape, dim)
-                recorder.values[out] = recorder.start(ids, recorder.node([]))
-                return
-        for row in rows.values():
-            recorder.pin(row, "a new tensor is made by their number, not with one place for each")
-
-    def _viewed(self, out: Tensor) -> None:
-        """A parameter or constant that was given a shape by the number of channels: it has as many
-        places as these.
-        """
-        view = self.recorder.view(out)
-        for dim, size in enumerate(self.recorder.asked or ()):
-            if (row := channels_of(size)) is None:
-                continue
-            own = view.dims[dim] if view else None
-            if view is None or own is None or row.numel() != out.shape[dim]:
-                self.recorder.pin(row, FIXED)
-            else:
-                self.recorder.axis(view.name, own, row)
-
-    def _repeated(self, tensor: Tensor, out: Tensor, sizes: Sequence[Any]) -> None:
-        """A tensor that was brought to these sizes by repeating it (or, back, by sums)."""
-        recorder, value = self.recorder, self.recorder.value(tensor)
-        first = len(sizes) - tensor.dim()
-        grown = [1] * len(sizes)
-        for dim, size in enumerate(sizes):
-            own = dim - first
-            if own < 0 or tensor.shape[own] != out.shape[dim] or tensor.shape[own] == 1:
-                grown[dim] = size
-            elif value is not None and own in varying_dims(value.ids):
-                becomes(recorder, value, [own], size)
-            elif (row := channels_of(size)) is not None:
-                recorder.pin(row, FIXED)
-        if value is None:
-            self._made(out, grown)
-            return
-        rows = ((dim, channels_of(size)) for dim, size in enumerate(grown))
-        repeated = {dim: row for dim, row in rows if row is not None}
-        if repeated:
-            recorder.values[out].repeated = repeated
-
-    @contextmanager
-    def _asking(self, sizes: list[Any] | None) -> Iterator[None]:
-        self.recorder.asked = sizes
-        try:
-            yield
-        finally:
-            self.recorder.asked = None
-
-    def _sizes(self, out: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        tensor = args[0]
-        value = self.recorder.value(tensor)
-        if value is None:
-            return out
-        trace = weakref.ref(self.recorder)
-        sources = [(value.ids, dim, trace) for dim in range(tensor.dim())]
-        if isinstance(out, torch.Size):
-            pairs = zip(out, sources, strict=True)
-            return torch.Size([Size.of(size, (source,)) for size, source in pairs])
-        if func in _COUNTS:
-            return Size.of(out, tuple(sources))
-        dim = args[1] if len(args) > 1 else kwargs["dim"]
-        return Size.of(out, (sources[dim],))
-
-
-def _shape(recorder: Recorder, tensor: Tensor) -> list[Any]:
-    """The sizes of a tensor, as its network's code is told them."""
-    value, trace = recorder.value(tensor), weakref.ref(recorder)
-    if value is None:
-        return list(tensor.shape)
-    return [Size.of(size, ((value.ids, dim, trace),)) for dim, size in enumerate(tensor.shape)]
-
-
-def _sizes_given(args: Any, kwargs: dict[str, Any]) -> Sequence[Any]:
-    """Sizes one by one or in a row, without the tensor before them where there is one."""
-    if args and isinstance(args[0], Tensor):
-        args = args[1:]
-    sizes = next((kwargs[name] for name in ("size", "shape") if name in kwargs), args)
-    return sizes[0] if len(sizes) and isinstance(sizes[0], Sequence) else sizes
-
-
-def _of_view(recorder: Recorder, args: Any, kwargs: dict[str, Any]) -> list[Any] | None:
-    sizes = list(_sizes_given(args, kwargs))
-    return None if any(isinstance(size, torch.dtype) for size in sizes) else sizes
-
-
-def _of_other(recorder: Recorder, args: Any, kwargs: dict[str, Any]) -> list[Any]:
-    return _shape(recorder, args[1] if len(args) > 1 else kwargs["other"])
-
-
-def _of_unflatten(recorder: Recorder, args: Any, kwargs: dict[str, Any]) -> list[Any] | None:
-    return _asked_of_unflatten(*args, **kwargs)
-
-
-def _asked_of_unflatten(tensor: Tensor, dim: Any, sizes: Any) -> list[Any] | None:
-    if not isinstance(dim, int):
-        return None
-    kept = [Kept] * tensor.dim()
-    dim %= tensor.dim()
-    return [*kept[:dim], *sizes, *kept[dim + 1 :]]
-
-
-def _of_cut(recorder: Recorder, args: Any, kwargs: dict[str, Any]) -> list[Any]:
-    return list(_numbers((args[1:], kwargs)))
-
-
-def _of_chunks(recorder: Recorder, args: Any, kwargs: dict[str, Any]) -> list[Any] | None:
-    pieces = args[1] if len(args) > 1 else kwargs.get("chunks", kwargs.get("sections"))
-    if isinstance(pieces, Size):  # the size of a piece stays, their number does not
-        return [Kept, pieces] if channels_of(pieces) is None else None
-    return [Kept, pieces] if type(pieces) is int else _of_cut(recorder, args, kwargs)
-
-
-Asked = Callable[[Recorder, Any, dict[str, Any]], list[Any] | None]
-Repeats = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Any]]
-
-
-def _to_sizes(recorder: Recorder, args: Any, kwargs: dict[str, Any], out: Any) -> Repeats:
-    return args[:1] or [kwargs["input"]], [out], _sizes_given(args, kwargs)
-
-
-def _to_other(recorder: Recorder, args: Any, kwargs: dict[str, Any], out: Any) -> Repeats:
-    return args[:1], [out], _of_other(recorder, args, kwargs)
-
-
-def _times(recorder: Recorder, args: Any, kwargs: dict[str, Any], out: Any) -> Repeats:
-    times = [Kept if size == 1 else size for size in _numbers((args[1:], kwargs))]
-    return args[:1] or [kwargs["input"]], [out], [Kept] * (out.dim() - len(times)) + times
-
-
-def _together(recorder: Recorder, args: Any, kwargs: dict[str, Any], out: Any) -> Repeats:
-    """All to the sizes of each that has more than one place there, first those with channels."""
-    tensors = args if isinstance(args[0], Tensor) else args[0]
-    sizes: list[Any] = [1] * out[0].dim()
-    for tensor in tensors:
-        first = len(sizes) - tensor.dim()
-        for dim, size in enumerate(_shape(recorder, tensor), first):
-            if size != 1 and (sizes[dim] == 1 or channels_of(size) is not None):
-                sizes[dim] = size
-    return tensors, out, sizes
-
-
-def _grid(recorder: Recorder, args: Any, kwargs: dict[str, Any], out: Any) -> Repeats:
-    """Each along a dimension of its own, repeated along those of the others."""
-    for tensor in tensors_in(args):
-        if (value := recorder.value(tensor)) is not None:
-            recorder.pin(value.ids, "on a grid with others (meshgrid)")
-    return [], [], []
-
-
-def _numbers(tree: Any) -> Iterator[int]:
-    if isinstance(tree, slice):
-        tree = (tree.start, tree.stop)
-    if isinstance(tree, dict):
-        tree = tree.values()
-    if isinstance(tree, int):
-        yield tree
-    elif isinstance(tree, Iterable) and not isinstance(tree, (Tensor, str, Iterator)):
-        for item in tree:
-            yield from _numbers(item)
-
-
-_COUNTS = frozenset({Tensor.numel, Tensor.nelement, torch.numel})
-_SIZES = frozenset({Tensor.shape.__get__, Tensor.size, *_COUNTS})  # type: ignore[attr-defined]
-_VIEWS: dict[Any, Asked] = {
-    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), _of_view),
-    **dict.fromkeys((Tensor.view_as, Tensor.reshape_as), _of_other),
-}
-#: How the sizes are found that a call asks for, which the operator's rule goes by.
-_ASKED: dict[Any, Asked] = {
-    **_VIEWS,
-    **dict.fromkeys((Tensor.unflatten, torch.unflatten), _of_unflatten),
-    **dict.fromkeys((Tensor.__getitem__, Tensor.__setitem__), _of_cut),
-    **dict.fromkeys((Tensor.narrow, torch.narrow), _of_cut),
-    **dict.fromkeys((Tensor.split, torch.split), _of_cut),
-    **dict.fromkeys((Tensor.split_with_sizes, torch.split_with_sizes), _of_cut),
-    **dict.fromkeys((Tensor.chunk, torch.chunk), _of_chunks),
-    **dict.fromkeys((Tensor.tensor_split, torch.tensor_split), _of_chunks),
-}
-#: The tensors that a call repeats, what it returns for each, and the sizes that it brings them to.
-_REPEATS: dict[Any, Callable[[Recorder, Any, dict[str, Any], Any], Repeats]] = {
-    **dict.fromkeys((Tensor.expand, Tensor.broadcast_to, torch.broadcast_to), _to_sizes),
-    Tensor.sum_to_size: _to_sizes,
-    Tensor.expand_as: _to_other,
-    **dict.fromkeys((Tensor.repeat, Tensor.tile, torch.tile), _times),
-    torch.broadcast_tensors: _together,
-    torch.meshgrid: _grid,
-}
-_CONVOLUTIONS = frozenset(
-    {
-        *(torch.conv1d, torch.conv2d, torch.conv3d),
-        *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
-    }
-)
-_ARITHMETIC = frozenset(
-    "add radd sub rsub mul rmul multiply div rdiv divide truediv rtruediv true_divide pow "
-    "rpow".split()
 )
 _MAKERS = frozenset(
     {

@@ -14,24 +14,14 @@ double sum(const void* x, int64_t n) {
 }
 
 template <class T>
-double sum_of_magnitudes(const void* x, int64_t n) {
-  double total = 0;
-  vectorized([&]() POLARFAST_INLINE {
-    total = lane_sum(static_cast<const T*>(x), n, [](T v) POLARFAST_INLINE { return std::abs(double(Compute<T>(v))); });
-  });
-  return total;
-}
-
-template <class T>
-double sum_of_squares(const void* x, int64_t n) {
-  double total = 0;
-  vectorized([&]() POLARFAST_INLINE {
-    total = lane_sum(static_cast<const T*>(x), n, [](T v) POLARFAST_INLINE {
-      const double wide = Compute<T>(v);
-      return wide * wide;
-    });
-  });
-  return total;
+POLARFAST_INLINE inline double largest(const T* x, int64_t n) {
+  double most = 0;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < n; ++i) {
+    const double size = std::abs(double(Compute<T>(x[i])));
+    most = size > most ? size : most;
+  }
+  return most;
 }
 
 template <class T, class C>
@@ -93,15 +83,31 @@ void polarization_coefficients(const Rows& rows, const Penalty& penalty, std::ve
   for (int64_t l = 0; l < count; ++l) found[l].k += penalty.lam * counts_for(l) * pull / mass;
 }
 
+// With y = s·|γ|, s a power of two, Y the largest y, q = Σ y(Y − y) / Σ y and m = Y − q, which is Σ y² / Σ y:
+//
+//     ∂(‖γ‖₁²/‖γ‖₂²)/∂γ_j = 2s/m · sgn(γ_j) · ((Y − y_j) − q) / m
+//
+// No two numbers that are almost equal are subtracted but those of the γ themselves, and with s no square leaves the
+// range of double.
 template <class T>
 void deephoyer_coefficients(const Rows& rows, const Penalty& penalty, std::vector<Coefficients>& found) {
   for (int64_t l = 0; l < rows.count(); ++l) {
-    const double strength = penalty.lam * rows.weights[l];
-    const double norm = sum_of_magnitudes<T>(rows.gammas[l], rows.sizes[l]);
-    const double squares = sum_of_squares<T>(rows.gammas[l], rows.sizes[l]);
-    if (squares == 0) continue;  // ‖γ‖₁²/‖γ‖₂² has no derivative at 0; 0 leaves such a layer where it is
-    found[l].a = 2 * strength * norm / squares;
-    found[l].b = -2 * strength * norm * norm / (squares * squares);
+    const auto* x = static_cast<const T*>(rows.gammas[l]);
+    const int64_t n = rows.sizes[l];
+    double most = 0, total = 0, spread = 0;
+    vectorized([&]() POLARFAST_INLINE { most = largest(x, n); });
+    const double scale = most < 0x1p-340 ? 0x1p600 : (most > 0x1p340 ? 0x1p-600 : 1);
+    const double top = most * scale;
+    vectorized([&]() POLARFAST_INLINE {
+      total = lane_sum(x, n, [=](T v) POLARFAST_INLINE { return std::abs(double(Compute<T>(v))) * scale; });
+      spread = lane_sum(x, n, [=](T v) POLARFAST_INLINE {
+        const double size = std::abs(double(Compute<T>(v))) * scale;
+        return size * (top - size);
+      });
+    });
+    if (total == 0) continue;  // ‖γ‖₁²/‖γ‖₂² has no derivative at 0; 0 leaves such a layer where it is
+    const double mean = spread / total, middle = top - mean;
+    found[l] = {2 * penalty.lam * rows.weights[l] / middle * scale, scale, 1 / middle, top, mean};
   }
 }
 

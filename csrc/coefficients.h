@@ -16,6 +16,7 @@ template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // ∂R/∂γ_j = a·sgn(γ_j) + b·γ_j + c·sgn(γ_j − mean) + k, the coefficients being those of γ_j's row.
+// DeepHoyer: a·sgn(γ_j)·c·((k − b·|γ_j|) − mean).
 struct Coefficients {
   double a = 0, b = 0, c = 0, k = 0, mean = 0;
 };
@@ -43,6 +44,30 @@ struct Subgradient {
     return a * (C(x > C(0)) - C(x < C(0))) + linear + c * (C(x > below) - C(x < above)) + k;
   }
 };
+
+// Of DeepHoyer, in double whatever the type of γ: the subgradient is as large as 1/γ, and is a difference that is 0 where
+// all γ of the row that are not 0 are equal.
+template <class C>
+struct HoyerSubgradient {
+  double a, b, c, k, mean;
+
+  HoyerSubgradient(const Coefficients& from, double scale)
+      : a(from.a * scale), b(from.b), c(from.c), k(from.k), mean(from.mean) {}
+
+  POLARFAST_INLINE C operator()(C x) const {
+    const double wide = x;
+    const double away = (k - b * std::abs(wide)) - mean;
+    const double size = away == 0 || wide == 0 ? 0 : a * (c * away);  // 0 · ∞ would be NaN
+    return static_cast<C>(wide < 0 ? -size : size);
+  }
+};
+
+// f(subgradient) with the form that a row's coefficients are in.
+template <class C, class F>
+void with_subgradient(Kind kind, const Coefficients& row, double scale, const F& f) {
+  if (kind == Kind::deephoyer) return f(HoyerSubgradient<C>(row, scale));
+  f(Subgradient<C>(row, scale));
+}
 
 // One for each row, reduced in double.
 std::vector<Coefficients> coefficients(const Rows& rows, const Penalty& penalty);

@@ -34,25 +34,31 @@ struct Run {
   int64_t size;
 };
 
-// Reads an index once, into numbers known to be in range: nothing is read from the weight before that.
-std::vector<int64_t> checked_index(const std::optional<Tensor>& index, int64_t channels, const char* name) {
-  std::vector<int64_t> found;
-  if (!index) {
-    for (int64_t i = 0; i < channels; ++i) found.push_back(i);
-    return found;
-  }
+// How many channels an index selects; without one, all.
+int64_t selected(const std::optional<Tensor>& index, int64_t channels, const char* name) {
+  if (!index) return channels;
   STD_TORCH_CHECK(
       index->is_cpu() && index->dim() == 1 && index->scalar_type() == ScalarType::Long,
       "polarfast: ", name, " must be a 1-D int64 tensor on the weight's device");
-  const int64_t count = index->numel();
-  const int64_t stride = count > 0 ? index->stride(0) : 0;
-  const int64_t* values = index->const_data_ptr<int64_t>();
+  return index->numel();
+}
+
+// Reads an index once, into numbers known to be in range: nothing is read from the weight before that. With `keep`
+// false they are only checked: an expanded index may claim more places than there is memory for.
+std::vector<int64_t> checked(const Tensor& index, int64_t channels, const char* name, bool keep) {
+  std::vector<int64_t> found;
+  int64_t count = index.numel();
+  if (count == 0) return found;
+  const int64_t stride = index.stride(0);
+  if (!keep && stride == 0) count = 1;  // one number, however often
+  if (keep) found.reserve(count);
+  const int64_t* values = index.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < count; ++i) {
     const int64_t channel = values[i * stride];
     STD_TORCH_CHECK(
         channel >= 0 && channel < channels,
         "polarfast: ", name, "[", i, "] is ", channel, ", outside the weight's ", channels, " channels");
-    found.push_back(channel);
+    if (keep) found.push_back(channel);
   }
   return found;
 }
@@ -70,6 +76,7 @@ std::vector<Run> runs_of(const std::vector<int64_t>& channels, int64_t bytes) {
 }
 
 // What to copy for one output channel: `middle` times the input channels, as runs or, where these are short, one by one.
+// All channels are one run, and listed only where that is a short one.
 struct Row {
   int64_t middle;
   int64_t from_stride;  // bytes between two of the `middle`
@@ -101,6 +108,7 @@ using CopyRow = void (*)(char*, const char*, const Row&);
 
 // The bytes of one channel in all dtypes of a 1×1 kernel, and of a 3×3 kernel in float32 and half precision.
 CopyRow copier(int64_t channel_bytes, const Row& row) {
+  if (row.channels.empty()) return copy_runs;
   const int64_t run_bytes = channel_bytes * static_cast<int64_t>(row.channels.size() / row.runs.size());
   if (run_bytes > kShortRun) return copy_runs;
   switch (channel_bytes) {
@@ -142,31 +150,33 @@ Tensor gather_channels_op(
   const int64_t dim = given.dim();
   STD_TORCH_CHECK(dim >= 1 && dim <= 5, "polarfast: a weight of 1 to 5 dimensions is expected, not of ", dim);
   STD_TORCH_CHECK(dim >= 2 || !in_index, "polarfast: a 1-D weight has no input channels to select");
-  const std::vector<int64_t> out = checked_index(out_index, given.size(0), "out_index");
   const int64_t in_channels = dim >= 2 ? given.size(1) : 1;
-  const std::vector<int64_t> in = checked_index(in_index, in_channels, "in_index");
+  std::vector<int64_t> sizes(dim);
+  for (int64_t d = 0; d < dim; ++d) sizes[d] = given.size(d);
+  sizes[0] = selected(out_index, given.size(0), "out_index");
+  if (dim >= 2) sizes[1] = selected(in_index, in_channels, "in_index");
   const bool channels_last = is_channels_last(given);
+  Tensor result = empty_as(given, sizes, channels_last);
+  const bool any = result.numel() != 0;
+  std::vector<int64_t> out, in;
+  if (out_index) out = checked(*out_index, given.size(0), "out_index", any);
+  if (in_index) in = checked(*in_index, in_channels, "in_index", any);
+  if (!any) return result;
   const Tensor weight = channels_last || given.is_contiguous() ? given : torch::stable::contiguous(given);
 
-  std::vector<int64_t> sizes(dim);
   int64_t positions = 1;
-  for (int64_t d = 0; d < dim; ++d) {
-    sizes[d] = weight.size(d);
-    if (d >= 2) positions *= sizes[d];
-  }
-  sizes[0] = static_cast<int64_t>(out.size());
-  if (dim >= 2) sizes[1] = static_cast<int64_t>(in.size());
-
+  for (int64_t d = 2; d < dim; ++d) positions *= sizes[d];
   const int64_t element = static_cast<int64_t>(weight.element_size());
   const int64_t middle = channels_last ? positions : 1;
   const int64_t channel_bytes = channels_last ? element : element * positions;
-  const std::vector<Run> runs = runs_of(in, channel_bytes);
+  if (!in_index) {
+    for (int64_t i = 0; i < in_channels && in_channels * channel_bytes <= kShortRun; ++i) in.push_back(i);
+  }
+  const std::vector<Run> runs =
+      in.empty() ? std::vector<Run>{{0, in_channels * channel_bytes}} : runs_of(in, channel_bytes);
   const Row row{middle, in_channels * channel_bytes, in, runs};
   const int64_t from_row = middle * row.from_stride;
-  const int64_t to_row = middle * static_cast<int64_t>(in.size()) * channel_bytes;
-
-  Tensor result = empty_as(weight, sizes, channels_last);
-  if (to_row == 0 || out.empty()) return result;
+  const int64_t to_row = middle * (dim >= 2 ? sizes[1] : 1) * channel_bytes;
   const CopyRow copy = copier(channel_bytes, row);
   const auto* from = static_cast<const char*>(weight.const_data_ptr());
   auto* to = static_cast<char*>(result.mutable_data_ptr());
@@ -176,7 +186,7 @@ Tensor gather_channels_op(
         for (int64_t first = begin; first < end; first += block) {
           const int64_t last = std::min(first + block, end);
           touch(to + first * to_row, (last - first) * to_row);
-          for (int64_t o = first; o < last; ++o) copy(to + o * to_row, from + out[o] * from_row, row);
+          for (int64_t o = first; o < last; ++o) copy(to + o * to_row, from + (out_index ? out[o] : o) * from_row, row);
         }
       });
   return result;

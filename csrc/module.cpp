@@ -40,17 +40,37 @@ polarfast::Sgd sgd_of(const SgdTuple& given, double grad_scale) {
   return {lr, momentum, dampening, weight_decay, nesterov, maximize, upper, first_step, grad_scale};
 }
 
+py::bytearray zeros(int64_t bytes) {
+  PyObject* made = PyByteArray_FromStringAndSize(nullptr, bytes);
+  if (made == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::bytearray>(made);
+}
+
+// The addresses and what lies there are read in one call, hence of one moment: other threads of Python wait for it. How
+// many rows could be used; if that is all of them, their summary and counts.
+std::tuple<int64_t, py::bytearray, py::bytearray> valley(const ScaleRows& table) {
+  const std::vector<int64_t> gammas = table.gammas();
+  const int64_t usable = static_cast<int64_t>(gammas.size());
+  if (usable < table.rows().count()) return {usable, zeros(0), zeros(0)};
+  py::bytearray summary = zeros(usable * 3 * sizeof(double)), counts = zeros(usable * 100 * sizeof(int64_t));
+  polarfast::valley(
+      table.rows(), gammas, reinterpret_cast<double*>(PyByteArray_AS_STRING(summary.ptr())),
+      reinterpret_cast<int64_t*>(PyByteArray_AS_STRING(counts.ptr())));
+  return {usable, summary, counts};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "How this extension was built, and the SIMD level it runs at.");
 
   py::class_<ScaleRows>(m, "ScaleRows")
-      .def(py::init<py::tuple, const std::string&, std::vector<double>, std::vector<double>>())
+      .def(py::init<py::tuple, std::vector<double>, std::vector<double>>())
       .def("refresh", &ScaleRows::refresh)
       .def("moving", &ScaleRows::moving)
       .def("grads", &ScaleRows::grads)
       .def("without_momentum", &ScaleRows::without_momentum)
+      .def("buffered", &ScaleRows::buffered)
       .def_property_readonly("version", &ScaleRows::version)
       .def_property_readonly(
           "addresses",
@@ -63,6 +83,7 @@ PYBIND11_MODULE(_C, m) {
             return found;
           })
       .def("gammas", &ScaleRows::gammas)
+      .def("follow", &ScaleRows::follow)
       .def("set_centers", &ScaleRows::set_centers)
       .def(
           "add_subgradient_",
@@ -75,10 +96,5 @@ PYBIND11_MODULE(_C, m) {
           [](const ScaleRows& table, const PenaltyTuple& penalty, const SgdTuple& sgd, double grad_scale) {
             polarfast::sgd_step(table.rows(), penalty_of(penalty), sgd_of(sgd, grad_scale));
           })
-      .def(
-          "valley",
-          [](const ScaleRows& table, const std::vector<int64_t>& gammas, int64_t summary, int64_t counts) {
-            polarfast::valley(
-                table.rows(), gammas, reinterpret_cast<double*>(summary), reinterpret_cast<int64_t*>(counts));
-          });
+      .def("valley", &valley);
 }

@@ -8,8 +8,9 @@ namespace polarfast {
 
 namespace {
 
-template <class T, class C>
-POLARFAST_INLINE inline void add_row(const T* gamma, T* grad, int64_t n, const Subgradient<C> subgradient) {
+template <class T, class S>
+POLARFAST_INLINE inline void add_row(const T* gamma, T* grad, int64_t n, const S subgradient) {
+  using C = Compute<T>;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     grad[i] = static_cast<T>(static_cast<C>(grad[i]) + subgradient(static_cast<C>(gamma[i])));
@@ -48,13 +49,13 @@ struct SgdFactors {
 
 enum class Buffer { none, first, running };
 
-template <Buffer buffer, class T, class C>
+template <Buffer buffer, class T, class S, class C>
 POLARFAST_INLINE inline void sgd_row(
     T* gamma,
     const T* grad,
     T* momentum,
     int64_t n,
-    const Subgradient<C> subgradient,
+    const S subgradient,
     const SgdFactors<C> f) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
@@ -73,7 +74,7 @@ POLARFAST_INLINE inline void sgd_row(
 }
 
 template <Buffer buffer, class T>
-void sgd_rows(const Rows& rows, const std::vector<Coefficients>& found, const Sgd& sgd) {
+void sgd_rows(const Rows& rows, Kind kind, const std::vector<Coefficients>& found, const Sgd& sgd) {
   using C = Compute<T>;
   const SgdFactors<C> factors(sgd);
   for (int64_t l = 0; l < rows.count(); ++l) {
@@ -81,9 +82,10 @@ void sgd_rows(const Rows& rows, const std::vector<Coefficients>& found, const Sg
     auto* gamma = static_cast<T*>(rows.gammas[l]);
     auto* grad = static_cast<const T*>(rows.grads[l]);
     auto* momentum = static_cast<T*>(rows.momenta[l]);
-    const Subgradient<C> subgradient(found[l], 1.0);
     const int64_t n = rows.sizes[l];
-    vectorized([&]() POLARFAST_INLINE { sgd_row<buffer>(gamma, grad, momentum, n, subgradient, factors); });
+    with_subgradient<C>(kind, found[l], 1.0, [&](const auto& subgradient) {
+      vectorized([&]() POLARFAST_INLINE { sgd_row<buffer>(gamma, grad, momentum, n, subgradient, factors); });
+    });
   }
 }
 
@@ -97,8 +99,9 @@ void add_subgradient(const Rows& rows, const Penalty& penalty, double grad_scale
       if (rows.grads[l] == nullptr) continue;
       auto* gamma = static_cast<const T*>(rows.gammas[l]);
       auto* grad = static_cast<T*>(rows.grads[l]);
-      const Subgradient<Compute<T>> subgradient(found[l], grad_scale);
-      vectorized([&]() POLARFAST_INLINE { add_row(gamma, grad, rows.sizes[l], subgradient); });
+      with_subgradient<Compute<T>>(penalty.kind, found[l], grad_scale, [&](const auto& subgradient) {
+        vectorized([&]() POLARFAST_INLINE { add_row(gamma, grad, rows.sizes[l], subgradient); });
+      });
     }
   });
 }
@@ -118,9 +121,9 @@ void sgd_step(const Rows& rows, const Penalty& penalty, const Sgd& sgd) {
   const std::vector<Coefficients> found = coefficients(rows, penalty);
   dispatch(rows.dtype, [&](auto element) {
     using T = decltype(element);
-    if (sgd.momentum == 0) return sgd_rows<Buffer::none, T>(rows, found, sgd);
-    if (sgd.first_step) return sgd_rows<Buffer::first, T>(rows, found, sgd);
-    sgd_rows<Buffer::running, T>(rows, found, sgd);
+    if (sgd.momentum == 0) return sgd_rows<Buffer::none, T>(rows, penalty.kind, found, sgd);
+    if (sgd.first_step) return sgd_rows<Buffer::first, T>(rows, penalty.kind, found, sgd);
+    sgd_rows<Buffer::running, T>(rows, penalty.kind, found, sgd);
   });
 }
 

@@ -55,7 +55,7 @@ std::vector<W> numbers(const Tensor& tensor, int64_t size, const char* name) {
     using T = decltype(element);
     const T* values = tensor.const_data_ptr<T>();
     for (int64_t i = 0; i < size; ++i) found[i] = static_cast<W>(values[i]);
-  });
+  }, name);
   return found;
 }
 
@@ -109,7 +109,7 @@ void planes(const Work<T>& work, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t channel = row % work.width, k = work.from[channel];
     T* to = work.out + row * n;
-    const T* x = work.input + (row / work.width * work.kept + k) * n;  // not read where k is -1
+    const T* x = k < 0 ? nullptr : work.input + (row / work.width * work.kept + k) * n;
     vectorized([&]() POLARFAST_INLINE {
       if (k < 0) {
         std::fill_n(to, n, work.constant[channel]);
@@ -150,7 +150,9 @@ void pixels(const Work<T>& work, const int64_t* places, int64_t begin, int64_t e
 Tensor put_back(const Tensor& input, const Tensor& index, const Tensor& constant, const Norm& norm) {
   const int64_t dim = input.dim();
   STD_TORCH_CHECK(input.is_cpu() && dim >= 2, "polarfast: input must be a CPU tensor [samples, channels, ...]");
-  STD_TORCH_CHECK(constant.dim() == 1, "polarfast: constant must have one dimension");
+  STD_TORCH_CHECK(
+      constant.is_cpu() && constant.dim() == 1 && constant.is_contiguous(),
+      "polarfast: constant must be a contiguous CPU tensor of one dimension");
   const bool channels_last = !input.is_contiguous() && is_channels_last(input);
   STD_TORCH_CHECK(channels_last || input.is_contiguous(), "polarfast: input must be contiguous or channels_last");
   const int64_t kept = input.size(1), width = constant.numel();
@@ -178,7 +180,7 @@ Tensor put_back(const Tensor& input, const Tensor& index, const Tensor& constant
     torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
       by_pixel ? pixels(work, index.const_data_ptr<int64_t>(), begin, end) : planes(work, begin, end);
     });
-  });
+  }, "input");
   return out;
 }
 
@@ -195,6 +197,7 @@ Tensor put_back_norm_op(
     const Tensor& mean,
     const Tensor& var,
     double eps) {
+  STD_TORCH_CHECK(eps >= 0, "polarfast: eps must be 0 or more, not ", eps);
   return put_back(input, index, constant, {weight, bias, mean, var, eps});
 }
 

@@ -64,9 +64,9 @@ void sgd_step(const Rows& rows, const Penalty& penalty, const Sgd& sgd);
 // [rows, 100].
 void valley(const Rows& rows, const std::vector<int64_t>& gammas, double* summary, int64_t* counts);
 
-// f(T{}) with T the element type of `dtype`: the only place that lists the types.
+// f(T{}) with T the element type of `dtype`: the only place that lists the types. `what` is refused in all others.
 template <class F>
-void dispatch(ScalarType dtype, const F& f) {
+void dispatch(ScalarType dtype, const F& f, const char* what = "scaling factors") {
   switch (dtype) {
     case ScalarType::Float:
       return f(float{});
@@ -77,7 +77,7 @@ void dispatch(ScalarType dtype, const F& f) {
     case ScalarType::BFloat16:
       return f(c10::BFloat16{});
     default:
-      STD_TORCH_CHECK(false, "polarfast: scaling factors must be float32, float16, bfloat16 or float64");
+      STD_TORCH_CHECK(false, "polarfast: ", what, " must be float32, float16, bfloat16 or float64");
   }
 }
 

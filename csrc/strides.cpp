@@ -2,7 +2,10 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <torch/headeronly/util/Exception.h>
+
 #include <algorithm>
+#include <limits>
 
 namespace polarfast {
 
@@ -25,14 +28,15 @@ Tensor empty_as(const Tensor& like, const std::vector<int64_t>& sizes, bool chan
   const int64_t dim = static_cast<int64_t>(sizes.size());
   std::vector<int64_t> strides(dim);
   int64_t stride = 1;
-  if (channels_last) {
-    strides[1] = stride;
-    stride *= std::max<int64_t>(sizes[1], 1);
-  }
-  for (int64_t d = dim - 1; d >= 0; --d) {
-    if (channels_last && d == 1) continue;
+  const auto lay = [&](int64_t d) {
+    const int64_t step = std::max<int64_t>(sizes[d], 1);
+    STD_TORCH_CHECK(stride <= std::numeric_limits<int64_t>::max() / step, "polarfast: the result has too many elements");
     strides[d] = stride;
-    stride *= std::max<int64_t>(sizes[d], 1);
+    stride *= step;
+  };
+  if (channels_last) lay(1);
+  for (int64_t d = dim - 1; d >= 0; --d) {
+    if (!channels_last || d != 1) lay(d);
   }
   // Through the C interface, which knows dtypes by number: also those that this build has no name for.
   int32_t dtype = 0;

@@ -1,5 +1,7 @@
 #include "table.h"
 
+#include <limits>
+
 namespace polarfast {
 
 namespace py = pybind11;
@@ -13,17 +15,18 @@ py::object owned(PyObject* result) {
 
 // torch.Tensor's own descriptors, called directly: no attribute look-up for each of some 400 reads a step.
 struct Members {
-  py::object grad, requires_grad, dtype, device, data_ptr, is_contiguous, numel;
+  py::object grad, requires_grad, is_neg;
+  const dlpack::ExchangeApi* dlpack;
 
   Members() {
     const py::object tensor = py::module_::import("torch").attr("Tensor");
     grad = tensor.attr("grad");
     requires_grad = tensor.attr("requires_grad");
-    dtype = tensor.attr("dtype");
-    device = tensor.attr("device");
-    data_ptr = tensor.attr("data_ptr");
-    is_contiguous = tensor.attr("is_contiguous");
-    numel = tensor.attr("numel");
+    is_neg = tensor.attr("is_neg");
+    const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
+    dlpack = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (dlpack == nullptr) throw py::error_already_set();
+    if (dlpack->version.major != 1) throw py::import_error("polarfast: this torch has another version of DLPack");
   }
 
   static const Members& get() {
@@ -41,18 +44,35 @@ py::object call(const py::object& method, PyObject* tensor) {
   return owned(PyObject_Vectorcall(method.ptr(), &tensor, 1, nullptr));
 }
 
-int64_t integer(const py::object& value) {
-  const int64_t number = PyLong_AsLongLong(value.ptr());
-  if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return number;
+// Where a tensor lies and what it is; false where torch has no such answer: a tensor without memory of its own (sparse,
+// wrapped, functional, meta), or no tensor at all.
+bool view_of(PyObject* tensor, dlpack::View* found) {
+  if (Members::get().dlpack->view_of(tensor, found) == 0) return true;
+  PyErr_Clear();
+  return false;
 }
 
-ScalarType scalar_type(const std::string& name) {
-  if (name == "torch.float32") return ScalarType::Float;
-  if (name == "torch.float64") return ScalarType::Double;
-  if (name == "torch.float16") return ScalarType::Half;
-  if (name == "torch.bfloat16") return ScalarType::BFloat16;
-  throw py::value_error("polarfast: scaling factors must be float32, float16, bfloat16 or float64, not " + name);
+// The number of elements, for a contiguous tensor of at most `most`; else -1.
+int64_t contiguous_size(const dlpack::View& view, int64_t most) {
+  int64_t count = 1;
+  for (int32_t d = 0; d < view.dims; ++d) {
+    if (view.shape[d] == 0) return 0;
+  }
+  for (int32_t d = view.dims - 1; d >= 0; --d) {
+    if (view.shape[d] == 1) continue;
+    if (view.strides[d] != count || view.shape[d] > most / count) return -1;
+    count *= view.shape[d];
+  }
+  return count;
+}
+
+ScalarType scalar_type(const dlpack::DataType& dtype) {
+  constexpr uint8_t kFloat = 2, kBfloat = 4;
+  if (dtype == dlpack::DataType{kFloat, 32, 1}) return ScalarType::Float;
+  if (dtype == dlpack::DataType{kFloat, 64, 1}) return ScalarType::Double;
+  if (dtype == dlpack::DataType{kFloat, 16, 1}) return ScalarType::Half;
+  if (dtype == dlpack::DataType{kBfloat, 16, 1}) return ScalarType::BFloat16;
+  throw py::value_error("polarfast: scaling factors must be float32, float16, bfloat16 or float64");
 }
 
 // state[param]["momentum_buffer"], or null. Nothing is inserted, though optimizer.state is a defaultdict.
@@ -70,16 +90,23 @@ PyObject* momentum_buffer(PyObject* state, PyObject* param) {
 
 }  // namespace
 
-ScaleRows::ScaleRows(
-    py::tuple params, const std::string& dtype, std::vector<double> weights, std::vector<double> tilts)
+ScaleRows::ScaleRows(py::tuple params, std::vector<double> weights, std::vector<double> tilts)
     : params_(std::move(params)) {
-  const Members& members = Members::get();
-  rows_.dtype = scalar_type(dtype);
+  if (params_.empty() || weights.size() != params_.size() || tilts.size() != params_.size()) {
+    throw py::value_error("polarfast: give one weight and one tilt for each of one or more γ tensors");
+  }
   rows_.weights = std::move(weights);
   rows_.tilts = std::move(tilts);
-  for (const py::handle& param : params_) rows_.sizes.push_back(integer(call(members.numel, param.ptr())));
-  dtype_ = read(members.dtype, params_[0].ptr());
-  device_ = read(members.device, params_[0].ptr());
+  for (size_t l = 0; l < params_.size(); ++l) {
+    dlpack::View view;
+    const bool found = view_of(PyTuple_GET_ITEM(params_.ptr(), l), &view);
+    if (found && l == 0) {
+      rows_.dtype = scalar_type(view.dtype);
+      dtype_ = view.dtype;
+      device_ = view.device;
+    }
+    rows_.sizes.push_back(found ? contiguous_size(view, std::numeric_limits<int64_t>::max()) : -1);
+  }
   rows_.centers.resize(params_.size());
   rows_.gammas.resize(params_.size());
   rows_.grads.resize(params_.size());
@@ -97,42 +124,30 @@ void ScaleRows::set(void*& address, void* now) {
   ++version_;
 }
 
-bool ScaleRows::usable(int64_t l, PyObject* tensor, void* before, void** now) const {
-  const Members& members = Members::get();
-  try {
-    // Layout and memory are looked at every time: a gradient may be another tensor at the same address.
-    *now = reinterpret_cast<void*>(integer(call(members.data_ptr, tensor)));
-    if (call(members.is_contiguous, tensor).ptr() != Py_True) return false;
-    if (*now == before && *now != nullptr) return true;
-    const int64_t size = integer(call(members.numel, tensor));
-    return size == rows_.sizes[l] && (*now != nullptr || size == 0) &&
-        read(members.dtype, tensor).is(dtype_) && read(members.device, tensor).equal(device_);
-  } catch (const py::error_already_set& error) {
-    // torch refuses the address of a tensor that has no memory of its own (sparse, wrapped, functional).
-    if (!error.matches(PyExc_RuntimeError)) throw;
-    return false;
-  }
+bool ScaleRows::usable(int64_t l, PyObject* tensor, void** now) const {
+  dlpack::View view;
+  if (!view_of(tensor, &view)) return false;
+  const int64_t size = rows_.sizes[l];
+  *now = static_cast<char*>(view.data) + view.byte_offset;
+  return size >= 0 && view.dtype == dtype_ && view.device == device_ && contiguous_size(view, size) == size &&
+      (view.data != nullptr || size == 0) && call(Members::get().is_neg, tensor).ptr() == Py_False;
 }
 
 bool ScaleRows::read_row(int64_t l, PyObject* momentum_of) {
   const Members& members = Members::get();
   PyObject* param = PyTuple_GET_ITEM(params_.ptr(), l);
-  void* now = nullptr;
-  if (!usable(l, param, rows_.gammas[l], &now)) return false;
-  set(rows_.gammas[l], now);
-
-  void* grad_now = nullptr;
+  void *gamma = nullptr, *grad_now = nullptr, *momentum_now = nullptr;
+  if (!usable(l, param, &gamma)) return false;
   if (read(members.requires_grad, param).ptr() == Py_True) {
     const py::object grad = read(members.grad, param);
-    if (!grad.is_none() && !usable(l, grad.ptr(), rows_.grads[l], &grad_now)) return false;
+    if (!grad.is_none() && !usable(l, grad.ptr(), &grad_now)) return false;
   }
-  set(rows_.grads[l], grad_now);
-
-  void* momentum_now = nullptr;
   if (momentum_of != nullptr) {
     PyObject* buffer = momentum_buffer(momentum_of, param);
-    if (buffer != nullptr && !usable(l, buffer, rows_.momenta[l], &momentum_now)) return false;
+    if (buffer != nullptr && !usable(l, buffer, &momentum_now)) return false;
   }
+  set(rows_.gammas[l], gamma);
+  set(rows_.grads[l], grad_now);
   set(rows_.momenta[l], momentum_now);
   return true;
 }
@@ -148,11 +163,19 @@ int64_t ScaleRows::refresh(const py::object& momentum_of) {
   return with_grad;
 }
 
+int64_t ScaleRows::follow() {
+  const std::vector<int64_t> found = gammas();
+  if (static_cast<int64_t>(found.size()) < rows_.count()) return -1 - static_cast<int64_t>(found.size());
+  for (int64_t l = 0; l < rows_.count(); ++l) set(rows_.gammas[l], reinterpret_cast<void*>(found[l]));
+  return rows_.count();
+}
+
 std::vector<int64_t> ScaleRows::gammas() const {
   std::vector<int64_t> found;
+  found.reserve(rows_.count());
   for (int64_t l = 0; l < rows_.count(); ++l) {
     void* now = nullptr;
-    if (!usable(l, PyTuple_GET_ITEM(params_.ptr(), l), nullptr, &now)) break;
+    if (!usable(l, PyTuple_GET_ITEM(params_.ptr(), l), &now)) break;
     found.push_back(reinterpret_cast<int64_t>(now));
   }
   return found;
@@ -171,6 +194,14 @@ int64_t ScaleRows::without_momentum() const {
     if (rows_.grads[l] != nullptr && rows_.momenta[l] == nullptr) return l;
   }
   return -1;
+}
+
+int64_t ScaleRows::buffered() const {
+  int64_t count = 0;
+  for (int64_t l = 0; l < rows_.count(); ++l) {
+    if (rows_.grads[l] != nullptr && rows_.momenta[l] != nullptr) ++count;
+  }
+  return count;
 }
 
 py::list ScaleRows::grads() const {

@@ -4,8 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <string>
-
+#include "dlpack.h"
 #include "rows.h"
 
 namespace polarfast {
@@ -14,7 +13,8 @@ namespace polarfast {
 // addresses and re-reads them at each step through the descriptors of torch.Tensor (public, the same in every torch).
 class ScaleRows {
  public:
-  ScaleRows(pybind11::tuple params, const std::string& dtype, std::vector<double> weights, std::vector<double> tilts);
+  // One that cannot be used as it stands is refused by `refresh`.
+  ScaleRows(pybind11::tuple params, std::vector<double> weights, std::vector<double> tilts);
 
   // Re-reads every address; `momentum_of` is optimizer.state or None. Returns the number of rows with a gradient, or
   // -1 - l if row l cannot be used as it stands: the caller finds out why and says so.
@@ -25,6 +25,12 @@ class ScaleRows {
   pybind11::list grads() const;
   // The first row that has a gradient and no momentum buffer; -1: there is none.
   int64_t without_momentum() const;
+  // How many rows have both.
+  int64_t buffered() const;
+
+  // Re-reads the addresses of the γ alone, after whoever may have put other memory behind them. As `refresh`: -1 - l if
+  // row l cannot be used, and then no address has changed.
+  int64_t follow();
 
   // The addresses of all γ, read now and not kept: whoever looks at γ disturbs no step, from whatever thread. Shorter
   // than the table if a row cannot be used: as long as the rows before it.
@@ -38,14 +44,15 @@ class ScaleRows {
   int64_t version() const { return version_; }
 
  private:
-  // Whether a tensor can be row l, with its address in `now`. One that was found usable at `before` is not looked at
-  // closely again.
-  bool usable(int64_t l, PyObject* tensor, void* before, void** now) const;
+  // Whether a tensor can be row l as it is now, with its address in `now`. Nothing is remembered of it: the allocator
+  // may put another tensor, of another size, where one was.
+  bool usable(int64_t l, PyObject* tensor, void** now) const;
   bool read_row(int64_t l, PyObject* momentum_of);
   void set(void*& address, void* now);
 
   pybind11::tuple params_;
-  pybind11::object dtype_, device_;
+  dlpack::DataType dtype_{};
+  dlpack::Device device_{};
   Rows rows_;
   int64_t version_ = 0;
 };

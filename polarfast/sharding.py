@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +48,52 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     shapes = [tensor.shape for tensor in tensors.values()]
     parts = [tensor.to_local() for tensor in tensors.values()]  # type: ignore[attr-defined]
     return dict(zip(tensors, _Gather.apply(sharding, shapes, *parts), strict=True))
+
+
+def overlap(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """The names of two tensors that have memory in common (one name twice: its elements have it
+    among themselves); None: there are none. Of sharded ones, what this process holds counts.
+    """
+    spans: list[tuple[str, int, int, str]] = []  # where, first byte, byte behind the last, name
+    for name, tensor in tensors.items():
+        part = local(tensor)
+        if not part.numel():
+            continue
+        size = part.element_size()
+        if part.is_meta:  # no address; views share the storage
+            where = f"meta {part.untyped_storage()._cdata}"
+            start = int(part.storage_offset()) * size
+        else:
+            where, start = str(part.device), part.data_ptr()
+        if part.is_contiguous():
+            spans.append((where, start, start + int(part.numel()) * size, name))
+        else:
+            extent = 1 + sum(
+                (n - 1) * stride for n, stride in zip(part.shape, part.stride(), strict=True)
+            )
+            places = torch.arange(extent, device="cpu").as_strided(part.shape, part.stride())
+            at = [start + place * size for place in places.flatten().tolist()]
+            spans += [(where, each, each + size, name) for each in at]
+    spans.sort()
+    for (where, _, end, name), (there, start, _, other) in pairwise(spans):
+        if where == there and start < end:
+            return name, other
+    return None
+
+
+def refuse_overlap(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ScalingFactorError for scaling factors that have memory in common: the same numbers
+    would be counted, and moved, twice.
+    """
+    found = overlap(tensors)
+    if found is not None:
+        one, other = found
+        what = "have" if one == other else f"and {other!r} have"
+        raise ScalingFactorError(
+            f"{one!r} {what} channels in the same memory, so the same numbers would be counted and "
+            "moved twice: give each channel memory of its own (nn.Parameter(param.detach().clone())"
+            "), or one Parameter to both layers"
+        )
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -147,12 +194,20 @@ class Sharding:
         return min(self.rank * self.chunk(shape), shape.numel())
 
     def sum(self, partial: Tensor) -> Tensor:
-        """The sum over all processes, in place; the same bits on each, and waited for by none."""
+        """The sum over all processes; the same bits on each, and waited for by none."""
+        return self._reduce(partial, "SUM")
+
+    def max(self, partial: Tensor) -> Tensor:
+        """The largest of all processes, likewise."""
+        return self._reduce(partial, "MAX")
+
+    def _reduce(self, partial: Tensor, how: str) -> Tensor:
         if self.group is None:
             return partial
         # Factors kept on the CPU (CPUOffloadPolicy) may belong to processes that talk over GPUs.
         shared = partial.to(self._mesh_device)
-        torch.distributed.all_reduce(shared, group=self.group)
+        kind = getattr(torch.distributed.ReduceOp, how)
+        torch.distributed.all_reduce(shared, kind, group=self.group)
         return shared.to(partial.device)
 
     def gather(self, flat: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ weights w and the mean over all γ of the network differentiated through:
 Its variants: another mean (of each layer, or weighted by w); the mean not differentiated through
 (no last term); squares about the mean in place of absolute values (2(γ − mean) for the sgn).
 
-Every regularizer's subgradient is  a_l sgn γ_j + b_l γ_j + c_l sgn(γ_j − m_l) + k_l  with l the
-layer of γ_j, which is how the kernels compute it.
+Every regularizer's subgradient but DeepHoyer's (`_hoyer`) is  a_l sgn γ_j + b_l γ_j +
+c_l sgn(γ_j − m_l) + k_l  with l the layer of γ_j, which is how the kernels compute it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class EagerTable(Table):
         self.refresh()
 
     def refresh(self, momentum_of: dict[Any, Any] | None = None) -> int:
-        self._moving: list[_Moving] = []
+        moving: list[_Moving] = []
         for row, param in enumerate(self.params):
             if (fault := self._unusable(row, momentum_of)) is not None:
                 raise ScalingFactorError(fault)
@@ -83,10 +83,14 @@ class EagerTable(Table):
             self._check_placement(row, grad)
             state = {} if momentum_of is None else momentum_of.get(param, {})
             buffer = state.get("momentum_buffer")
-            self._moving.append(
+            moving.append(
                 _Moving(row, weakref.ref(grad), None if buffer is None else weakref.ref(buffer))
             )
-        return len(self._moving)
+        self._moving = moving
+        return len(moving)
+
+    def buffered(self) -> int:
+        return sum(moving.buffer is not None for moving in self._moving)
 
     @torch.no_grad()
     def add_subgradient_(self, penalty: Penalty, grad_scale: Tensor | None = None) -> None:
@@ -107,6 +111,9 @@ class EagerTable(Table):
 
     @torch.no_grad()
     def clamp_(self, upper: float, found_inf: Tensor | None = None) -> None:
+        for moving in self._moving:
+            if (fault := self._unusable(moving.row, None)) is not None:
+                raise ScalingFactorError(fault)
         params = [self.params[moving.row] for moving in self._moving]
         self._write(params, self._flat(params).clamp(0, upper), found_inf)
 
@@ -171,14 +178,7 @@ class EagerTable(Table):
             away = (gamma - self._at_center).sign()
             return penalty.lam * weight * (t * gamma.sign() - away)
         if penalty.kind == Kind.DEEPHOYER:
-            norms, squares = sum_over(
-                torch.stack((self._by_layer(gamma.abs()), self._by_layer(gamma.square())))
-            )
-            # ‖γ‖₁²/‖γ‖₂² has no derivative at 0, where the numerators are 0.
-            squares = torch.where(squares > 0, squares, 1.0)
-            a = 2 * self._weights * norms / squares
-            b = -a * norms / squares
-            return penalty.lam * (a[self._row] * gamma.sign() + b[self._row] * gamma)
+            return penalty.lam * self._hoyer(gamma)
         counted = weight if penalty.weighted else torch.ones_like(weight)  # for in the mean
         if penalty.per_layer:
             mean = (sum_over(self._by_layer(gamma)) / self._numbers)[self._row]
@@ -193,6 +193,24 @@ class EagerTable(Table):
             added += counted * sum_over(away.sum()) / self._mass(penalty)
         return penalty.lam * added
 
+    def _hoyer(self, gamma: Tensor) -> Tensor:
+        """w·∂(‖γ‖₁²/‖γ‖₂²)/∂γ_j = w·2/(M·m)·sgn γ_j·((1 − x_j) − q)/m, in each layer.
+
+        M is its largest |γ|, x = |γ|/M, q = Σ x(1 − x) / Σ x and m = 1 − q, which is Σ x² / Σ x.
+        So written, no square leaves the range of numbers, and no two numbers that are almost equal
+        are subtracted but those of the γ themselves.
+        """
+        largest = self._max(self._by_layer(gamma.abs(), "max"))
+        largest = torch.where(largest == 0, 1.0, largest)  # no derivative at 0; stays where it is
+        x = gamma.abs() / largest[self._row]
+        total, spread = self._sum(torch.stack((self._by_layer(x), self._by_layer(x * (1 - x)))))
+        q = spread / torch.where(total == 0, 1.0, total)
+        away = ((1 - x) - q[self._row]) / (1 - q)[self._row]
+        slope = (2 * self._weights / (1 - q) / largest)[self._row]
+        # As large as 1/γ, hence at times infinite; times 0 that would be NaN.
+        size = torch.where((away == 0) | (gamma == 0), 0.0, slope * away)
+        return torch.where(gamma < 0, -size, size)
+
     def _use_centers(self, centers: Sequence[float]) -> None:
         each = torch.tensor(centers, dtype=self._wide, device=self.device)
         self._at_center = each[self._row]  # of each γ that is held here
@@ -200,8 +218,11 @@ class EagerTable(Table):
     def _sum(self, partial: Tensor) -> Tensor:
         return partial if self._sharding is None else self._sharding.sum(partial)
 
-    def _by_layer(self, values: Tensor) -> Tensor:
-        return torch.segment_reduce(values, "sum", lengths=self._lengths, unsafe=True)
+    def _max(self, partial: Tensor) -> Tensor:
+        return partial if self._sharding is None else self._sharding.max(partial)
+
+    def _by_layer(self, values: Tensor, reduce: str = "sum") -> Tensor:
+        return torch.segment_reduce(values, reduce, lengths=self._lengths, unsafe=True, initial=0)
 
     def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
         """What this process holds of them, one after the other."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .registration import register
+from .registration import check_index, check_tensors, refuse_backward, register
 
 
 def gather_channels(
@@ -20,7 +20,7 @@ def gather_channels(
         A new tensor; channels_last if `weight` is, else contiguous. Not differentiable.
 
     Raises:
-        RuntimeError: an index is out of range; nothing has been read by then.
+        RuntimeError: an index is out of range, nothing has been read by then; or backward.
     """
     indices = [None if i is None else i.to(weight.device) for i in (out_index, in_index)]
     return torch.ops.polarfast.gather_channels(weight, *indices)
@@ -56,7 +56,21 @@ def _strides(sizes: torch.Size, order: list[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def _check(weight: Tensor, out_index: Tensor | None, in_index: Tensor | None) -> None:
+    check_tensors(weight=weight, out_index=out_index, in_index=in_index)
+    if not 1 <= weight.dim() <= 5:
+        raise RuntimeError(
+            f"polarfast: a weight of 1 to 5 dimensions is expected, not of {weight.dim()}"
+        )
+    if weight.dim() == 1 and in_index is not None:
+        raise RuntimeError("polarfast: a 1-D weight has no input channels to select")
+    for name, index in (("out_index", out_index), ("in_index", in_index)):
+        if index is not None:
+            check_index(name, index)
+
+
 def _shape(weight: Tensor, out_index: Tensor | None, in_index: Tensor | None) -> Tensor:
+    _check(weight, out_index, in_index)
     sizes = list(weight.shape)
     if out_index is not None:
         sizes[0] = out_index.shape[0]
@@ -69,6 +83,7 @@ def _shape(weight: Tensor, out_index: Tensor | None, in_index: Tensor | None) ->
 
 def _gather_elsewhere(weight: Tensor, out_index: Tensor | None, in_index: Tensor | None) -> Tensor:
     """On a GPU: checked first, since an index out of range there ends the whole process."""
+    _check(weight, out_index, in_index)
     for d, name, index in ((0, "out_index", out_index), (1, "in_index", in_index)):
         if index is None or index.numel() == 0:
             continue
@@ -82,3 +97,4 @@ def _gather_elsewhere(weight: Tensor, out_index: Tensor | None, in_index: Tensor
 
 
 register("gather_channels", fake=_shape, elsewhere=_gather_elsewhere)
+refuse_backward("gather_channels")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .gather import gather_channels
-from .registration import register
+from .registration import check_index, check_tensors, register
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
@@ -27,7 +27,12 @@ def put_back(kept: Tensor, index: Tensor, constant: Tensor) -> Tensor:
 
     Returns:
         [N, C, *], in the dtype and memory format of `kept`; differentiable in `kept`.
+
+    Raises:
+        RuntimeError: they are not all on one device.
     """
+    if not kept.device == index.device == constant.device:  # torch's own writes pass over "meta"
+        check_tensors(kept=kept, index=index, constant=constant)
     if torch.compiler.is_compiling() or _in_transform():
         return put_back_by_reading(kept, index, constant)  # asks no tensor for its memory format
     graph = torch.is_grad_enabled() and kept.requires_grad
@@ -104,6 +109,31 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return memory_format is not None and tensor.is_contiguous(memory_format=memory_format)
 
 
+def _check(kept: Tensor, index: Tensor, constant: Tensor, **norm: Tensor | None) -> None:
+    check_tensors(kept=kept, index=index, constant=constant, **norm)
+    check_index("index", index)
+    if kept.dim() < 2 or constant.dim() != 1:
+        raise RuntimeError(
+            f"polarfast: kept must be [samples, channels, ...] and constant [channels], not "
+            f"{kept.dim()}-D and {constant.dim()}-D"
+        )
+    channels = kept.shape[1]
+    torch._check(
+        index.shape[0] == channels,
+        lambda: f"polarfast: index has {index.shape[0]} places for {channels} channels",
+    )
+    for name, tensor in {"kept": kept, "constant": constant, **norm}.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in _DTYPES:
+            raise RuntimeError(
+                f"polarfast: {name} must be float32, float16, bfloat16 or float64, not "
+                f"{tensor.dtype}"
+            )
+        if name in norm and (tensor.dim() != 1 or tensor.shape[0] != channels):
+            raise RuntimeError(f"polarfast: {name} must be [{channels}], not {list(tensor.shape)}")
+
+
 def _shape(kept: Tensor, index: Tensor, constant: Tensor) -> Tensor:
     sizes = (kept.shape[0], constant.shape[0], *kept.shape[2:])
     if kept.is_contiguous() or not _is_channels_last(kept):
@@ -112,7 +142,29 @@ def _shape(kept: Tensor, index: Tensor, constant: Tensor) -> Tensor:
     return rest.movedim(-1, 1)
 
 
-def _norm_shape(input: Tensor, index: Tensor, constant: Tensor, *norm: Any) -> Tensor:
+def _put_back_shape(kept: Tensor, index: Tensor, constant: Tensor) -> Tensor:
+    _check(kept, index, constant)
+    return _shape(kept, index, constant)
+
+
+def _put_back_elsewhere(kept: Tensor, index: Tensor, constant: Tensor) -> Tensor:
+    _check(kept, index, constant)
+    return put_back_ref(kept, index, constant)
+
+
+def _norm_shape(
+    input: Tensor,
+    index: Tensor,
+    constant: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> Tensor:
+    _check(input, index, constant, weight=weight, bias=bias, mean=mean, var=var)
+    if not eps >= 0:
+        raise RuntimeError(f"polarfast: eps must be 0 or more, not {eps}")
     return _shape(input, index, constant)
 
 
@@ -126,6 +178,7 @@ def _norm_elsewhere(
     var: Tensor,
     eps: float,
 ) -> Tensor:
+    _check(input, index, constant, weight=weight, bias=bias, mean=mean, var=var)
     kept = F.batch_norm(input, mean, var, weight, bias, eps=eps)
     return put_back_ref(kept, index, constant)
 
@@ -141,6 +194,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return gather_channels(grad, None, index), None, None  # where torch goes element by element
 
 
-register("put_back", fake=_shape, elsewhere=put_back_ref)
+register("put_back", fake=_put_back_shape, elsewhere=_put_back_elsewhere)
 register("put_back_norm", fake=_norm_shape, elsewhere=_norm_elsewhere)
 torch.library.register_autograd("polarfast::put_back", _backward, setup_context=_setup)

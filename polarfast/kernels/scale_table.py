@@ -1,8 +1,8 @@
 """The table on the CPU: the addresses of all γ, and the C++ ops on them.
 
 Handing three lists of 53 tensors to an op costs more than the arithmetic on them. The table keeps
-the addresses, reads them again at each step (csrc/table.cpp), and checks a tensor again only when
-its address has changed. The Triton kernels work from the same addresses (triton_table.py).
+the addresses, and reads and checks them again at each step (csrc/table.cpp). The Triton kernels
+work from the same addresses (triton_table.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from .table import BINS, Penalty, SgdStep, Table
 
 
 class ScaleTable(Table):
-    """As `Table`; between `refresh` and what follows it, the γ stay where they are in memory."""
+    """As `Table`; between `refresh` and what follows it, gradients and momentum buffers stay where
+    they are in memory, and for `sgd_step_` and `add_subgradient_` the γ do.
+    """
 
     def __init__(
         self,
@@ -30,7 +32,7 @@ class ScaleTable(Table):
         tilts: Sequence[float] | None = None,
     ) -> None:
         super().__init__(names, params, weights, tilts)
-        self._rows = ScaleRows(self.params, str(self.dtype), self._row_weights, self._tilts)
+        self._rows = ScaleRows(self.params, self._row_weights, self._tilts)
         self.refresh()
 
     def refresh(self, momentum_of: dict[Any, Any] | None = None) -> int:
@@ -39,11 +41,15 @@ class ScaleTable(Table):
             raise self._refusal(-1 - found, momentum_of)
         return found
 
+    def buffered(self) -> int:
+        return self._rows.buffered()
+
     def add_subgradient_(self, penalty: Penalty, grad_scale: Tensor | None = None) -> None:
         self._rows.add_subgradient_(penalty, _value(grad_scale, 1.0))
         increment_version(self._rows.grads())
 
     def clamp_(self, upper: float, found_inf: Tensor | None = None) -> None:
+        self._follow()
         if _value(found_inf, 0.0) == 0:
             self._rows.clamp_(upper)
         increment_version(self._rows.moving())
@@ -64,10 +70,13 @@ class ScaleTable(Table):
         self._rows.set_centers(centers)
 
     def valley(self) -> tuple[Tensor, Tensor]:
-        summary = torch.empty((len(self.params), 3), dtype=torch.float64, device="cpu")
-        counts = torch.empty((len(self.params), BINS), dtype=torch.int64, device="cpu")
-        self._rows.valley(self._gammas(), summary.data_ptr(), counts.data_ptr())
-        return summary, counts
+        usable, summary, counts = self._rows.valley()
+        if usable < len(self.params):
+            raise self._refusal(usable, None)
+        return (
+            torch.frombuffer(summary, dtype=torch.float64).view(-1, 3),
+            torch.frombuffer(counts, dtype=torch.int64).view(-1, BINS),
+        )
 
     def _gammas(self) -> list[int]:
         """The addresses of all γ, apart from those that a step has read."""
@@ -75,6 +84,12 @@ class ScaleTable(Table):
         if len(found) < len(self.params):
             raise self._refusal(len(found), None)
         return found
+
+    def _follow(self) -> None:
+        """Reads the addresses of the γ again: some optimizers, and hooks, assign to param.data."""
+        found = self._rows.follow()
+        if found < 0:
+            raise self._refusal(-1 - found, None)
 
     def _check_momentum(self, sgd: SgdStep) -> None:
         if sgd.momentum != 0 and (row := self._rows.without_momentum()) >= 0:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ScalingFactorError
+from ..sharding import refuse_overlap
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 #: Of the histogram in which valleys are looked for (Sec. 3.3).
@@ -149,12 +150,21 @@ class Table(ABC):
         """
 
     @abstractmethod
+    def buffered(self) -> int:
+        """How many γ that have a gradient have a momentum buffer, as of the last `refresh`."""
+
+    @abstractmethod
     def add_subgradient_(self, penalty: Penalty, grad_scale: Tensor | None = None) -> None:
         """γ.grad += grad_scale · λ · ∂R/∂γ for every γ that has a gradient (eager_table.py)."""
 
     @abstractmethod
     def clamp_(self, upper: float, found_inf: Tensor | None = None) -> None:
-        """γ ← min(max(γ, 0), upper) for every γ that has a gradient, unless found_inf is not 0."""
+        """γ ← min(max(γ, 0), upper) for every γ that had a gradient at the last `refresh`, wherever
+        it is now, unless found_inf is not 0.
+
+        Raises:
+            ScalingFactorError: as `refresh`; nothing is written then.
+        """
 
     @abstractmethod
     def sgd_step_(
@@ -220,6 +230,8 @@ class Table(ABC):
                     f"{name} is {param.dtype} on {param.device}, but {self.names[0]} is "
                     f"{first.dtype} on {first.device}; all must be of one dtype on one device"
                 )
+        if all(param.layout == torch.strided for param in self.params):  # else `refresh` refuses
+            refuse_overlap(dict(zip(self.names, self.params, strict=True)))
 
     def _unusable(self, row: int, momentum_of: dict[Any, Any] | None) -> str | None:
         """Why a γ, its gradient or its momentum buffer cannot be used, in words; None: all can."""
@@ -244,6 +256,8 @@ class Table(ABC):
                 return f"{what} has {tensor.numel()} elements; expected {self._numels[row]}"
             if not tensor.is_contiguous():
                 return f"{what} is not contiguous; make it so with .contiguous()"
+            if tensor.is_neg():
+                return f"{what} is negated when it is read; make it plain with .resolve_neg()"
         return None
 
     def _no_momentum(self, row: int) -> ScalingFactorError:

@@ -8,7 +8,13 @@ Every regularizer is one arithmetic, for element γ_j of row (layer) l with weig
     polarization   a = λ·t_l·w_l   c = −λ·w_l   m = mean of γ   k = λ/n·Σ_i w_l(i)·sgn(γ_i − m)
     squared        a = λ·t_l·w_l   b = −2λ·w_l   k = 2λ·w_l·m + 2λ/n·Σ_i w_l(i)·(γ_i − m)
     centered       a = λ·t_l·w_l   c = −λ·w_l   m = the center of row l, given
-    DeepHoyer      a = 2λ·w_l·A/S   b = −2λ·w_l·A²/S²,  with A = ‖γ_l‖₁ and S = ‖γ_l‖₂²
+
+but for DeepHoyer, whose terms would be almost equal and as large as 1/γ:
+
+    ∂R/∂γ_j = a·sgn(γ_j)·c·((k − b·|γ_j|) − m)
+
+    b = s, a power of two   k = s·max|γ_l|   m = q = Σ y(k − y) / Σ y, with y = s·|γ_l|
+    c = 1/(k − q)   a = 2λ·w_l·c·s
 
 with t_l = t + the row's tilt. Where γ count for their weights in the mean, so do they in k, and the
 sum of the weights ("mass") stands for n. What comes from the mean's own derivative is left out of k
@@ -134,16 +140,28 @@ def row_signs(address, size, mean, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr
 
 
 @triton.jit
-def row_norms(address, size, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """(‖γ‖₁, ‖γ‖₂²) of one row."""
-    l1 = tl.zeros([BLOCK_SIZE], tl.float64)
-    squares = tl.zeros([BLOCK_SIZE], tl.float64)
+def row_spread(address, size, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """(s, k, q) of one row, as at the head of this file."""
+    most = tl.zeros([BLOCK_SIZE], tl.float64)
     for start in range(0, size, BLOCK_SIZE):
         offsets = start + tl.arange(0, BLOCK_SIZE)
-        gamma = load_scales(address, offsets, offsets < size, DTYPE).to(tl.float64)
-        l1 += tl.abs(gamma)
-        squares += gamma * gamma
-    return tl.sum(l1, axis=0), tl.sum(squares, axis=0)
+        y = tl.abs(load_scales(address, offsets, offsets < size, DTYPE).to(tl.float64))
+        most = tl.where(y > most, y, most)
+    top = tl.max(most, axis=0)
+    # 2^±600 where the squares of float64 γ would leave the range of float64.
+    scale = tl.where(top > 2.0**340, 2.0**-600, 1.0).to(tl.float64)
+    scale = tl.where(top < 2.0**-340, 2.0**600, scale)
+    top *= scale
+    total = tl.zeros([BLOCK_SIZE], tl.float64)
+    spread = tl.zeros([BLOCK_SIZE], tl.float64)
+    for start in range(0, size, BLOCK_SIZE):
+        offsets = start + tl.arange(0, BLOCK_SIZE)
+        y = tl.abs(load_scales(address, offsets, offsets < size, DTYPE).to(tl.float64)) * scale
+        total += y
+        spread += y * (top - y)
+    sum_of_all = tl.sum(total, axis=0)
+    # A row of zeros has no direction: q = 0 leaves it where it is.
+    return scale, top, tl.sum(spread, axis=0) / tl.where(sum_of_all == 0.0, 1.0, sum_of_all)
 
 
 @triton.jit
@@ -173,16 +191,20 @@ def mean_of_rows(
 @triton.jit
 def _penalty_gradient(gamma, a, b, c, k, mean, KIND: tl.constexpr):
     """The arithmetic at the head of this file; a term that `KIND` lacks is left out (0 · inf)."""
-    gradient = a.to(gamma.dtype) * sign_around(gamma, 0.0).to(gamma.dtype)
-    if KIND == POLARIZATION:
-        side = sign_around(gamma.to(tl.float64), mean).to(gamma.dtype)
-        gradient += c.to(gamma.dtype) * side + k.to(gamma.dtype)
-    elif KIND == CENTERED:
-        gradient += c.to(gamma.dtype) * sign_around(gamma.to(tl.float64), mean).to(gamma.dtype)
-    elif KIND == SQUARED:
-        gradient += b.to(gamma.dtype) * gamma + k.to(gamma.dtype)
-    elif KIND == DEEPHOYER:
-        gradient += b.to(gamma.dtype) * gamma
+    if KIND == DEEPHOYER:
+        wide = gamma.to(tl.float64)
+        away = (k - b * tl.abs(wide)) - mean
+        size = tl.where((away == 0.0) | (wide == 0.0), 0.0, a * (c * away))  # 0 · inf again
+        gradient = tl.where(wide < 0.0, -size, size).to(gamma.dtype)
+    else:
+        gradient = a.to(gamma.dtype) * sign_around(gamma, 0.0).to(gamma.dtype)
+        if KIND == POLARIZATION:
+            side = sign_around(gamma.to(tl.float64), mean).to(gamma.dtype)
+            gradient += c.to(gamma.dtype) * side + k.to(gamma.dtype)
+        elif KIND == CENTERED:
+            gradient += c.to(gamma.dtype) * sign_around(gamma.to(tl.float64), mean).to(gamma.dtype)
+        elif KIND == SQUARED:
+            gradient += b.to(gamma.dtype) * gamma + k.to(gamma.dtype)
     return gradient
 
 
@@ -403,6 +425,7 @@ def _polarize_rows_kernel(
     tilted = strength * (t + tl.load(weights_ptr + rows + row))
     a = strength
     b = -2.0 * strength
+    c = -strength
     mean = strength
     shift = strength
     if KIND == POLARIZATION or KIND == SQUARED:
@@ -421,16 +444,15 @@ def _polarize_rows_kernel(
         a = tilted
         mean = tl.load(scratch_ptr + row)
     elif KIND == DEEPHOYER:
-        l1, squares = row_norms(address, size, DTYPE, BLOCK_SIZE)
-        # A row of zeros has no direction: its numerators are 0, and so are a and b.
-        ratio = l1 / tl.where(squares == 0.0, 1.0, squares)
-        a = 2.0 * strength * ratio
-        b = -2.0 * strength * ratio * ratio
+        b, shift, mean = row_spread(address, size, DTYPE, BLOCK_SIZE)
+        middle = shift - mean
+        c = 1.0 / tl.where(middle == 0.0, 1.0, middle)
+        a = 2.0 * strength * c * b
     for start in range(0, size, BLOCK_SIZE):
         offsets = start + tl.arange(0, BLOCK_SIZE)
         mask = offsets < size
         gamma = load_scales(address, offsets, mask, DTYPE)
-        penalty = _penalty_gradient(gamma, a, b, -strength, shift, mean, KIND)
+        penalty = _penalty_gradient(gamma, a, b, c, shift, mean, KIND)
         _apply_penalty(
             gamma,
             penalty,

@@ -91,18 +91,27 @@ class TritonTable(ScaleTable):
 
     def refresh(self, momentum_of: dict[Any, Any] | None = None) -> int:
         found = super().refresh(momentum_of)
+        self._send()
+        return found
+
+    def _follow(self) -> None:
+        super()._follow()
+        self._send()
+
+    def _send(self) -> None:
+        """Addresses that have changed, to the device."""
         if self._version != self._rows.version:
             found_at = torch.tensor(self._rows.addresses, dtype=torch.int64, device="cpu")
             self._addresses = self._upload(found_at)
             self._version = self._rows.version
         self._hold_if_captured(self._addresses)
-        return found
 
     def add_subgradient_(self, penalty: Penalty, grad_scale: Tensor | None = None) -> None:
         self._polarize(penalty, None, grad_scale, None)
         increment_version(self._rows.grads())
 
     def clamp_(self, upper: float, found_inf: Tensor | None = None) -> None:
+        self._follow()
         if self.numel:
             with self._on_device():
                 kernels._clamp_kernel[(len(self.params),)](

@@ -371,12 +371,13 @@ class CutCounter:
                 moment = replace(moment, compared=compared, joined={})
             strength = {row: float(compared[self._names[row]].max()) for row in empty}
             empty = tuple(sorted(empty, key=lambda row: -strength[row]))
-        if empty not in self._regimes:
-            if len(self._regimes) >= LARGEST:
+        try:
+            regime = self._regimes[empty]
+        except KeyError:
+            if len(self._regimes) >= LARGEST:  # another thread may ask, too
                 self._regimes.clear()
                 self._tables.clear()
-            self._regimes[empty] = self._find_regime(empty)
-        regime = self._regimes[empty]
+            regime = self._regimes[empty] = self._find_regime(empty)
         extra = None if regime is None else self._extra(regime, moment, kept)
         if regime is None or extra is None:
             return self._by_selection(moment)
@@ -434,11 +435,13 @@ class CutCounter:
     def _table(self, regime: _Regime, device: torch.device) -> tuple[Tensor, Tensor]:
         """Index into `regime.rows` of each of these layers' channels; their answers [rows, 5]."""
         key = (regime, device)
-        if key not in self._tables:
+        table = self._tables.get(key)
+        if table is None:
             sizes = torch.tensor([self._sizes[row] for row in regime.rows], device="cpu")
             rows = torch.arange(len(regime.rows), device="cpu").repeat_interleave(sizes)
-            self._tables[key] = rows.to(device), torch.tensor(regime.answers, device=device)
-        return self._tables[key]
+            table = rows.to(device), torch.tensor(regime.answers, device=device)
+            self._tables[key] = table
+        return table
 
     # --- prepared once
 

@@ -24,8 +24,11 @@ def thresholds(
     """The threshold of each layer: channels with |γ| ≤ threshold are to be pruned.
 
     - "valley" (Sec. 3.3): the first local minimum of the layer's histogram of γ, 100 bins over
-      [0, 1], the bins of `numpy.histogram`. None where the histogram has no valley: such a layer
-      keeps all its channels. A threshold is the left edge of a bin, in units of γ.
+      [0, 1]. None where the histogram has no valley: such a layer keeps all its channels. A
+      threshold is the left edge of a bin, in units of γ. The bins are those of
+      ``numpy.histogram(γ.astype(float32), 100, (0, 1))``: edge i is float32(0.01·i), the last bin
+      is closed on the right, and float64 γ are counted as the float32 next to them; a γ is compared
+      with the threshold as it is.
     - "fixed": `value` (0.01 by default) for all layers, on |γ|.
     - "percentile": one threshold for all layers such that `value`, a share of all n channels, is
       cut; None where that is no channel at all. |γ| equal to the threshold are cut with it, so

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import ArgumentError, TracingError
 from ..inputs import misplaced, unwrap
 from ..layers import is_gate, lost_gates
-from ..sharding import present_parameters, whole
+from ..sharding import present_parameters, refuse_overlap, whole
 from ..tracing.classes import RESIDUAL_MODES, Channels, trace_channels
 
 #: Reasons that keep a smaller share of the MACs are said without it.
@@ -116,6 +116,7 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
         Raises:
             ArgumentError: a name is missing in `model` or has another number of channels, or the
                 model is in FullyShardedDataParallel.
+            ScalingFactorError: two γ have memory in common.
         """
         model = unwrap(model)
         present = present_parameters(model)
@@ -132,8 +133,10 @@ class ScalingFactors(Mapping[str, nn.Parameter]):
                     f"{name!r} has {present[name].numel()} channels in this model and {size} where "
                     "it was found: call pf.scaling_factors on this model instead"
                 )
+        found = {name: present[name] for name in self}
+        refuse_overlap(found)
         return ScalingFactors(
-            {name: present[name] for name in self},
+            found,
             pinned=self.pinned,
             pinned_macs=self.pinned_macs,
             others={name: present[name] for name in self.others},
@@ -205,6 +208,7 @@ def scaling_factors(
         ArgumentError: `residual` is none of these, or the model is sharded already.
         TracingError: the model is scripted, does not run on the inputs, or has no normalization
             whose γ can take part.
+        ScalingFactorError: two γ have memory in common (views of one tensor).
     """
     _check_residual(residual)
     model = unwrap(model)
@@ -236,6 +240,7 @@ def factors_of(model: nn.Module, channels: Channels) -> ScalingFactors:
     """The scaling factors of an analyzed model."""
     params = dict(model.named_parameters())
     taking_part = {name: params[name] for name in channels.layers}
+    refuse_overlap(taking_part)
     gates = channels.graph.gate_names()  # where there are any, they are clamped and no further γ
     others = {
         name: params[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from ..sharding import is_sharded, whole
 if TYPE_CHECKING:
     from ..scaling.factors import ScalingFactors
     from .regularizers import Regularizer
+
+_MAKING = threading.Lock()
 
 
 class Binding:
@@ -55,10 +58,13 @@ class Binding:
 
     @staticmethod
     def of(scales: ScalingFactors) -> Binding:
-        """The binding of `scales`, made once and kept with them."""
+        """The binding of `scales`, made once and kept with them, whichever thread is first."""
         if scales._binding is None:
-            scales._binding = Binding(scales)
-        return scales._binding
+            with _MAKING:
+                if scales._binding is None:
+                    scales._binding = Binding(scales)
+        found: Binding = scales._binding
+        return found
 
     def require_gradient(self) -> None:
         """Raise StepError unless some γ has a gradient."""

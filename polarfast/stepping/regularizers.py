@@ -411,6 +411,11 @@ class DeepHoyer(_Rival):
     def _sum(
         self, layers: list[Tensor], weights: tuple[float, ...], tilts: tuple[float, ...]
     ) -> Tensor:
+        # In units of the largest, so that no square is lost: the ratio is the same.
+        zero = layers[0].new_zeros(1)
+        largest = torch.stack([torch.cat((gamma.detach().abs(), zero)).max() for gamma in layers])
+        units = torch.where(largest > 0, largest, 1.0).unbind()
+        layers = [gamma / unit for gamma, unit in zip(layers, units, strict=True)]
         norms = torch.stack([gamma.abs().sum() for gamma in layers])
         squares = torch.stack([gamma.square().sum() for gamma in layers])
         ratio = norms.square() / torch.where(squares > 0, squares, 1.0)

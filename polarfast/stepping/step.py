@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
     from ..scaling.factors import ScalingFactors
     from .regularizers import Regularizer
+
+#: The steps on their way, in all threads; changed under the lock.
+_UNDERWAY: list[_Work] = []
+_CLAIMING = threading.Lock()
 
 _SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
@@ -61,7 +66,8 @@ def step(
 
     Raises:
         StepError: no γ has a gradient, all γ are frozen, one is attached to the optimizer already,
-            or the optimizer cannot be served.
+            another step on one of them is on its way (in another thread), or the optimizer cannot
+            be served.
         ScalingFactorError: a trainable γ is not in the optimizer, or cannot be addressed.
         ArgumentError: a closure together with an enabled scaler; or `optimizer` is a trainer's
             wrapper of an optimizer, or none at all.
@@ -70,17 +76,22 @@ def step(
         return torch.compiler.disable(step)(optimizer, scales, reg, scaler, closure)
     _check_optimizer(optimizer, scales)
     scaling = scaler is not None and scaler.is_enabled()
-    if closure is None:
-        Binding.of(scales).require_gradient()
-    elif scaling:
+    if closure is not None and scaling:
         raise ArgumentError(
             "closure= with an enabled scaler=: torch's GradScaler takes no closure; give one"
         )
     work = _Work(scales, reg, may_fuse=closure is None and _plain_sgd(optimizer))
-    if scaler is not None and scaling:
+    work.claim()
+    try:
+        if closure is not None:
+            return work.run(optimizer, optimizer.step, closure)
+        Binding.of(scales).require_gradient()
+        if scaler is None or not scaling:
+            return work.run(optimizer, optimizer.step)
         with Attachment(optimizer, work):
             return scaler.step(optimizer)  # which may find that this step is to be skipped
-    return work.run(optimizer, optimizer.step, *(() if closure is None else (closure,)))
+    finally:
+        work.release()
 
 
 def attach(optimizer: Optimizer, scales: ScalingFactors, reg: Regularizer) -> Attachment:
@@ -182,8 +193,9 @@ class _Work:
         self.reg = reg
         self.running = False
         self._may_fuse = may_fuse
+        self._thread: int | None = None  # that has the γ to itself
         self._options: dict[str, Any] | None = None  # SGD's, where the fused kernel moves the γ
-        self._memory: list[int] = []  # where the γ were when their addresses were read
+        self._table: Table | None = None  # what the gradients of this step were read into
         self._replaced: list[tuple[Tensor, Tensor | None]] = []  # γ, the .grad that it had
 
     def run(self, optimizer: Optimizer, take: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -191,7 +203,7 @@ class _Work:
 
         However it ends, gradients are then as the caller left them, but for λ·∂R_s.
         """
-        if self.running:
+        if self.running and self._thread == threading.get_ident():
             return take(*args, **kwargs)
         if kwargs.get("grad_scaler") is not None:
             raise StepError(
@@ -206,6 +218,7 @@ class _Work:
             self._begin(optimizer)
             return loss
 
+        claimed = self.claim()
         self.running = True
         try:
             if closure is None:
@@ -217,9 +230,45 @@ class _Work:
             result = take(*args, **kwargs)
             self._finish(optimizer)
         finally:
-            self.running = False
+            self.running, self._table = False, None
             self._put_back()
+            if claimed:
+                self.release()
         return result
+
+    def claim(self) -> bool:
+        """Keep other steps from these γ until `release`; False: this step had them already.
+
+        Within a step, gradients are withheld from the optimizer or have λ·∂R_s in them: another
+        one would find none, or add it twice.
+
+        Raises:
+            StepError: another step on one of these γ is on its way.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return bool(torch.compiler.disable(self.claim)())
+        thread = threading.get_ident()
+        with _CLAIMING:
+            for other in _UNDERWAY:
+                if other is self and self._thread == thread:
+                    return False
+                if (name := _shared(other, self)) is not None:
+                    raise StepError(
+                        f"another step on {name!r} is on its way"
+                        f"{'' if other._thread == thread else ', in another thread'}: take one "
+                        "step at a time on a set of scaling factors (hold a lock around pf.step)"
+                    )
+            _UNDERWAY.append(self)
+            self._thread = thread
+        return True
+
+    def release(self) -> None:
+        """Let other steps have the γ."""
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(self.release)()
+        with _CLAIMING:
+            self._thread = None
+            _UNDERWAY.remove(self)
 
     def refuse_alone(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Pre hook: raise StepError in a step that does not come through `run`."""
@@ -238,15 +287,21 @@ class _Work:
         binding.check_members(optimizer)
         gammas = binding.trainable
         groups = [optimizer.param_groups[i] for i in binding.groups]
-        options = self._options = self._fused_options(optimizer, groups)
-        buffers = optimizer.state if options and options["momentum"] else None
-        table = binding.table(reg)
-        if table.refresh(buffers) < len(gammas) or not gammas:
+        options = self._fused_options(binding, groups)
+        momentum_of = optimizer.state if options and options["momentum"] else None
+        table = self._table = binding.table(reg)
+        if table.refresh(momentum_of) < len(gammas) or not gammas:
             binding.require_gradient()
             for gamma in gammas:
                 if gamma.grad is None:  # weight decay and λ·∂R_s still act
                     self._replace_grad(gamma, torch.zeros_like(gamma))
-            table.refresh(buffers)
+            table.refresh(momentum_of)
+        if options and momentum_of is not None:
+            buffers = table.buffered()
+            options["first_step"] = buffers == 0
+            if 0 < buffers < len(gammas):
+                options = None  # SGD makes the missing ones, and dampens the others
+        self._options = options
         binding.warn_before_clamp(reg)
         scale = _amp_scalar(optimizer, "grad_scale", table.device)
         reg.steer(self.scales, optimizer, scale)
@@ -263,13 +318,12 @@ class _Work:
         penalty = reg.penalty()
         lam = -penalty.lam if maximize else penalty.lam
         table.add_subgradient_(penalty._replace(lam=lam), scale)
-        self._memory = [gamma.data_ptr() for gamma in binding.params]
 
     def _fused_options(
-        self, optimizer: Optimizer, groups: list[dict[str, Any]]
+        self, binding: Binding, groups: list[dict[str, Any]]
     ) -> dict[str, Any] | None:
         """The one set of arguments with which SGD would step every γ; None if there is none."""
-        if not self._may_fuse or Binding.of(self.scales).sharded:
+        if not self._may_fuse or binding.sharded:
             return None
         if any(group["differentiable"] for group in groups):
             return None
@@ -277,13 +331,7 @@ class _Work:
         for group, (key, value) in itertools.product(groups, options.items()):
             if isinstance(group[key], Tensor) or group[key] != value:
                 return None
-        buffers = 0
-        if options["momentum"] != 0:
-            state, gammas = optimizer.state, Binding.of(self.scales).trainable
-            buffers = sum(state[gamma].get("momentum_buffer") is not None for gamma in gammas)
-            if 0 < buffers < len(gammas):
-                return None  # SGD makes the missing ones, and dampens the others
-        return {**options, "first_step": buffers == 0}
+        return {**options, "first_step": True}
 
     def _replace_grad(self, gamma: Tensor, grad: Tensor | None) -> None:
         self._replaced.append((gamma, gamma.grad))
@@ -298,14 +346,13 @@ class _Work:
         """The fused step of the γ or their clamp, then the clamp of the others."""
         if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(self._finish)(optimizer)
-        binding, reg = Binding.of(self.scales), self.reg
-        table = binding.table(reg)
+        reg = self.reg
+        # That of `_begin`: another one would find no gradients. None: the closure was not called.
+        table = self._table or Binding.of(self.scales).table(reg)
         found_inf = _amp_scalar(optimizer, "found_inf", table.device)
         if self._options is not None:
             self._fused_step(optimizer, table, self._options, found_inf)
         elif reg.upper is not None:
-            if self._memory != [gamma.data_ptr() for gamma in binding.params]:
-                table.refresh()  # some optimizers, and hooks, assign to param.data
             table.clamp_(reg.upper, found_inf)
         if reg.clamp == "all" and reg.upper is not None and not _is_set(found_inf):
             self._clamp_others(reg.upper)
@@ -343,6 +390,12 @@ class _Work:
         if others:
             torch._foreach_clamp_min_(others, 0.0)
             torch._foreach_clamp_max_(others, upper)
+
+
+def _shared(work: _Work, other: _Work) -> str | None:
+    """The name of a γ that both steps would move; None: there is none."""
+    gammas = {id(gamma) for gamma in work.scales.values()}
+    return next((name for name, gamma in other.scales.items() if id(gamma) in gammas), None)
 
 
 def _attached(optimizer: Optimizer) -> list[_Work]:

@@ -186,6 +186,8 @@ def break_factor(make):
         (break_gradient(lambda x: x[:1].expand(7)), "gradient of bn1.weight is not contiguous"),
         (break_buffer(lambda x: x.double()), "buffer of bn1.weight is torch.float64"),
         (break_buffer(lambda x: x[:3].clone()), "buffer of bn1.weight has 3 elements; expected 7"),
+        (break_gradient(torch._neg_view), "gradient of bn1.weight is negated when it is read"),
+        (break_buffer(torch._neg_view), "buffer of bn1.weight is negated when it is read"),
         (break_factor(lambda x: x.double()), "bn1.weight is torch.float64"),
         (break_factor(lambda x: x[:3].clone()), "bn1.weight has 3 elements; expected 7"),
         (break_factor(lambda x: x.repeat(2)[::2]), "bn1.weight is not contiguous"),
@@ -199,8 +201,66 @@ def test_names_what_cannot_be_used(params, backend, change, message):
         table.refresh(state)
 
 
+SUCCESSORS = {
+    "smaller": lambda x: x.detach()[:3],
+    "half as wide": lambda x: x.detach().view(torch.bfloat16)[:7],
+    "negated": lambda x: torch._neg_view(x.detach()),
+    "strided": lambda x: x.detach()[:1].expand(7),
+}
+
+
+@pytest.mark.parametrize("successor", SUCCESSORS)
+@pytest.mark.parametrize("which", ["factor", "gradient", "buffer"])
+def test_what_lies_at_the_same_address_is_looked_at_anew(params, backend, which, successor):
+    """The allocator gives an address again, to a tensor of another size or kind."""
+    make, optimizer = SUCCESSORS[successor], torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    optimizer.step()
+    state = dict(optimizer.state)
+    table = table_of(params, backend)
+    assert table.refresh(state) == 3
+    kept = [param.detach() for param in params]  # alive, whatever is put in their place
+    grads = [param.grad.detach() for param in params]
+    buffers = [state[param]["momentum_buffer"] for param in params]
+    before = [bits(x) for x in (*kept, *grads, *buffers)]
+    if which == "factor":
+        params[1].data = make(params[1])
+    elif which == "gradient":
+        params[1].grad.data = make(params[1].grad)
+    else:
+        state[params[1]] = {"momentum_buffer": make(state[params[1]]["momentum_buffer"])}
+    if which == "factor":
+        with pytest.raises(ScalingFactorError, match="^bn1.weight"):
+            table.clamp_(0.1)
+        if backend != "eager":  # it reads no addresses
+            with pytest.raises(ScalingFactorError, match="^bn1.weight"):
+                table.valley()
+    with pytest.raises(ScalingFactorError, match="bn1.weight"):
+        table.refresh(state)
+    assert [bits(x) for x in (*kept, *grads, *buffers)] == before
+
+
+def test_a_clamp_follows_factors_that_were_moved_since_the_gradients_were_read(params, backend):
+    """As optimizers and hooks do that assign to param.data."""
+    table = table_of(params, backend)
+    before = params[1].detach()
+    params[1].data = params[1].detach() + 1
+    was = bits(before)
+    table.clamp_(0.5)
+    assert params[1].max() <= 0.5 and bits(before) == was
+
+
 def factor(*shape, **options):
     return torch.nn.Parameter(torch.rand(*shape, **options))
+
+
+def views(of):
+    return [torch.nn.Parameter(part) for part in of(torch.rand(6))]
+
+
+def test_factors_that_are_pieces_of_one_buffer_are_used():
+    """As wrappers lay parameters one behind the other."""
+    params = views(lambda x: (x[4:], x[:4]))
+    assert ScaleTable(["a", "b"], params).numel == 6
 
 
 @pytest.mark.parametrize(
@@ -214,6 +274,13 @@ def factor(*shape, **options):
         (["a"], [torch.ones(3, dtype=torch.int32)], None, "a is torch.int32"),
         (["a"], [torch.rand(6)[::2]], None, "a is not contiguous"),
         (["a", "b"], [torch.rand(3)] * 2, None, "b is the same parameter as a"),
+        (["a", "b"], views(lambda x: (x, x)), None, "'a' and 'b' have channels in the same memory"),
+        (
+            ["a", "b"],
+            views(lambda x: (x[3:], x[:4])),
+            None,
+            "'b' and 'a' have channels in the same",
+        ),
         (["a"], [torch.rand(3, device="meta")], None, "a"),
     ],
 )

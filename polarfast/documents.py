@@ -87,6 +87,8 @@ def check_extent(data: Any, most: int, others: tuple[type, ...] = ()) -> str:
 
 def short(value: Any) -> str:
     """A value from a file, for a message."""
+    if isinstance(value, int) and value.bit_length() > 10 * BITS:
+        return f"a number of {value.bit_length():,} bits"  # Python does not write the longest ones
     shown = repr(value) if not isinstance(value, (dict, list, tuple)) else type(value).__name__
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..documents import brief
+from ..documents import short
 from ..errors import ArgumentError
 
 #: Seeds as torch's generators and the data plan take them.
@@ -25,9 +25,6 @@ def check_ranges(settings: Any, prefix: str = "", /, **ranges: tuple[float, floa
     for name, (low, high) in ranges.items():
         value = getattr(settings, name)
         if value is not None and not low <= value <= high:
-            shown = (
-                brief(value) if isinstance(value, float) or abs(value) < 1e300 else "…"
-            )  # Python writes no longer ones
             raise ArgumentError(
-                f"{prefix}{name}={shown}: must be at least {low:g} and at most {high:g}"
+                f"{prefix}{name}={short(value)}: must be at least {low:g} and at most {high:g}"
             )

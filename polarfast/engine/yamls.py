@@ -62,6 +62,15 @@ for _name, _pattern, _first in _RULES:
         )
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # PyYAML writes line breaks that ASCII lacks as they are, and reads them back as spaces.
+    style = '"' if any(letter in text for letter in "\x85\u2028\u2029\ufeff") else None
+    return dumper.represent_scalar(f"{_TAG}str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def parse_yaml(text: str) -> tuple[Any, dict[str, int]]:
     """The values in a text, and the lines of its keys, from 1, by dotted name.
 

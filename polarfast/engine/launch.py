@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from ..documents import sealed
-from ..errors import ArgumentError
+from ..errors import ArgumentError, FileFormatError
 from ..profiling import device_name, median_latencies
 from . import figures
 from .distributed import Workers
@@ -81,6 +81,11 @@ def find_state(
         if must:
             raise ArgumentError(f"nothing to resume in '{folder}': it has no checkpoint")
         return None
+    known = isinstance(state.get("recipe"), dict) and {"trainer", "history"} <= state.keys()
+    if not known or state.get("phase") not in (*PHASES, DONE):
+        raise FileFormatError(
+            f"the checkpoints in '{folder}' are of no run: name another folder with --out"
+        )
     finished = state["phase"] == DONE
     if finished and again and not must:
         return None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 import types
 import typing
@@ -203,8 +204,10 @@ class Hardware:
         _at_least("hardware.keep", self.keep, 1)
         if not self.checkpoint_minutes >= 0:
             raise ArgumentError(f"hardware.checkpoint_minutes={self.checkpoint_minutes}: negative")
-        # With more threads than the system has room for, OpenMP ends the process.
-        limits = {"threads": (1, 1024), "keep": (1, 10**6), "checkpoint_minutes": (0, 1e6)}
+        # OpenMP's threads wait for each other at every operation: many more than there are cores
+        # take minutes for it, and where the system has no room for them, end the process.
+        most = max(128, 4 * (os.cpu_count() or 1))
+        limits = {"threads": (1, most), "keep": (1, 10**6), "checkpoint_minutes": (0, 1e6)}
         check_ranges(self, "hardware.", **limits)
 
 

@@ -1,6 +1,6 @@
 # Every target first makes .venv, with torch and polarfast in it, unless it is there and up to date.
-#   make demo   make demo-quick   make test   make test-fast   make test-abi   make test-zoo   make lint
-#   make bench
+#   make demo   make demo-quick   make test   make test-fast   make test-faults   make test-abi
+#   make test-zoo   make lint   make bench
 # Another interpreter: make PYTHON=python3.12.  Another torch: make TORCH='torch==2.13.0'.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo demo-quick test test-fast test-abi test-zoo lint bench clean
+.PHONY: install demo demo-quick test test-fast test-faults test-abi test-zoo lint bench clean
 
 install: $(STAMP)
 
@@ -34,6 +34,10 @@ test: $(STAMP)
 # Of every room what takes less than about a second.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(ARGS)
+
+# Damaged files, bombs and foreign folders, 500 and more of each kind; prints what came of them.
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest -q tests/faults --faults 500 $(ARGS)
 
 # The extension as it was built above, under another torch, which it was not built against.
 test-abi: $(STAMP)

@@ -3,6 +3,7 @@ back.
 """
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .documents import check_fields, list_of, short, truth, whole
 from .errors import ArgumentError, PlanError
 
 Spec = dict[str, Any]
@@ -33,6 +35,47 @@ def describe(inputs: Any, meaning: frozenset[int] = frozenset()) -> Spec:
         ArgumentError: something else is among the inputs.
     """
     return _describe(inputs, meaning, itertools.count())
+
+
+#: Elements of the inputs that a description may ask for: 8 GB in float64.
+MOST_ELEMENTS = 2**30
+
+
+def check_spec(spec: Any) -> None:
+    """Hold a description that was read from a file against what `describe` writes, or none.
+
+    Raises:
+        ValueError: it is none, or asks for more than inputs take.
+    """
+    if spec != {} and _elements(spec) > MOST_ELEMENTS:
+        raise ValueError(f"its inputs have more than {MOST_ELEMENTS:,} elements")
+
+
+_TENSOR = {
+    "shape": lambda sizes: list_of(whole(0, MOST_ELEMENTS))(sizes) and len(sizes) <= 64,
+    "dtype": lambda name: isinstance(getattr(torch, str(name), None), torch.dtype),
+    "range": lambda ends: (  # NaN and infinite ones too
+        list_of(lambda end: type(end) in (int, float))(ends) and len(ends) == 2
+    ),
+    "given": truth,
+}
+
+
+def _elements(spec: Any) -> int:
+    """How many a description asks for."""
+    if not isinstance(spec, dict) or "shape" in spec:
+        shape = check_fields(spec, _TENSOR, "an input", ("range", "given"))["shape"]
+        return math.prod(shape)
+    if len(spec) != 1:
+        raise ValueError("the description of an input is damaged")
+    ((key, parts),) = spec.items()
+    if key == "named" and isinstance(parts, dict):
+        return sum(map(_elements, parts.values()))
+    if key in ("list", "items") and isinstance(parts, list):
+        return sum(map(_elements, parts))
+    if key != "value" or not (parts is None or isinstance(parts, (bool, int, float, str))):
+        raise ValueError(f"the description of an input has a field {short(key)}")
+    return 0
 
 
 def _describe(inputs: Any, meaning: frozenset[int], numbers: Iterator[int]) -> Spec:

@@ -3,23 +3,33 @@ code.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .archives import read_tensors, write_tensors
+from .documents import brief, check_fields, mapping_of, short, text, whole
 from .errors import ArgumentError, FileFormatError, PlanError
 from .inputs import misplaced, unwrap
 from .planning.pruning_plan import PruningPlan
 from .sharding import refuse_sharded
+from .slimming.schema import check_places
 from .slimming.slim import SlimInfo, rebuild
 from .slimming.structure import Structure
-from .storage import read_tensors, write_atomically
 
 FORMAT = "polarfast-model"
 VERSION = 1
+_ADVICE = "save it again or take a copy"
+_FIELDS = {
+    "format": text,
+    "version": whole(VERSION, VERSION),
+    "plan": text,
+    "info": text,
+    "tensors": mapping_of(lambda value: isinstance(value, torch.Tensor)),
+}
 
 
 def save(slim: nn.Module, plan: PruningPlan, path: str | os.PathLike[str]) -> None:
@@ -62,7 +72,7 @@ def save(slim: nn.Module, plan: PruningPlan, path: str | os.PathLike[str]) -> No
         "info": info.to_json(),
         "tensors": _tensors(slim, info.structure),
     }
-    write_atomically(Path(path), lambda file: torch.save(data, file))
+    write_tensors(Path(path), data)
 
 
 def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Module:
@@ -88,48 +98,57 @@ def load(path: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Mod
             "layers are cut to the sizes in the file"
         )
     data = _read(path)
+    tensors = data["tensors"]
     try:
-        info = SlimInfo.from_json(data["info"])
-        tensors = data["tensors"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(
-            f"{path} is damaged ({error}): save it again or take a copy"
-        ) from error
-    built = unwrap(build())
+        info = SlimInfo.from_json(data["info"], os.path.getsize(path))
+        _check_shapes(tensors, info.structure)
+    except ValueError as error:
+        raise FileFormatError(f"'{path}' is damaged ({error}); {_ADVICE}") from error
+    names, built = list(tensors), unwrap(build())
     try:
-        model = rebuild(built, info)
-        rest = _fill(model, info.structure, tensors)
-    except (PlanError, RuntimeError) as error:
-        why = misplaced(tensors, built) or f": {error}"
-        raise PlanError(
-            f"build() makes another network than the one saved in {path}{why}"
-        ) from error
-    for name, tensor in rest.items():
-        old = model.get_buffer(name)
-        old.data = tensor.to(old.device)
-    return model
+        return _fill(rebuild(built, info), tensors, info.structure)
+    except PlanError as error:
+        if why := misplaced(names, built):
+            why = f"build() makes another network than the one saved{why}"
+        raise PlanError(f"'{path}': {why or error}") from error
 
 
-def _fill(
-    model: nn.Module, structure: Structure, tensors: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Load the state dict; what is left of the tensors is returned.
+def _check_shapes(tensors: Mapping[str, torch.Tensor], structure: Structure) -> None:
+    """Before any tensor of a shape that the structure states is made."""
+    for name, shape in structure.shapes.items():
+        if name not in tensors or list(tensors[name].shape) != shape:
+            raise ValueError(f"no tensor {short(name)} of shape {short(str(shape))} is in it")
 
-    Raises:
-        RuntimeError: torch's, where names or shapes differ.
-    """
+
+def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], structure: Structure) -> nn.Module:
+    """A model of the slim form with the tensors of the file, which are taken out of `tensors`."""
     state = model.state_dict(keep_vars=True)
-    rest = {n: tensor for n, tensor in tensors.items() if _not_in_state(n, state, structure)}
+    for name, change in structure.modules.items():
+        if change.put_back is not None:
+            full = f"{name}.put_back_index".lstrip(".")
+            check_places(tensors[full], change.put_back, full)
+    for name, tensor in tensors.items():
+        own = state.get(name)
+        if own is not None and own.is_floating_point() != tensor.is_floating_point():
+            raise PlanError(f"{short(name)} is {tensor.dtype} there, {own.dtype} in the network")
+    rest = {name: tensors.pop(name) for name in [*tensors] if _not_in_state(name, state, structure)}
     # Where the model was built, in the dtype that was saved.
     placed = {
         name: tensor.to(state[name].device)
         if name in state and state[name].device.type != "meta"
         else tensor
         for name, tensor in tensors.items()
-        if name not in rest
     }
-    model.load_state_dict(placed, assign=True)
-    return rest
+    try:
+        model.load_state_dict(placed, assign=True)
+    except RuntimeError as error:
+        raise PlanError(
+            f"build() makes another network than the one saved: {brief(error)}"
+        ) from error
+    for name, tensor in rest.items():
+        old = model.get_buffer(name)
+        old.data = tensor.to(old.device)
+    return model
 
 
 def load_plan(path: str | os.PathLike[str]) -> PruningPlan:
@@ -139,7 +158,10 @@ def load_plan(path: str | os.PathLike[str]) -> PruningPlan:
         FileFormatError: as in `load`.
         PlanError: the plan in it is damaged, or of a newer version.
     """
-    return PruningPlan.from_json(_read(path)["plan"])
+    try:
+        return PruningPlan.from_json(_read(path)["plan"])
+    except PlanError as error:
+        raise PlanError(f"'{path}': {error}") from error
 
 
 def _tensors(slim: nn.Module, structure: Structure) -> dict[str, torch.Tensor]:
@@ -156,12 +178,15 @@ def _not_in_state(name: str, state: dict[str, Any], structure: Structure) -> boo
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    data = read_tensors(path, "save it again or take a copy")
+    data = read_tensors(path, _ADVICE)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise FileFormatError(f"{path} is not a polarfast model file")
+        raise FileFormatError(f"'{path}' is not a polarfast model file")
     if data.get("version") != VERSION:
         raise FileFormatError(
-            f"{path} has format version {data.get('version')!r}, this polarfast reads version "
-            f"{VERSION}: upgrade"
+            f"'{path}' has format version {short(data.get('version'))}, this polarfast reads "
+            f"version {VERSION}: upgrade"
         )
-    return data
+    try:
+        return check_fields(data, _FIELDS, "the file")
+    except ValueError as error:
+        raise FileFormatError(f"'{path}' is damaged ({error}); {_ADVICE}") from error

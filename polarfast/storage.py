@@ -1,13 +1,17 @@
-"""Files that are either whole or not there, and that run no code when they are read."""
+"""Files that are either whole or not there, and the first look at files that are read."""
 
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import FileFormatError
+
+#: Bytes of a text: the plan of a network with a million channels has 40 million.
+MOST_TEXT = 2**26
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -47,27 +51,47 @@ def remove_partial(folder: Path, name: str) -> None:
         left_over.unlink()
 
 
-def read_tensors(path: str | os.PathLike[str], hint: str) -> Any:
-    """What `torch.save` wrote, on the CPU, without running code from it.
+def open_file(path: str | os.PathLike[str], hint: str) -> IO[bytes]:
+    """A file, open for reading.
 
     Args:
-        path: the file.
         hint: what a reader of the error should do.
 
     Raises:
-        FileFormatError: the file is damaged, or holds more than tensors and plain data.
+        FileFormatError: it is no file (a folder, a pipe), or cannot be opened.
         FileNotFoundError: there is no such file.
     """
-    import torch  # here alone: the command line's options need none of it
-
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its other end
+            raise FileFormatError(f"'{path}' is no file; {hint}")
+        return open(path, "rb")
     except FileNotFoundError:
         raise
-    except Exception as error:  # torch raises half a dozen unrelated types for a damaged file
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise FileFormatError(f"'{path}' cannot be read ({why}); {hint}") from error
+
+
+def read_text(path: str | os.PathLike[str], hint: str, most: int = MOST_TEXT) -> str:
+    """A text in UTF-8.
+
+    Args:
+        most: so many bytes.
+        hint: what a reader of the error should do.
+
+    Raises:
+        FileFormatError: it is longer, no such text, or cannot be read.
+        FileNotFoundError: there is no such file.
+    """
+    with open_file(path, hint) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise FileFormatError(f"'{path}' is longer than {most:,} bytes; {hint}")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise FileFormatError(
-            f"'{path}' cannot be read, it is damaged or no file of polarfast's "
-            f"({type(error).__name__}); {hint}"
+            f"'{path}' is no text in UTF-8 (byte {error.start}: {error.reason}); {hint}"
         ) from error
 
 

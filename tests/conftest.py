@@ -1,6 +1,7 @@
 """Runs before any test module is imported."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 from hypothesis import register_random
@@ -48,7 +49,30 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     suite = parser.getgroup("conformance", "which networks, whose pruner (tests/conformance)")
     suite.addoption("--models", default="fast", help="fast, all or a regular expression of names")
+    parser.addoption(
+        "--faults", type=int, default=12, help="damaged files of each kind (tests/faults)"
+    )
     suite.addoption("--pruner", default="conformance.pruners:Polarfast", help="module:Class")
+
+
+@pytest.fixture
+def tries(request: pytest.FixtureRequest) -> int:
+    """How many damaged files of each kind a test makes."""
+    return request.config.getoption("--faults")
+
+
+@pytest.fixture
+def told(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Prints a figure, past pytest's capture, where there are many tries."""
+
+    def tell(line: str) -> None:
+        if request.config.getoption("--faults") > 12:
+            with request.config.pluginmanager.getplugin(
+                "capturemanager"
+            ).global_and_fixture_disabled():
+                print(f"\n{line}", flush=True)
+
+    return tell
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from ..errors import ArgumentError
 from ..steering.search import Stability
 from .campaigns.rivals import METHODS
 from .interrupts import Interrupted
+from .ranges import check_ranges
 from .recipe import PHASES, Recipe, load_recipe, recipe_names
 
 Options = TypeVar("Options")
@@ -185,6 +186,9 @@ class CompareOptions:
     lams: tuple[str, ...] = ()
     jobs: int = 1
 
+    def __post_init__(self) -> None:
+        check_ranges(self, seeds=(1, 1000), jobs=(1, 1024))
+
 
 def compare(options: CompareOptions, console: Console) -> None:
     """Run what is missing; print and write the table and the plot."""
@@ -239,6 +243,9 @@ class SweepOptions:
     seeds: int = 1
     jobs: int = 1
 
+    def __post_init__(self) -> None:
+        check_ranges(self, seeds=(1, 1000), jobs=(1, 1024))
+
 
 def sweep(options: SweepOptions, console: Console) -> None:
     """Run what is missing; print and write the table and the plot."""
@@ -283,6 +290,10 @@ class SearchOptions:
     window: int = Stability.window
     spread: float = Stability.spread
     warm_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        counts = {"max_trials": (1, 10**6), "window": (1, 10**6), "warm_epochs": (0, 10**6)}
+        check_ranges(self, **counts, lam_high=(0, 1e6), spread=(0, 1))
 
 
 def search(options: SearchOptions, console: Console) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import polarfast as pf
 
-from ..errors import ArgumentError, FileFormatError
-from ..storage import read_tensors, remove_partial, write_atomically
+from ..archives import read_tensors, write_tensors
+from ..errors import ArgumentError, FileFormatError, PlanError
+from ..storage import read_text, remove_partial, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +78,12 @@ class Artifacts:
             FileFormatError: it is damaged.
         """
         path = self._existing(name)
-        content = read_tensors(path, "delete the run's folder and run it again")
+        advice = "delete the run's folder and run it again"
+        content = read_tensors(path, advice)
+        if not isinstance(content, dict) or not all(
+            isinstance(value, Tensor) for value in content.values()
+        ):
+            raise FileFormatError(f"'{path}' holds no weights; {advice}")
         return {key: value.to(device) for key, value in content.items()}
 
     def write_slim(self, name: str, model: nn.Module, plan: pf.PruningPlan) -> None:
@@ -91,7 +97,7 @@ class Artifacts:
 
     def plan(self) -> pf.PruningPlan:
         """Which channels stay."""
-        return pf.PruningPlan.from_json(self._existing("plan").read_text(encoding="utf-8"))
+        return read_plan(self._existing("plan"))
 
     def write_gammas(self, counts: list[Tensor], last: Mapping[str, Tensor]) -> None:
         """How γ moved.
@@ -121,6 +127,19 @@ class Artifacts:
         return path
 
 
+def read_plan(path: Path) -> pf.PruningPlan:
+    """The plan in a file of its own.
+
+    Raises:
+        FileFormatError, PlanError: it is damaged, which the message names it for.
+        FileNotFoundError: there is none.
+    """
+    try:
+        return pf.PruningPlan.from_json(read_text(path, "prune again"))
+    except PlanError as error:
+        raise PlanError(f"'{path}': {error}") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """:func:`write_atomically` for text."""
     write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
@@ -128,7 +147,7 @@ def write_text(path: Path, text: str) -> None:
 
 def save_tensors(path: Path, content: Any) -> None:
     """Write tensors, numbers and strings, readable with ``torch.load(weights_only=True)``."""
-    write_atomically(path, lambda file: torch.save(content, file))
+    write_tensors(path, content)
 
 
 def _duplicate(path: Path, to: Path) -> None:

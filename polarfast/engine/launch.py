@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..errors import ArgumentError
+from ..documents import sealed
+from ..errors import ArgumentError, FileFormatError
 from ..profiling import device_name, median_latencies
 from . import figures
 from .distributed import Workers
@@ -22,6 +23,7 @@ from .recipe import PHASES, Recipe, differing_settings, recipe_from_dict, to_yam
 from .results import BATCHES, Pair, Results, results_table
 from .run import DONE, Run
 from .watching import JsonLog, Observer, TensorBoardLog, make_display
+from .yamls import sealed_yaml
 
 LATENCY_SECONDS = 0.5  # for each batch size
 
@@ -83,6 +85,11 @@ def find_state(
         if must:
             raise ArgumentError(f"nothing to resume in '{folder}': it has no checkpoint")
         return None
+    known = isinstance(state.get("recipe"), dict) and {"trainer", "history"} <= state.keys()
+    if not known or state.get("phase") not in (*PHASES, DONE):
+        raise FileFormatError(
+            f"the checkpoints in '{folder}' are of no run: name another folder with --out"
+        )
     finished = state["phase"] == DONE
     if finished and again and not must:
         return None
@@ -121,7 +128,7 @@ def _execute_and_show(run: Run, console: Console, phases: tuple[str, ...], fresh
         _refuse_strangers(run)
         run.checkpoints.clear()
         run.files.clear()
-    write_text(run.files.path("recipe"), to_yaml(run.recipe))
+    write_text(run.files.path("recipe"), sealed_yaml(to_yaml(run.recipe)))
     # Until the display is closed, log lines would tear it: they become notes.
     observers: list[Observer] = [
         TensorBoardLog(run.files.path("tensorboard"), len(run.history)),
@@ -222,7 +229,7 @@ def report(run: Run, console: Console) -> Results:
     page = Console(width=100, file=io.StringIO(), record=True)
     page.print(table)
     write_text(run.files.path("results_table"), page.export_text())
-    write_text(run.files.path("results"), json.dumps(results.to_dict(), indent=2) + "\n")
+    write_text(run.files.path("results"), json.dumps(sealed(results.to_dict()), indent=2) + "\n")
     console.print()
     console.print(table)
     console.print(

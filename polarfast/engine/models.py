@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..archives import read_tensors
 from ..errors import ArgumentError
-from ..storage import read_tensors
 
 TORCHVISION = "torchvision/"
 #: Widths of the convolutions between two poolings (Simonyan and Zisserman 2015, A and D).

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -10,10 +12,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from ..errors import ArgumentError
+from ..documents import brief, short
+from ..errors import ArgumentError, FileFormatError
+from ..storage import read_text
 from .data.settings import Data
+from .ranges import MOST_SEED, check_ranges
+from .yamls import MOST_BYTES, parse_yaml, to_yaml_text
 
 PHASES = ("train", "prune", "finetune")
 Schedule = Literal["cosine", "step", "constant"]
@@ -48,6 +52,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         _at_least("epochs", self.epochs, 0)
+        check_ranges(self, epochs=(0, 10**6), lr=(0, 1e6), temperature=(0, 1e6))
         if not 0 <= self.distill <= 1:
             raise ArgumentError(f"distill={self.distill}: a weight in [0, 1]")
         if not 0 < self.temperature < math.inf:
@@ -61,7 +66,7 @@ class Stage:
                 "rates: give {epoch: rate, ...} for schedule 'step', and only there"
             )
         for epoch, rate in self.rates.items():
-            if epoch < 1 or not rate > 0:
+            if not 1 <= epoch <= 10**6 or not 0 < rate <= 1e6:
                 raise ArgumentError(f"rates[{epoch}]={rate}: epochs from 1, rates above 0")
 
 
@@ -105,6 +110,12 @@ class Sparsity:
     def __post_init__(self) -> None:
         if not self.lam >= 0:
             raise ArgumentError(f"sparsity.lam={self.lam}: must not be negative")
+        if self.upper is not None and not self.upper > 0:
+            raise ArgumentError(f"sparsity.upper={self.upper}: must be above 0")
+        check_ranges(
+            *(self, "sparsity."),
+            **{"lam": (0, 1e6), "t": (-1e3, 1e3), "upper": (0, 1e6), "init": (-1e6, 1e6)},
+        )
         if self.regularizer == "flops-target" and self.cut is None:
             raise ArgumentError("sparsity.cut: 'flops-target' needs the share of the MACs to cut")
         _share("sparsity.cut", self.cut)
@@ -161,6 +172,8 @@ class Pruning:
             raise ArgumentError(
                 f"pruning.value={self.value}: for '{self.method}' a number in [0, {most:g})"
             )
+        widths = {"round_to": (1, 2**20), "min_channels": (0, 2**20)}
+        check_ranges(self, "pruning.", value=(0, 1e9), **widths)
 
 
 @dataclass(frozen=True)
@@ -199,6 +212,11 @@ class Hardware:
         _at_least("hardware.keep", self.keep, 1)
         if not self.checkpoint_minutes >= 0:
             raise ArgumentError(f"hardware.checkpoint_minutes={self.checkpoint_minutes}: negative")
+        # OpenMP's threads wait for each other at every operation: many more than there are cores
+        # take minutes for it, and where the system has no room for them, end the process.
+        most = max(128, 4 * (os.cpu_count() or 1))
+        limits = {"threads": (1, most), "keep": (1, 10**6), "checkpoint_minutes": (0, 1e6)}
+        check_ranges(self, "hardware.", **limits)
 
 
 @dataclass(frozen=True)
@@ -266,6 +284,8 @@ class Recipe:
         for name in ("clip", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ArgumentError(f"{name}={getattr(self, name)}: must not be negative")
+        counts = {"batch_size": (1, 2**24), "accumulate": (1, 2**24), "seed": (0, MOST_SEED)}
+        check_ranges(self, **counts, clip=(0, 1e9), weight_decay=(0, 1e6))
         if self.pruning.method == "uniform" and self.sparsity.regularizer != "none":
             raise ArgumentError(
                 "pruning.method='uniform': the network is narrow before it is trained, so "
@@ -322,26 +342,32 @@ def load_recipe(path: str | Path) -> Recipe:
         if not file.is_file():
             raise ArgumentError(f"recipe '{path}': there is no such file")
         try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ArgumentError(f"recipe '{path}': no text in UTF-8 ({error})") from error
+            text = read_text(file, "name a recipe", MOST_BYTES)
+        except FileFormatError as error:
+            raise ArgumentError(f"recipe {error}") from error
     elif str(path) in recipe_names():
         text = (resources.files("polarfast") / "recipes" / f"{path}.yaml").read_text("utf-8")
     else:
         known = ", ".join(recipe_names())
         raise ArgumentError(f"recipe '{path}': give a .yaml file or one of {known}")
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values, lines = parse_yaml(text)
+    except ValueError as error:
         raise ArgumentError(f"recipe '{path}' is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ArgumentError(f"recipe '{path}': must hold 'key: value' lines")
-    return recipe_from_dict(values)
+    try:
+        return recipe_from_dict(values)
+    except ArgumentError as error:
+        message = str(error).removeprefix("recipe: ")
+        named = (lines[name] for name in re.findall(r"[\w.]+", message) if name in lines)
+        line = next((f", line {number}" for number in named), "")
+        raise ArgumentError(f"recipe '{path}'{line}: {message}") from error
 
 
 def to_yaml(recipe: Recipe) -> str:
     """The recipe with every setting, as :func:`load_recipe` reads it."""
-    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    return to_yaml_text(recipe.to_dict())
 
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
@@ -370,7 +396,8 @@ def _build(kind: Any, values: dict[str, Any], prefix: str) -> Any:
     unknown = sorted(set(values) - set(hints), key=str)
     if unknown:
         known = ", ".join(prefix + name for name in hints)
-        raise ArgumentError(f"recipe: '{prefix}{unknown[0]}' is not a setting; settings: {known}")
+        name = brief(f"{prefix}{unknown[0]}")
+        raise ArgumentError(f"recipe: '{name}' is not a setting; settings: {known}")
     required = {
         f.name
         for f in dataclasses.fields(kind)
@@ -391,34 +418,36 @@ def _build(kind: Any, values: dict[str, Any], prefix: str) -> Any:
 def _convert(kind: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ArgumentError(f"recipe: '{name}' must hold settings of its own, not {value!r}")
+            raise ArgumentError(
+                f"recipe: '{name}' must hold settings of its own, not {short(value)}"
+            )
         return _build(kind, value, f"{name}.")
     origin = typing.get_origin(kind)
     if origin is Literal:
         choices = typing.get_args(kind)
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             shown = ", ".join(map(str, choices))
-            raise ArgumentError(f"recipe: {name}={value!r} must be one of {shown}")
+            raise ArgumentError(f"recipe: {name}={short(value)} must be one of {shown}")
         return value
     if origin is types.UnionType:  # a number or None
         (kind,) = set(typing.get_args(kind)) - {type(None)}
         return None if value is None else _convert(kind, value, name)
     if origin is not None and issubclass(origin, Mapping):
         return _convert_mapping(typing.get_args(kind), value, name)
-    # YAML 1.1 reads 1e-3 (no dot) as a string, and an int is a fine float; a bool is neither.
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+    # An int is a fine float; a bool is neither.
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    raise ArgumentError(f"recipe: {name}={value!r} must be of type {kind.__name__}")
+    raise ArgumentError(f"recipe: {name}={short(value)} must be of type {kind.__name__}")
 
 
 def _convert_mapping(kinds: tuple[Any, Any], value: Any, name: str) -> dict[Any, Any]:
     if not isinstance(value, dict):
-        raise ArgumentError(f"recipe: {name}={value!r} must be a mapping, e.g. {{60: 0.02}}")
+        raise ArgumentError(f"recipe: {name}={short(value)} must be a mapping, e.g. {{60: 0.02}}")
     of_keys, of_values = kinds
     return {
         _convert(of_keys, key, f"{name}: {key}"): _convert(of_values, entry, f"{name}[{key}]")

@@ -1,7 +1,6 @@
 """What a run comes to: the figures, and the table that a person shows a colleague."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,35 @@ from typing import Any
 
 from rich.table import Table
 
+from ..documents import (
+    DIGEST,
+    Check,
+    check_fields,
+    optional,
+    parse_json,
+    real,
+    text,
+    unsealed,
+    whole,
+)
 from ..errors import ArgumentError, FileFormatError
+from ..storage import read_text
 
+_NUMBER = real(0, 1e18)
+_AMOUNT, _TIME = _NUMBER, real(1e-9, 1e12)
+_PERCENT = real(0, 100)
+_MAPPING: Check = lambda value: isinstance(value, Mapping)  # noqa: E731
+_FIELDS = {
+    "accuracy_dense": optional(_PERCENT),
+    "accuracy_pruned": _PERCENT,
+    "accuracy_finetuned": _PERCENT,
+    **dict.fromkeys(("macs", "params", "file_bytes", "epochs"), _MAPPING),
+    "latency_ms": lambda value: _MAPPING(value) and all(map(str.isdecimal, map(str, value))),
+    "threads": whole(1, 10**6),
+    "verified_error": _NUMBER,
+    "seconds": _NUMBER,
+    "device": text,
+}
 BATCHES = (1, 64)  # of the measured latencies
 
 
@@ -24,7 +50,7 @@ class Pair:
     @property
     def cut(self) -> float:
         """Share by which the slim model has less."""
-        return 1 - self.slim / self.dense
+        return 1 - self.slim / self.dense if self.dense else 0.0
 
     @property
     def faster(self) -> str:
@@ -82,18 +108,22 @@ class Results:
         Raises:
             ArgumentError: a figure is missing, unknown, or no number.
         """
-        values = dict(values)
         try:
+            values = dict(check_fields(values, _FIELDS, "the results", ("device",)))
+            latency = {int(batch): pair for batch, pair in values["latency_ms"].items()}
+            values["latency_ms"] = {batch: _pair(pair, _TIME) for batch, pair in latency.items()}
             for name in ("macs", "params", "file_bytes", "epochs"):
-                values[name] = Pair(**values[name])
-            latency = values["latency_ms"].items()
-            values["latency_ms"] = {int(batch): Pair(**pair) for batch, pair in latency}
+                values[name] = _pair(values[name], _AMOUNT)
             return cls(**values)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except ValueError as error:
             raise ArgumentError(
-                f"these are not the results of a run ({type(error).__name__}: {error}); run it "
-                "again, or read them with the polarfast that wrote them"
+                f"these are not the results of a run ({error}); run it again, or read them with the"
+                " polarfast that wrote them"
             ) from error
+
+
+def _pair(values: Any, check: Check) -> Pair:
+    return Pair(**check_fields(values, {"dense": check, "slim": check}, "one of its pairs"))
 
 
 def read_results(path: Path) -> Results:
@@ -101,11 +131,18 @@ def read_results(path: Path) -> Results:
 
     Raises:
         FileFormatError: the file is damaged.
+        FileNotFoundError: there is none.
     """
+    advice = "run it again, or name another run"
     try:
-        return Results.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        data = parse_json(read_text(path, advice))
+        if isinstance(data, dict):
+            found = Results.from_dict({name: data[name] for name in data if name != DIGEST})
+            unsealed(data)
+            return found
     except ValueError as error:  # not JSON, or not such figures
         raise FileFormatError(f"'{path}': {error}") from error
+    raise FileFormatError(f"'{path}': these are not the results of a run; {advice}")
 
 
 def results_table(results: Results, title: str) -> Table:

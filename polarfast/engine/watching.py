@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from ..documents import sealed
 from .histograms import BINS, Gammas
 
 LEVELS = " ▁▂▃▄▅▆▇█"
@@ -359,5 +360,5 @@ class JsonLog(Observer):
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        self._file.write(json.dumps(clean, allow_nan=False) + "\n")
+        self._file.write(json.dumps(sealed(clean), allow_nan=False) + "\n")
         self._file.flush()

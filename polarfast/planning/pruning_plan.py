@@ -1,6 +1,7 @@
 """The pruning plan: what is kept and saved, as a table for people and as stable text."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -8,8 +9,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..documents import (
+    DIGEST,
+    check_digests,
+    check_fields,
+    digests,
+    list_of,
+    mapping_of,
+    one_of,
+    optional,
+    parse_json,
+    real,
+    short,
+    text,
+    whole,
+)
 from ..errors import PlanError
-from ..inputs import Inputs, alike, with_meaning
+from ..folding.fold import FOLDS
+from ..inputs import Inputs, alike, check_spec, with_meaning
 from ..scaling.factors import kept_from_cutting
 from ..tracing.classes import RESIDUAL_MODES
 
@@ -20,6 +37,36 @@ if TYPE_CHECKING:
 
 FORMAT = "polarfast-plan"
 VERSION = 1
+#: More channels, of all layers, than any network has; a text must not claim more.
+MOST_CHANNELS = 2**22
+_COUNT = whole(0, 2**63)
+_FIELDS = {
+    "format": text,
+    "version": whole(VERSION, VERSION),
+    "residual": one_of(*RESIDUAL_MODES),
+    "method": text,
+    "fold": one_of(*FOLDS),
+    "inputs": lambda value: isinstance(value, dict),
+    "macs_before": _COUNT,
+    "macs": _COUNT,
+    "params_before": _COUNT,
+    "params": _COUNT,
+    "layers": mapping_of(lambda value: isinstance(value, dict)),
+    "pinned": mapping_of(text),
+    "pinned_macs": mapping_of(real(-1.0, 1.0)),
+    "inexact": mapping_of(text),
+    "asked": mapping_of(lambda value: True),
+    "remarks": list_of(text),
+}
+#: Plans written before these were recorded have none of them.
+_OPTIONAL = ("asked", "remarks", "pinned_macs")
+_LAYER = {
+    "channels": whole(1, MOST_CHANNELS),
+    "kept": list_of(lambda pair: isinstance(pair, list)),
+    "threshold": optional(real(-math.inf, math.inf)),
+    "constant": list_of(whole(0, MOST_CHANNELS)),
+    "note": text,
+}
 
 
 @dataclass
@@ -102,7 +149,7 @@ class PruningPlan:
     @property
     def flops_reduction(self) -> float:
         """The share of multiply-accumulates cut: 1 − macs / macs_before (the paper's F)."""
-        return 1.0 - self.macs / self.macs_before
+        return 1.0 - self.macs / max(self.macs_before, 1)
 
     def to_json(self) -> str:
         """The plan as text. Kept channels are written as ranges; the format carries a version."""
@@ -133,7 +180,7 @@ class PruningPlan:
             "asked": self.asked,
             "remarks": self.remarks,
         }
-        return json.dumps(data, indent=1)
+        return json.dumps({**data, DIGEST: digests(data)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "PruningPlan":
@@ -143,20 +190,23 @@ class PruningPlan:
             PlanError: not a plan, damaged, or written by a newer polarfast.
         """
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise PlanError(f"this is not a pruning plan: {error}") from error
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise PlanError(f'this is not a pruning plan (no "format": "{FORMAT}")')
         if data.get("version") != VERSION:
             raise PlanError(
-                f"the plan has format version {data.get('version')!r}, this polarfast reads "
+                f"the plan has format version {short(data.get('version'))}, this polarfast reads "
                 f"version {VERSION}: upgrade polarfast"
             )
         try:
-            return _from_data(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+            plan = _from_data({name: data[name] for name in data if name != DIGEST})
+            # Last: where a field cannot be what it is, that says more.
+            check_digests(data, _OPTIONAL)
+            return plan
+        except ValueError as error:
+            raise PlanError(f"the plan is damaged: {error}") from error
 
     def profile(
         self,
@@ -194,42 +244,65 @@ class PruningPlan:
 
 
 def _from_data(data: Mapping[str, Any]) -> PruningPlan:
-    if data["residual"] not in RESIDUAL_MODES:
-        raise ValueError(f"residual is {data['residual']!r}")
+    check_fields(data, _FIELDS, "the plan", _OPTIONAL)
+    check_spec(data["inputs"])
     kept, layers = {}, {}
     for name, layer in data["layers"].items():
-        indices = [i for first, last in layer["kept"] for i in range(first, last + 1)]
-        if indices != sorted(set(indices)) or any(not 0 <= i < layer["channels"] for i in indices):
-            raise ValueError(
-                f"kept channels of {name} are not ascending numbers below {layer['channels']}"
-            )
-        if any(not 0 <= i < layer["channels"] or i in indices for i in layer["constant"]):
-            raise ValueError(f"constant channels of {name} are not among the removed ones")
-        kept[name] = torch.tensor(indices, dtype=torch.long, device="cpu")
+        check_fields(layer, _LAYER, f"layer {short(name)}")
         layers[name] = LayerPlan(
             layer["channels"], layer["threshold"], layer["note"], layer["constant"]
         )
-    names = (
-        "residual",
-        "method",
-        "fold",
-        "inputs",
-        "macs_before",
-        "macs",
-        "params_before",
-        "params",
-        "pinned",
-        "inexact",
-    )
-    # Plans written before these were recorded have none.
+    if sum(layer.channels for layer in layers.values()) > MOST_CHANNELS:
+        raise ValueError(f"its layers have more than {MOST_CHANNELS:,} channels")
+    for name, layer in layers.items():
+        kept[name] = positions(data["layers"][name]["kept"], layer.channels, f"kept of {name}")
+        removed = torch.ones(layer.channels, dtype=torch.bool, device="cpu")
+        removed[kept[name]] = False
+        before = -1
+        for place in layer.constant:
+            if not before < place < layer.channels or not removed[place]:
+                raise ValueError(
+                    f"constant channels of {short(name)} are not among the removed ones"
+                )
+            before = place
+    names = {"format", "version", "layers", *_OPTIONAL}
     return PruningPlan(
         kept=kept,
         layers=layers,
         pinned_macs=dict(data.get("pinned_macs", {})),
-        asked=dict(data.get("asked", {})),
-        remarks=list(data.get("remarks", [])),
-        **{name: data[name] for name in names},
+        asked=data.get("asked", {}),
+        remarks=data.get("remarks", []),
+        **{name: data[name] for name in _FIELDS if name not in names},
     )
+
+
+def positions(pairs: Any, most: int, what: str, count: int | None = None) -> Tensor:
+    """The inverse of `ranges`, int64 [K].
+
+    Args:
+        pairs: from a file, whatever it is.
+        most: all positions are below.
+        what: they are, for the message.
+        count: how many they are, if that is known.
+
+    Raises:
+        ValueError: they are not ascending pairs, go too far, or are more or fewer than `count`;
+            none was written out.
+    """
+    before, total = -1, 0
+    for pair in pairs:
+        fits = isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair)
+        if not fits or not before < pair[0] <= pair[1] < most:
+            raise ValueError(f"{short(what)}: no ascending ranges of numbers below {most:,}")
+        before, total = pair[1], total + pair[1] + 1 - pair[0]
+    if count is not None and total != count:
+        raise ValueError(f"{short(what)}: {total:,} positions, where {count:,} stay")
+    found = torch.empty(total, dtype=torch.long, device="cpu")
+    place = 0
+    for first, last in pairs:
+        torch.arange(first, last + 1, out=found[place : place + last + 1 - first])
+        place += last + 1 - first
+    return found
 
 
 def ranges(indices: list[int]) -> list[list[int]]:

@@ -8,13 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from ..copies import tensors_of_model
+from ..documents import check_fields, list_of, mapping_of, short, text
 from ..errors import PlanError
-from ..planning.pruning_plan import ranges
+from ..planning.pruning_plan import MOST_CHANNELS, positions, ranges
 from ..tracing.classes import Channels
 from .structure import Layout, Structure
 
 #: Dimension -> positions kept; [groups, n] where each group of rows keeps others.
 Kept = Mapping[int, Tensor]
+#: Of all tensors, each channel being a position in about eight.
+MOST_POSITIONS = 2 * MOST_CHANNELS
+_DIMS = tuple(map(str, range(64)))
+_FIELDS = {
+    "index": mapping_of(mapping_of(lambda pairs: isinstance(pairs, list))),
+    "ones": list_of(text),
+    "put_back": mapping_of(text),
+    "created": list_of(text),
+}
 
 
 @dataclass
@@ -163,16 +173,24 @@ class Origin:
             shapes: of the slim model's tensors: as many positions are kept.
 
         Raises:
-            ValueError: other numbers of positions are.
+            ValueError: other numbers of positions are, or this is no such data.
         """
+        check_fields(data, _FIELDS, "the way back")
+        left = MOST_POSITIONS
+        for name, kept in data["index"].items():
+            if name not in shapes or not all(d in _DIMS[: len(shapes[name])] for d in kept):
+                raise ValueError(f"the way back of {short(name)} is of another tensor")
+            left -= sum(shapes[name][int(d)] * _rows(places) for d, places in kept.items())
+            if left < 0:
+                raise ValueError(f"the way back has more than {MOST_POSITIONS:,} positions")
         index = {
             name: {
-                int(dim): _from_ranges(places, shapes[name][int(dim)])
+                int(dim): _from_ranges(places, shapes[name][int(dim)], name)
                 for dim, places in kept.items()
             }
             for name, kept in data["index"].items()
         }
-        return cls(index, list(data["ones"]), dict(data["put_back"]), list(data["created"]))
+        return cls(index, data["ones"], data["put_back"], data["created"])
 
 
 def _to_ranges(places: Tensor) -> list[Any]:
@@ -182,13 +200,22 @@ def _to_ranges(places: Tensor) -> list[Any]:
     )
 
 
-def _from_ranges(pairs: list[Any], count: int) -> Tensor:
-    if pairs and isinstance(pairs[0][0], list):
-        return torch.stack([_from_ranges(row, count) for row in pairs])
-    if sum(last + 1 - first for first, last in pairs) != count:  # before any is written out
-        raise ValueError(f"positions {pairs[:3]} are not {count}")
-    places = [place for first, last in pairs for place in range(first, last + 1)]
-    return torch.tensor(places, dtype=torch.long, device="cpu")
+def _grouped(pairs: list[Any]) -> bool:
+    """Whether these are pairs for each group of rows."""
+    first = pairs[0] if pairs else None
+    return isinstance(first, list) and all(isinstance(each, list) for each in first)
+
+
+def _rows(pairs: list[Any]) -> int:
+    return len(pairs) if _grouped(pairs) else 1
+
+
+def _from_ranges(pairs: list[Any], count: int, name: str) -> Tensor:
+    what = f"the way back of {name}"
+    if _grouped(pairs):
+        rows = [row if isinstance(row, list) else [row] for row in pairs]
+        return torch.stack([positions(row, MOST_CHANNELS, what, count) for row in rows])
+    return positions(pairs, MOST_CHANNELS, what, count)
 
 
 def _chain(first: Tensor, second: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..copies import double_copy, tensors_of_model
+from ..documents import check_fields, mapping_of, one_of, optional, parse_json, text
 from ..errors import ArgumentError, PlanError
-from ..folding.fold import check_fold, fold_constants, new_biases
+from ..folding.fold import FOLDS, check_fold, fold_constants, new_biases
 from ..folding.replay import Fold, shift_of
 from ..inputs import Inputs, device_of, dtype_of, misplaced, unwrap
 from ..kernels.gather import gather_channels
@@ -25,7 +26,15 @@ from ..tracing.graph import ProjectionCall
 from .checking import check_slim
 from .optimizer import migrate_optimizer
 from .origin import Origin
+from .schema import check_info
 from .structure import Layout, Structure, blank, fill_, structure_of
+
+_INFO = {
+    "structure": lambda value: isinstance(value, dict),
+    "fold": one_of(*FOLDS),
+    "inexact": mapping_of(text),
+    "origin": optional(lambda value: isinstance(value, dict)),
+}
 
 
 @dataclass
@@ -55,13 +64,17 @@ class SlimInfo:
         return json.dumps(data)
 
     @classmethod
-    def from_json(cls, text: str) -> "SlimInfo":
+    def from_json(cls, text: str, beside: int = 0) -> "SlimInfo":
         """The inverse of `to_json`.
 
+        Args:
+            beside: bytes of the file that the text is from.
+
         Raises:
-            KeyError, TypeError, ValueError: the text is damaged.
+            ValueError: the text is damaged.
         """
-        data = json.loads(text)
+        data = parse_json(text, beside)
+        check_fields(data, _INFO, "what the slim model remembers", ("origin",))
         known = data.get("origin")
         structure = Structure.from_data(data["structure"])
         origin = None if known is None else Origin.from_data(known, structure.shapes)
@@ -141,8 +154,9 @@ def rebuild(model: nn.Module, info: SlimInfo) -> nn.Module:
     to be loaded.
 
     Raises:
-        PlanError: the model is not built like the original.
+        PlanError: the model is not built like the original; it is left as it was.
     """
+    check_info(info.structure, info.origin, model)
     info.structure.apply(model, blank(info.structure.shapes))
     model.polarfast_info = info  # type: ignore[assignment]
     return model

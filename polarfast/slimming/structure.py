@@ -10,11 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from ..copies import tensors_of_model
+from ..documents import check_fields, list_of, mapping_of, one_of, optional, short, truth, whole
 from ..errors import PlanError
 from ..kernels.gather import gather_channels
 from ..layers import SILENT, put_back_type
 from ..tracing.classes import Channels
 from ..tracing.graph import ProjectionCall
+
+#: Kind of module -> the sizes that it keeps beside its tensors.
+SIZES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.modules.conv._ConvNd: ("in_channels", "out_channels", "groups"),
+    nn.Linear: ("in_features", "out_features"),
+    nn.RNNBase: ("input_size",),
+    nn.modules.batchnorm._NormBase: ("num_features",),
+    nn.PReLU: ("num_parameters",),
+}
+_KNOWN = one_of(*(name for names in SIZES.values() for name in names))
+_SIZE = whole(0, 2**40)
+_STRUCTURE = {
+    "shapes": mapping_of(lambda shape: list_of(_SIZE)(shape) and len(shape) <= 64),
+    "modules": mapping_of(lambda change: isinstance(change, dict)),
+}
+_CHANGE = {
+    "attributes": lambda sizes: mapping_of(_SIZE)(sizes) and all(map(_KNOWN, sizes)),
+    "put_back": optional(_SIZE),
+    "silent": truth,
+    "bias": truth,
+}
 
 
 @dataclass
@@ -54,11 +76,16 @@ class Structure:
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> "Structure":
-        """The inverse of `to_data`."""
+        """The inverse of `to_data`.
+
+        Raises:
+            ValueError: this is no such data. Whether it fits a model, `check_info` says.
+        """
+        check_fields(data, _STRUCTURE, "the structure")
+        for name, change in data["modules"].items():
+            check_fields(change, _CHANGE, f"what changes in module {short(name)}")
         modules = {name: ModuleChange(**change) for name, change in data["modules"].items()}
-        return cls(
-            shapes={name: list(shape) for name, shape in data["shapes"].items()}, modules=modules
-        )
+        return cls(shapes=dict(data["shapes"]), modules=modules)
 
     def after(self, first: "Structure") -> "Structure":
         """The difference when this one follows another (a slim model slimmed again)."""
@@ -85,7 +112,7 @@ class Structure:
             PlanError: the model has no such module or tensor.
         """
         targets = {name: _owner(model, name) for name in self.shapes}
-        changed = {name: _module(model, name) for name in self.modules}
+        changed = {name: module_of(model, name) for name in self.modules}
         for name, change in self.modules.items():
             self._change(changed[name], name, change, tensor_of)
         for name, (module, attribute) in targets.items():
@@ -130,19 +157,24 @@ class Structure:
             module.bias = nn.Parameter(bias, requires_grad=weight.requires_grad)
 
 
-def _module(model: nn.Module, name: str) -> nn.Module:
+def module_of(model: nn.Module, name: str) -> nn.Module:
+    """The module of that name.
+
+    Raises:
+        PlanError: there is none.
+    """
     try:
         return model.get_submodule(name)
     except AttributeError as error:
         raise PlanError(
-            f"the plan changes a module {name!r} that this model has not: is it the model the "
+            f"the plan changes a module {short(name)} that this model has not: is it the model the "
             "plan was made for?"
         ) from error
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     prefix, _, attribute = name.rpartition(".")
-    return _module(model, prefix), attribute
+    return module_of(model, prefix), attribute
 
 
 def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:

@@ -5,13 +5,15 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsFloat
 
+from ..documents import brief, check_fields, parse_json, real, sealed, short, unsealed, whole
 from ..errors import ArgumentError, FileFormatError, SearchError
-from ..storage import sync_folder
+from ..storage import MOST_TEXT, open_file, sync_folder
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +38,14 @@ class Trial:
     t: float
     cut: float
     epochs: int
+
+
+_TRIAL = {
+    "lam": real(0, sys.float_info.max),
+    "t": real(-3, 3),
+    "cut": real(0, 1),
+    "epochs": whole(0, 2**53),
+}
 
 
 @dataclass(frozen=True)
@@ -233,7 +243,7 @@ class Journal:
             return
         is_new = not self.path.exists()
         with self.path.open("ab") as file:
-            file.write(json.dumps(entry).encode() + b"\n")
+            file.write(json.dumps(sealed(entry)).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         if is_new:
@@ -241,7 +251,8 @@ class Journal:
 
     def _whole_lines(self, path: Path) -> list[dict[str, Any]]:
         """The entries in the file, which is left as it is: it may be somebody else's."""
-        content = path.read_bytes()
+        with open_file(path, "name another file") as file:
+            content = file.read(MOST_TEXT)
         end = content.rfind(b"\n") + 1
         beginning = f'{{"format": "{FORMAT}"'.encode()
         if content[: len(beginning)] != beginning[: len(content)]:
@@ -249,15 +260,15 @@ class Journal:
         lines = []
         for number, line in enumerate(content[:end].splitlines(), 1):
             try:
-                entry = json.loads(line)
+                entry = parse_json(line.decode("utf-8"))
+                if not isinstance(entry, dict):
+                    raise ValueError("it is no mapping")
+                lines.append(unsealed(entry))
             except ValueError as error:
                 raise FileFormatError(
-                    f"{path}, line {number} is not JSON: the journal is damaged; delete it, or "
-                    "this line and all after it"
+                    f"'{path}', line {number} is no entry of a journal: {error}; delete the file, "
+                    "or this line and all after it"
                 ) from error
-            if not isinstance(entry, dict):
-                raise FileFormatError(f"{path}, line {number} is no entry of a journal")
-            lines.append(entry)
         return lines
 
     def _drop_torn_line(self, path: Path) -> None:
@@ -278,7 +289,9 @@ class Journal:
             raise self._foreign()
         names = [n for n in {**old, **settings} if old.get(n) != settings.get(n)]
         if names:
-            differing = ", ".join(f"{n} ({old.get(n)!r}, now {settings.get(n)!r})" for n in names)
+            differing = ", ".join(
+                f"{brief(n)} ({short(old.get(n))}, now {short(settings.get(n))})" for n in names[:3]
+            )
             raise ArgumentError(
                 f"journal={str(self.path)!r} is of a search with other settings: {differing}; "
                 "name another file, or delete it"
@@ -400,9 +413,13 @@ class _Search:
 
     def _read(self, entry: dict[str, object], lam: float, t: float) -> Trial:
         names = [field.name for field in dataclasses.fields(Trial)]
-        numbers = [entry.get(name) for name in names]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise FileFormatError(f"{self._journal.path}: {entry} is not a trial; delete the file")
+        try:
+            check_fields(entry, _TRIAL, f"trial {len(self.trials) + 1}")
+        except ValueError as error:
+            raise FileFormatError(
+                f"'{self._journal.path}' holds what is not a trial ({error}); delete the file"
+            ) from error
+        numbers = [entry[name] for name in names]
         if (entry["lam"], entry["t"]) != (lam, t):
             raise ArgumentError(
                 f"journal={str(self._journal.path)!r}: trial {len(self.trials) + 1} is of "

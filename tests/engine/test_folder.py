@@ -176,3 +176,21 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(ArgumentError, match=r"file.* cannot be the folder of a run .*--out"):
             Artifacts(folder).prepare()
+
+
+@pytest.mark.parametrize("place", ["header", "tensor", "list"])
+def test_a_flipped_bit_in_the_newest_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    tensor = torch.arange(1000.0)
+    for number in (1, 2):
+        checkpoints.save({"number": number, "tensor": tensor})
+    path = checkpoints.numbered()[-1]
+    content = bytearray(path.read_bytes())
+    start = content.index(tensor.numpy().tobytes())
+    content[{"header": 8, "tensor": start + 403, "list": len(content) - 400}[place]] ^= 64
+    path.write_bytes(content)
+    state = checkpoints.newest()
+    assert state is not None and state["number"] == 1 and torch.equal(state["tensor"], tensor)
+    assert "00000002.pt" in caplog.text and "going on from the one before" in caplog.text

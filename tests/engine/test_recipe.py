@@ -1,9 +1,15 @@
 """Recipes: what YAML may hold, what is refused, and which settings tell two runs apart."""
 
-from dataclasses import replace
+import math
+import re
+from dataclasses import is_dataclass, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from support.engine import TINY, on
 
 from polarfast.engine.recipe import (
@@ -15,6 +21,7 @@ from polarfast.engine.recipe import (
     recipe_names,
     to_yaml,
 )
+from polarfast.engine.yamls import parse_yaml, to_yaml_text
 from polarfast.errors import ArgumentError
 
 
@@ -181,3 +188,93 @@ def test_what_tells_two_runs_apart() -> None:
     for name, other in others.items():
         assert name in differing_settings(other.identity(), mine)
         assert len(differing_settings(other.identity(), mine)) == (2 if "rates" in name else 1)
+
+
+def numbers(values: dict[str, object], kind: type, prefix: str = "") -> list[str]:
+    """Dotted names of all settings that are numbers, rates included."""
+    found = []
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            found += numbers(values, hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif {int, float} & {hint, *get_args(hint)}:
+            found.append(prefix + name)
+    return found
+
+
+NUMBERS = numbers({}, Recipe)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_a_range(name: str) -> None:
+    """Whatever is far outside is refused with the recipe, by name, before anything is built."""
+    assert len(NUMBERS) > 35
+    values = [10**30, -(10**30), 2**64, -(2**64), 10**5000]
+    if name.rpartition(".")[2] not in ("seed", "split_seed"):
+        values.append(2**63 - 1)
+    for value in [*values, math.inf, -math.inf, math.nan, 1e300, -1e300]:
+        with pytest.raises(ArgumentError) as error:
+            recipe_from_dict(changed(name, value))
+        assert name.rpartition(".")[2] in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("hardware.threads", 100_000), ("seed", 2**64), ("seed", -1), ("data.shift", 1_000_000),
+     ("data.image_size", 1_000_000), ("data.workers", 100_000), ("finetune.epochs", 10**9)],
+)  # fmt: skip
+def test_numbers_that_no_machine_can_do(name: str, value: int) -> None:
+    with pytest.raises(ArgumentError, match=rf"{name.rpartition('.')[2]}=-?\d+: must be at"):
+        recipe_from_dict(changed(name, value))
+
+
+YAML = {
+    "lam: 3.0e-05\n  lam: 1": r"line \d+: the key 'lam' is there twice",
+    "lam: 010": "lam=10.0",  # ten, as YAML 1.2 has it; YAML 1.1: eight
+    "lam: 1:30:00": r"line \d+: sparsity.lam='1:30:00' must be of type float",
+    "lam: yes": r"line \d+: sparsity.lam='yes' must be of type float",
+    "lam: 1_000": r"line \d+: sparsity.lam='1_000' must be of type float",
+    "lam: !!python/object:os.system {}": r"line \d+: the tag .* has no place in a recipe",
+    "lam: -1": r"line \d+: sparsity.lam=-1.0: must not be negative",
+    "lam: 1e300": r"line \d+: sparsity.lam=1e\+300: must be at least 0",
+    "lamb: 1": r"line \d+: 'sparsity.lamb' is not a setting",
+    "lam: [": r"line \d+: ",
+}
+
+
+@pytest.mark.parametrize("line", YAML)
+def test_yaml_is_version_1_2_and_errors_name_file_and_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "mine.yaml"
+    text = to_yaml(load_recipe("cifar10-vgg16"))
+    number = text[: text.index("lam: 3.0e-05")].count("\n") + 1
+    path.write_text(text.replace("lam: 3.0e-05", line), encoding="utf-8")
+    try:
+        found = f"lam={load_recipe(path).sparsity.lam}"
+    except ArgumentError as error:
+        found = str(error)
+        assert str(path) in found
+        lines = [int(each) for each in re.findall(r"line (\d+)", found)]
+        assert lines and all(number <= each <= number + 2 for each in lines)
+    assert re.search(YAML[line], found)
+
+
+LEAVES = st.one_of(
+    *(st.none(), st.booleans(), st.integers(-(2**63), 2**63), st.text(), st.floats(allow_nan=False))
+)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8
+)
+
+
+@given(st.dictionaries(st.text(), VALUES, max_size=5))
+def test_what_is_written_comes_back(values: dict[str, object]) -> None:
+    """Texts that look like numbers of either version of YAML too."""
+    assert parse_yaml(to_yaml_text(values))[0] == values
+
+
+TEXTS = ["010", "0o10", "1e3", "1:30", "1_0", "yes", "on", "null", "~", "<<", ".5", "+.inf", "0x1"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_that_look_like_something_else(text: str) -> None:
+    assert parse_yaml(to_yaml_text({"a": text, text: 1}))[0] == {"a": text, text: 1}
+    assert yaml.safe_load(to_yaml_text({"a": text})) == {"a": text}

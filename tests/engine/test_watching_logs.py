@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from polarfast.documents import unsealed
 from polarfast.engine.histograms import Gammas
 from polarfast.engine.watching import Epoch, JsonLog, TensorBoardLog
 
@@ -82,7 +83,7 @@ def test_json_log_goes_on_after_its_history(tmp_path: Path) -> None:
     log = JsonLog(path, history)
     log.epoch_finished(epoch(2, loss=0.125))
     log.close()
-    lines = [strict(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [unsealed(strict(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     assert lines == [epoch(1).to_dict(), epoch(2, loss=0.125).to_dict()]
 
 

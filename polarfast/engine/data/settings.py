@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...errors import ArgumentError
+from ..ranges import MANY, MOST_SEED, check_ranges
 
 CROP_FLIP_PAD = 4  # pixels, the usual choice for CIFAR
 RESIZED_CROP_SIZE = 224  # pixels, the usual choice for ImageNet
@@ -59,6 +60,9 @@ class Data:
         for name in ("shift", "image_size", "train_images", "test_images", "workers"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"data.{name}={getattr(self, name)}: must not be negative")
+        sides = {"shift": (0, 4096), "image_size": (0, 512 if self.name == "digits" else 4096)}
+        counts = {"train_images": (0, MANY), "test_images": (0, MANY), "workers": (0, 1024)}
+        check_ranges(self, "data.", **sides, **counts, split_seed=(0, MOST_SEED))
         if not 0 <= self.validation < 1:
             raise ArgumentError(
                 f"data.validation={self.validation}: must be a share of the training images in "

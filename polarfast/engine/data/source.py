@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...errors import ArgumentError
 from .batches import IMAGENET, Transform, as_stored, fit, measured
 from .decode import decode, probe
 from .memory import MemorySource
@@ -75,6 +76,11 @@ def load(data: Data, device: torch.device) -> DataSource:
     parts = read_parts(data)
     view = as_stored if data.name == "digits" else fit(data)
     shape = probe(parts.train, view, data.skip_bad_images)
+    if data.shift >= min(shape[1:]):
+        raise ArgumentError(
+            f"data.shift={data.shift}: images have {shape[1]}x{shape[2]} pixels, and one that is "
+            "moved so far is gone; choose a shift of some pixels"
+        )
     if data.loader == "torch" and _keeps(data, parts, shape):
         return _keep(data, parts, view, shape, device)
     normalize = parts.normalization or IMAGENET

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...errors import FileFormatError
 from ..histograms import RIDGE_BINS, layer_name, ridges
 from .axes import WIDTH, Look, Markup, Scale, drawing, join, label, number, panel, tag
 from .reading import GammaHistory, RunRecord
@@ -150,7 +149,7 @@ def root_ticks(top: float) -> list[float]:
 
 def _cutoffs(thresholds: Sequence[float], x: Scale, y: Scale) -> Markup:
     """The range of the layers' thresholds: a line at both ends, or one where they agree."""
-    ends = sorted({min(value, 1.0) for value in thresholds})
+    ends = sorted({min(max(value, 0.0), 1.0) for value in thresholds})
     lines = (
         f"M{number(x(v))},{number(y.end - 6)}V{number(y.start)}" for v in ends[:1] + ends[1:][-1:]
     )
@@ -196,7 +195,7 @@ def _small(run: RunRecord, layer: int) -> Markup:
     parts = _two_bars(every, stay, x, Scale(0, top, SMALL_HEIGHT, 0.06 * SMALL_HEIGHT))
     parts.append(_gamma_axis(x, SMALL_HEIGHT, ()))
     parts.append(tag("path", class_="past", d=""))
-    if threshold is not None and threshold <= 1:
+    if threshold is not None and 0 <= threshold <= 1:
         line = f"M{number(x(threshold))},2V{SMALL_HEIGHT}"
         parts.append(
             tag("path", tag("title", f"threshold {threshold:.3g}"), class_="cutoff", d=line)
@@ -213,12 +212,7 @@ def _fate(run: RunRecord, gammas: GammaHistory, name: str) -> tuple[Tensor, Tens
     values = gammas.last[name].float()
     if run.plan is None:
         return values, torch.ones(values.numel(), dtype=torch.bool), None
-    layer = run.plan.layers.get(name)
-    if layer is None or layer.channels != values.numel():
-        raise FileFormatError(
-            f"run '{run.folder}': plan.json does not fit gammas.pt at {name}; they are of "
-            "different runs, delete the older one"
-        )
+    layer = run.plan.layers[name]  # of the same run, as reading has made sure
     kept = torch.zeros(values.numel(), dtype=torch.bool)
     kept[run.plan.kept[name]] = True
     return values, kept, layer.threshold

@@ -20,7 +20,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     """Write one HTML page about some runs, side by side.
 
     The page needs no other file and no network: tables, figures and a small script are in it.
-    An unfinished run is shown as far as it is.
+    An unfinished run is shown as far as it is, a damaged one as far as it can be read.
 
     Args:
         runs: folders that ``polarfast run`` wrote, finished or not.
@@ -31,7 +31,6 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
     Raises:
         ArgumentError: no runs, a run given twice, a folder that is no run, or ``out`` is a folder.
-        FileFormatError, PlanError: a file of a run is damaged.
     """
     out = Path(out)
     if out.is_dir():
@@ -72,7 +71,8 @@ def _sections(runs: Sequence[RunRecord]) -> list[tuple[str, str, Markup]]:
     """(anchor, heading, content), of what there is."""
     samples = [Look(index).sample() for index in range(len(runs))]
     legend = _legend(runs, samples)
-    found = [("results", "Results", join(_missing(runs), _remarks(runs), tables.results(runs)))]
+    told = join(_unread(runs), _missing(runs), _remarks(runs))
+    found = [("results", "Results", join(told, tables.results(runs)))]
     if any(run.epochs for run in runs):
         panels = _grid(curves.training_curves(runs))
         found.append(("training", "Training", join(legend, _stages_key(runs), panels)))
@@ -152,6 +152,12 @@ def _missing(runs: Sequence[RunRecord]) -> Markup:
     return join(notes)
 
 
+def _unread(runs: Sequence[RunRecord]) -> Markup:
+    """What is there and cannot be read."""
+    told = [(run.name, why) for run in runs for why in run.unread]
+    return join(tag("p", tag("strong", f"{name}: "), why) for name, why in told)
+
+
 def _remarks(runs: Sequence[RunRecord]) -> Markup:
     """What a plan says should be known before it is used."""
     told = [(run.name, remark) for run in runs if run.plan for remark in run.plan.remarks]
@@ -209,7 +215,7 @@ def _accuracy_method(runs: Sequence[RunRecord]) -> str:
     for run in runs:
         data = run.recipe.get("data")
         share = data.get("validation", 0) if isinstance(data, Mapping) else 0
-        if share:
+        if isinstance(share, float) and share:
             held.append(f"{run.name} ({100 * share:g} %)")
     text = "Share of images, not trained on, whose most likely class is the right one. "
     if not held:

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from ..results import Pair
+from ..yamls import to_yaml_text
 from .axes import Look, Markup, join, tag
 from .reading import RunRecord
 
@@ -51,7 +50,7 @@ def settings(runs: Sequence[RunRecord]) -> Markup:
     elif len(runs) > 1:
         parts.append(tag("p", f"All {len(names)} settings are the same in all runs."))
     for index, run in enumerate(runs):
-        text = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True)
+        text = to_yaml_text(run.recipe)
         summary = tag("summary", Look(index).sample(), f"Recipe of {run.name}, in full")
         pre = tag("pre", text, tabindex=0, aria_label=f"Recipe of {run.name}")
         parts.append(tag("details", summary, pre, class_="block"))

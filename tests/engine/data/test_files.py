@@ -203,3 +203,29 @@ def test_importing_the_package_imports_no_image_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    plain = read_parts(Data(name="folder", root=str(tmp_path)))
+    classes = sorted(folder for folder in (tmp_path / "train").iterdir())
+    (classes[0] / "again").symlink_to(".")  # each would be every image once more, up to 40 deep
+    (classes[0] / "up").symlink_to("again/again")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Image.fromarray(noise(7, 24, 24, 3)).save(elsewhere / "more.png")
+    for name in ("x", "y"):
+        (classes[1] / name).symlink_to(elsewhere, target_is_directory=True)
+    linked = read_parts(Data(name="folder", root=str(tmp_path)))
+    before, after = (torch.bincount(parts.train.labels).tolist() for parts in (plain, linked))
+    assert after == [before[0], before[1] + 1, *before[2:]]
+
+
+@pytest.mark.parametrize("link", ["zz", "bee/zz"])
+@pytest.mark.parametrize("target", [".", "..", "ant"])
+def test_a_link_to_other_classes(tmp_path: Path, link: str, target: str) -> None:
+    write_folder(tmp_path)
+    train = tmp_path / "train"
+    (train / link).symlink_to((train / target).resolve(), target_is_directory=True)
+    with pytest.raises(ArgumentError, match="zz' is a link to .*two classes"):
+        read_parts(Data(name="folder", root=str(tmp_path)))

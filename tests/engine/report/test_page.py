@@ -13,7 +13,7 @@ from support.report_runs import ODD, RECIPE, RESULTS, four_runs, gammas, metrics
 
 from polarfast.engine.report import write_report
 from polarfast.engine.report.axes import Markup, tag
-from polarfast.errors import ArgumentError, FileFormatError, PlanError
+from polarfast.errors import ArgumentError
 
 VOID = {"br", "hr", "img", "input", "link", "meta"}
 
@@ -257,22 +257,27 @@ def fewer_layers(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), [
-    ("recipe.yaml", lambda path: path.write_text("a: [", encoding="utf-8"), "not valid YAML"),
-    ("metrics.jsonl", break_line, r"metrics.jsonl', line 2: .*index"),
-    ("gammas.pt", truncate, "gammas.pt' cannot be read"),
+    ("recipe.yaml", lambda path: path.write_text("a: ["), "not valid YAML: line 1"),
+    ("metrics.jsonl", break_line, "metrics.jsonl', line 2: no epoch of a run"),
+    ("gammas.pt", truncate, "gammas.pt' is damaged or no file of polarfast's"),
     ("gammas.pt", lambda path: torch.save({"names": []}, path), "gammas.pt' holds no history"),
-    ("gammas.pt", fewer_layers, r"counts have shape \[12, 6, 100\], not \[epochs, 5, 100\]"),
-    ("gammas.pt", other_layers, "does not fit gammas.pt at layer1.0.bn1.weight"),
-    ("plan.json", truncate, "plan"),
+    ("gammas.pt", fewer_layers, "counts have shape [12, 6, 100], not [epochs, 5, 100]"),
+    ("gammas.pt", other_layers, "does not fit gammas.pt at 'layer1.0.bn1.weight'"),
+    ("plan.json", truncate, "plan.json': this is not a pruning plan"),
     ("results.json", truncate, "results.json"),
     ("results.json", lambda path: path.write_text("{}", encoding="utf-8"), "not the results"),
 ])  # fmt: skip
-def test_damaged_files_are_named(tmp_path: Path, name: str, damage, message: str) -> None:
+def test_damaged_files_are_named_and_the_rest_is_shown(
+    tmp_path: Path, name: str, damage, message: str
+) -> None:
     run = write_run(tmp_path / "run")
     damage(run / name)
-    with pytest.raises((FileFormatError, PlanError), match=message):
-        write_report([run], tmp_path / "report.html")
-    assert not (tmp_path / "report.html").exists()
+    page = report(run)
+    assert message in page.text and "run: " in page.words
+    assert ("93.75 %" in page.text) == (name != "results.json")
+    assert ("γ of each layer" in page.words) == (name != "gammas.pt")
+    assert "Channels kept" in page.words or name == "plan.json"
+    assert "Unfinished" not in page.text
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from ....errors import ArgumentError
 from ..decode import ArrayImages
 
 SHAPE = (3, 32, 32)
+MOST_BYTES = 2**28  # of a file; the largest has 155 million
 _HOME = "https://www.cs.toronto.edu/~kriz/"
 
 
@@ -99,6 +100,11 @@ def _unpack(archive: Path, layout: Layout, names: tuple[str, ...]) -> dict[str, 
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
+                if member.size > MOST_BYTES:
+                    raise ArgumentError(
+                        f"archive '{archive}' holds a file of {member.size:,} bytes, more than any "
+                        f"of {layout.archive}; {_advice(layout)}"
+                    )
                 if member.name in wanted and (file := tar.extractfile(member)) is not None:
                     found[wanted[member.name]] = file.read()
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:

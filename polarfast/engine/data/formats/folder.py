@@ -76,17 +76,48 @@ def _list_images(folder: Path, classes: list[str]) -> FileImages:
 
     names: list[bytes] = []
     labels: list[int] = []
+    owners = {_place(outer): str(outer) for outer in (folder, *folder.resolve().parents)}
+    for name in classes:
+        _own(owners, folder / name, name)
     for label, name in enumerate(classes):
-        found = sorted(_files_below(folder, name))
+        found = sorted(_files_below(folder, name, owners))
         names += found
         labels += [label] * len(found)
     return FileImages(folder, numpy.array(names, dtype=numpy.bytes_), torch.tensor(labels).long())
 
 
-def _files_below(folder: Path, name: str) -> Iterator[bytes]:
+def _files_below(folder: Path, name: str, owners: dict[tuple[int, int], str]) -> Iterator[bytes]:
+    """Each folder once, however many links lead to it."""
+    seen: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(folder / name, followlinks=True):
-        folders[:] = [inner for inner in folders if not inner.startswith(".")]
+        place = _own(owners, Path(parent), name)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        # In order, so that it is always the same of several links that is followed.
+        folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
         below = os.path.relpath(parent, folder)
         for file in files:
             if file.lower().endswith(SUFFIXES) and not file.startswith("."):
                 yield os.fsencode(os.path.join(below, file))
+
+
+def _own(owners: dict[tuple[int, int], str], folder: Path, name: str) -> tuple[int, int]:
+    """Note that a folder is of that class; what tells it from all others, whatever it is called.
+
+    Raises:
+        ArgumentError: it is of another class, or holds them all.
+    """
+    place = _place(folder)
+    owner = owners.setdefault(place, name)
+    if owner != name:
+        raise ArgumentError(
+            f"'{folder}' is a link to '{owner}', whose images would be of two classes: remove it"
+        )
+    return place
+
+
+def _place(folder: Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino

@@ -21,6 +21,7 @@ SOURCES = {
     "MNIST": "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "FashionMNIST": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
 }
+MOST_BYTES = 2**27  # unpacked; the real ones have 47 million
 _BYTES = 0x08  # the type code of unsigned bytes, the third byte of the header
 
 
@@ -49,7 +50,8 @@ def _read_idx(root: Path, folder: str, name: str, dimensions: int) -> tuple[Tens
     packed = plain.with_name(f"{name}.gz")
     path = plain if plain.is_file() else packed
     try:
-        content = path.read_bytes() if path == plain else gzip.decompress(path.read_bytes())
+        with open(path, "rb") if path == plain else gzip.open(path) as file:
+            content = file.read(MOST_BYTES + 1)
     except FileNotFoundError as error:
         raise ArgumentError(
             f"'{plain}' is missing, and so is {packed.name}; get it from {SOURCES[folder]} or let "
@@ -65,7 +67,7 @@ def _read_idx(root: Path, folder: str, name: str, dimensions: int) -> tuple[Tens
 def _parse_idx(content: bytes, path: Path, folder: str, dimensions: int) -> Tensor:
     start = 4 + 4 * dimensions
     magic = bytes((0, 0, _BYTES, dimensions))
-    if len(content) >= start and content.startswith(magic):
+    if start <= len(content) <= MOST_BYTES and content.startswith(magic):
         shape = struct.unpack(f">{dimensions}I", content[4:start])
         if len(content) == start + math.prod(shape):
             return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).view(shape)

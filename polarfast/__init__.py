@@ -4,6 +4,7 @@ Zhuang et al., "Neuron-level Structured Pruning using Polarization Regularizer",
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -93,3 +94,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_DEFINED_IN})
+
+
+if "torch" in sys.modules:
+    # Who has torch and us finds our operators in torch.ops.polarfast; the command line's help needs
+    # neither, and is quick.
+    importlib.import_module(".kernels", __name__)

@@ -183,3 +183,11 @@ def test_public_names() -> None:
     for name in polarfast.__all__:
         assert not isinstance(getattr(polarfast, name), ModuleType)
         assert importlib.util.find_spec(f"polarfast.{name}") is None
+
+
+def test_operators_are_there_for_who_has_torch() -> None:
+    code = "import torch, polarfast; print(torch.ops.polarfast.put_back.default._schema.name)"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert shown.strip() == "polarfast::put_back"

@@ -1,5 +1,7 @@
 """docs/models.md from the figures of bench_models.py."""
 
+import re
+from collections import Counter
 from statistics import median
 from typing import Any
 
@@ -87,11 +89,12 @@ def summary(rows: list[Any]) -> str:
     done = [row for row in rows if not row.failure]
     zero = sum(row.zero < TOLERANCE for row in done)
     exact = sum(row.zero < TOLERANCE and row.beta < TOLERANCE for row in done)
+    old = sum(row.layers is None for row in done)
     return (
         f"- {len({row.model for row in rows})} networks, {len(rows)} rows: polarfast equals the "
         f"original in the zero test in {zero} and keeps every β in {exact}; {len(rows) - len(done)}"
         " refused or failed, with the reason."
-    )
+    ) + (f"\n- {old} rows were last measured at the size of the example alone." if old else "")
 
 
 def peers(rows: list[Any]) -> str:
@@ -130,7 +133,10 @@ def _zoo_cells(row: Any) -> list[str]:
 
 def _own(row: Any) -> list[str]:
     """What polarfast makes of a network."""
-    reasons = ", ".join(f"{count} × {why}" for why, count in row.inexact.items())
+    whys: Counter[str] = Counter()
+    for why, count in row.inexact.items():
+        whys[re.sub(r"\S+\.bias", "its bias", why)] += count
+    reasons = ", ".join(f"{count} × {why}" for why, count in whys.items())
     exact = "yes" if row.zero < TOLERANCE and row.beta < TOLERANCE else f"no: {reasons}"
     seconds = f"{row.seconds:.2f} s"
     return [f"{row.cut:.0%}", _error(row.zero), _error(row.beta), exact, seconds]

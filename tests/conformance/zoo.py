@@ -147,7 +147,7 @@ EXACT = (
     "segmentation_models_pytorch/UnetPlusPlus segmentation_models_pytorch/FPN "
     "transformers/ResNet transformers/Segformer facenet_pytorch/InceptionResnetV1 "
     "speechbrain/Xvector monai/UNet timm/resnetblur18 timm/dpn48b timm/res2net50_26w_4s "
-    "timm/levit_128s"
+    "timm/efficientformer_l1 timm/levit_128s"
 ).split()
 
 ZOO = {

@@ -20,6 +20,8 @@ from polarfast.tracing.sizes import SizeTracking
 
 LARGEST = 20_000  # elements of a sample's tensors, and
 CHANNELS = 24  # of the dimension that channels are taken along
+#: What operators raise on arguments that they do not take.
+REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError)
 
 
 @dataclass(eq=False)
@@ -211,7 +213,7 @@ def dependence(case: Case, leaf: int, channel: int) -> list[Tensor] | None:
     for leaves in case.changed(leaf, channel):
         try:
             _, after = case.run(leaves)
-        except (RuntimeError, ValueError, IndexError):
+        except REFUSALS:
             continue  # the operator does not take such values
         if len(after) == len(before):
             masks = [differ(*pair) for pair in zip(before, after, strict=True)]
@@ -247,7 +249,7 @@ def cut(case: Case, said: Said, most: int, values: bool = True) -> str | None:
         chosen = {i: torch.isin(row, stay).nonzero()[:, 0] for i, row in said.channels.items()}
         try:
             _, part = case.run(case.with_channels(chosen))
-        except (RuntimeError, ValueError, IndexError) as error:
+        except REFUSALS as error:
             return f"fails on classes {kept}: {error}"
         if len(part) != len(whole):
             return f"returns {len(part)} results on classes {kept}"
@@ -301,7 +303,7 @@ def stays_apart(case: Case) -> bool:
         stay = torch.tensor([i for i in range(case.leaves[leaf].shape[dim]) if i != gone])
         try:
             _, part = case.run(case.with_channels({leaf: stay}))
-        except (RuntimeError, ValueError, IndexError):
+        except REFUSALS:
             return False
         if len(part) != len(whole):
             return False

@@ -24,7 +24,7 @@ FEW, MANY = 2, 12
 
 SKIPPED = {
     **dict.fromkeys(("empty_like", "new_empty", "new_empty_strided"), "its values are not set"),
-    **dict.fromkeys(("to_sparse", "linalg_lstsq_grad_oriented"), "its results cannot be compared"),
+    "to_sparse": "its results are sparse",
     "bmm_triton_optimized": "compiles kernels",
 }
 #: Draw random numbers, in the order of the elements.
@@ -117,8 +117,8 @@ def test_the_list_is_what_the_tracer_does(shard):
     """And with more samples the tracer says no less than the truth."""
     errors, status = [], {}
     for op in operators()[shard::SHARDS]:
-        wrong, found = check(op, MANY, 6)
-        errors += wrong
+        problems, found = check(op, MANY, 6)
+        errors += problems
         status |= found
     listed = read_list()
     if os.environ.get("POLARFAST_OPERATORS") == "write":
@@ -128,6 +128,6 @@ def test_the_list_is_what_the_tracer_does(shard):
     errors += [
         f"{name} is listed as {listed[name]!r}, and is {what!r} now"
         for name, what in status.items()
-        if name in listed and listed[name] != what
+        if name in listed and (listed[name] == "follows") != (what == "follows")
     ]
     assert not errors, "\n".join(errors)

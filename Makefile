@@ -10,7 +10,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo demo-quick test test-fast test-abi lint bench clean
+# What `make sanitize` checks for: address,undefined or thread.
+SANITIZE ?= address,undefined
+CALLS ?= 20000
+
+.PHONY: install demo demo-quick test test-fast test-abi sanitize lint bench clean
 
 install: $(STAMP)
 
@@ -41,6 +45,24 @@ test-abi: $(STAMP)
 	PYTHONPATH=$(CURDIR) .venv-abi/bin/python -m pytest -q tests/kernels/test_polarize*.py \
 		$(patsubst %,tests/kernels/test_%.py,valley gather put_back table) \
 		tests/stepping/test_step.py tests/slimming/test_slim.py
+
+# The extension with every access checked: the tests of the ops, then calls that nobody should make (all of this ends at
+# the first finding). Python is not built with a sanitizer, so the runtimes come first into the process; torch is not, so
+# that what it keeps for good counts as no leak. `make sanitize SANITIZE=thread` looks for races.
+RUNTIMES = $(foreach name,$(if $(findstring thread,$(SANITIZE)),tsan,asan ubsan) stdc++,$(shell g++ -print-file-name=lib$(name).so))
+SANITIZED = $(if $(findstring thread,$(SANITIZE)),setarch -R) env LD_PRELOAD="$(RUNTIMES)" PYTHONPATH=$(CURDIR)/build/$(SANITIZE)/lib:$(CURDIR)/tests PYTHONMALLOC=malloc \
+	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	TSAN_OPTIONS=suppressions=$(CURDIR)/tests/support/tsan.txt:exitcode=66:report_signal_unsafe=0 \
+	OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python
+
+sanitize: $(STAMP)
+	POLARFAST_SANITIZE=$(SANITIZE) $(BIN)/python setup.py -q build --build-base build/$(SANITIZE) \
+		--build-lib build/$(SANITIZE)/lib
+	cd build/$(SANITIZE)/lib && $(SANITIZED) -m pytest -q -p no:xdist -p no:cacheprovider -c $(CURDIR)/pyproject.toml \
+		--rootdir $(CURDIR) $(CURDIR)/tests/kernels $(CURDIR)/tests/stepping/test_threads.py \
+		-k "not triton and not compile and not export and not instruction"
+	cd build/$(SANITIZE)/lib && $(SANITIZED) -m support.hostile $(CALLS) 2> stderr.txt || \
+		{ grep -v '^frame #' stderr.txt | tail -40; exit 1; }
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -10,8 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# What `make sanitize` checks for: address,undefined or thread.
-SANITIZE ?= address,undefined
+SANITIZE := address,undefined
 CALLS ?= 20000
 
 .PHONY: install demo demo-quick test test-fast test-abi sanitize lint bench clean
@@ -48,11 +47,10 @@ test-abi: $(STAMP)
 
 # The extension with every access checked: the tests of the ops, then calls that nobody should make (all of this ends at
 # the first finding). Python is not built with a sanitizer, so the runtimes come first into the process; torch is not, so
-# that what it keeps for good counts as no leak. `make sanitize SANITIZE=thread` looks for races.
-RUNTIMES = $(foreach name,$(if $(findstring thread,$(SANITIZE)),tsan,asan ubsan) stdc++,$(shell g++ -print-file-name=lib$(name).so))
-SANITIZED = $(if $(findstring thread,$(SANITIZE)),setarch -R) env LD_PRELOAD="$(RUNTIMES)" PYTHONPATH=$(CURDIR)/build/$(SANITIZE)/lib:$(CURDIR)/tests PYTHONMALLOC=malloc \
+# that what it keeps for good counts as no leak.
+RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))
+SANITIZED = env LD_PRELOAD="$(RUNTIMES)" PYTHONPATH=$(CURDIR)/build/$(SANITIZE)/lib:$(CURDIR)/tests PYTHONMALLOC=malloc \
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	TSAN_OPTIONS=suppressions=$(CURDIR)/tests/support/tsan.txt:exitcode=66:report_signal_unsafe=0 \
 	OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python
 
 sanitize: $(STAMP)

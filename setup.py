@@ -36,7 +36,7 @@ FLAGS = [
     "-fno-trapping-math",
     "-fvisibility=hidden",
 ]
-# "address,undefined" or "thread", for `make sanitize`: the same code, with each access checked.
+# "address,undefined" for `make sanitize`: the same code, with each access checked.
 SANITIZE = os.environ.get("POLARFAST_SANITIZE", "")
 CHECKS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
 if SANITIZE:

@@ -1,6 +1,6 @@
 # Every target first makes .venv, with torch and polarfast in it, unless it is there and up to date.
 #   make demo   make demo-quick   make test   make test-fast   make test-faults   make test-abi
-#   make test-zoo   make lint   make bench
+#   make test-zoo   make sanitize   make lint   make bench
 # Another interpreter: make PYTHON=python3.12.  Another torch: make TORCH='torch==2.13.0'.
 
 PYTHON ?= python3
@@ -11,7 +11,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo demo-quick test test-fast test-faults test-abi test-zoo lint bench clean
+SANITIZE := address,undefined
+CALLS ?= 20000
+
+.PHONY: install demo demo-quick test test-fast test-faults test-abi test-zoo sanitize lint bench clean
 
 install: $(STAMP)
 
@@ -57,6 +60,23 @@ test-zoo: .venv-zoo/.packages
 	$(MAKE) VENV=.venv-zoo install
 	.venv-zoo/bin/python -m pip install --quiet --no-deps -r $(ZOO)
 	touch $@
+
+# The extension with every access checked: the tests of the ops, then calls that nobody should make (all of this ends at
+# the first finding). Python is not built with a sanitizer, so the runtimes come first into the process; torch is not, so
+# that what it keeps for good counts as no leak.
+RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))
+SANITIZED = env LD_PRELOAD="$(RUNTIMES)" PYTHONPATH=$(CURDIR)/build/$(SANITIZE)/lib:$(CURDIR)/tests PYTHONMALLOC=malloc \
+	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python
+
+sanitize: $(STAMP)
+	POLARFAST_SANITIZE=$(SANITIZE) $(BIN)/python setup.py -q build --build-base build/$(SANITIZE) \
+		--build-lib build/$(SANITIZE)/lib
+	cd build/$(SANITIZE)/lib && $(SANITIZED) -m pytest -q -p no:xdist -p no:cacheprovider -c $(CURDIR)/pyproject.toml \
+		--rootdir $(CURDIR) $(CURDIR)/tests/kernels $(CURDIR)/tests/stepping/test_threads.py \
+		-k "not triton and not compile and not export and not instruction"
+	cd build/$(SANITIZE)/lib && $(SANITIZED) -m support.hostile $(CALLS) 2> stderr.txt || \
+		{ grep -v '^frame #' stderr.txt | tail -40; exit 1; }
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -36,6 +36,11 @@ FLAGS = [
     "-fno-trapping-math",
     "-fvisibility=hidden",
 ]
+# "address,undefined" for `make sanitize`: the same code, with each access checked.
+SANITIZE = os.environ.get("POLARFAST_SANITIZE", "")
+CHECKS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
+if SANITIZE:
+    FLAGS += [*CHECKS, "-O1", "-g", "-fno-omit-frame-pointer"]
 SOURCES = ("schemas simd strides coefficients polarize valley gather put_back table module").split()
 
 
@@ -69,6 +74,7 @@ setup(
             libraries=["torch_cpu"],
             define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
             extra_compile_args=FLAGS,
+            extra_link_args=CHECKS,
             language="c++",
         )
     ],

@@ -29,22 +29,22 @@ POLARFAST_INLINE inline void clamp_row(T* gamma, int64_t n, C upper) {
   for (int64_t i = 0; i < n; ++i) gamma[i] = static_cast<T>(clamped(static_cast<C>(gamma[i]), upper));
 }
 
-// SGD's constants in the type the loop computes in. What is switched off is written as a factor 0 or 1, or a bound at
-// infinity, so that there is one loop and not one for each set of options.
+// SGD's constants in the type the loop computes in. A bound that there is not lies at infinity, so that there is one loop
+// and not one for each set of options. What is switched off is no factor 0: 0 · ∞ would be NaN, and SGD has no such term.
 template <class C>
 struct SgdFactors {
-  C grad, keep, fresh, weight_decay, direction_grad, direction_buffer, lr, lower, upper;
+  C grad, keep, fresh, weight_decay, lr, lower, upper;
+  bool nesterov;
 
   explicit SgdFactors(const Sgd& sgd)
       : grad(static_cast<C>((sgd.maximize ? -1.0 : 1.0) / sgd.grad_scale)),
         keep(static_cast<C>(sgd.momentum)),
         fresh(static_cast<C>(1.0 - sgd.dampening)),
         weight_decay(static_cast<C>(sgd.weight_decay)),
-        direction_grad(sgd.nesterov ? C(1) : C(0)),
-        direction_buffer(sgd.nesterov ? static_cast<C>(sgd.momentum) : C(1)),
         lr(static_cast<C>(sgd.lr)),
         lower(sgd.upper ? C(0) : -std::numeric_limits<C>::infinity()),
-        upper(sgd.upper ? static_cast<C>(*sgd.upper) : std::numeric_limits<C>::infinity()) {}
+        upper(sgd.upper ? static_cast<C>(*sgd.upper) : std::numeric_limits<C>::infinity()),
+        nesterov(sgd.nesterov) {}
 };
 
 enum class Buffer { none, first, running };
@@ -61,12 +61,12 @@ POLARFAST_INLINE inline void sgd_row(
   for (int64_t i = 0; i < n; ++i) {
     const C x = static_cast<C>(gamma[i]);
     C d = f.grad * static_cast<C>(grad[i]) + subgradient(x);
-    d = d + f.weight_decay * x;
+    d = f.weight_decay == C(0) ? d : d + f.weight_decay * x;
     if constexpr (buffer != Buffer::none) {
       C held = d;
       if constexpr (buffer == Buffer::running) held = f.keep * static_cast<C>(momentum[i]) + f.fresh * d;
       momentum[i] = static_cast<T>(held);
-      d = f.direction_grad * d + f.direction_buffer * held;
+      d = f.nesterov ? d + f.keep * held : held;
     }
     const C moved = x - f.lr * d;
     gamma[i] = static_cast<T>(moved < f.lower ? f.lower : (moved > f.upper ? f.upper : moved));

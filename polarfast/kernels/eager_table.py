@@ -132,7 +132,9 @@ class EagerTable(Table):
         d = self._flat([self._alive(moving, moving.grad) for moving in self._moving])
         if grad_scale is not None:
             d = d / grad_scale.to(self._wide)
-        d = (-d if sgd.maximize else d) + subgradient + sgd.weight_decay * gamma
+        d = (-d if sgd.maximize else d) + subgradient
+        if sgd.weight_decay != 0:  # no decay is no operation: 0 · inf would be NaN
+            d = d + sgd.weight_decay * gamma
         if sgd.momentum != 0:
             buffers = [self._alive(moving, moving.buffer) for moving in self._moving]
             held = d

@@ -57,7 +57,8 @@ def _strides(sizes: torch.Size, order: list[int]) -> tuple[int, ...]:
 
 
 def _check(weight: Tensor, out_index: Tensor | None, in_index: Tensor | None) -> None:
-    check_tensors(weight=weight, out_index=out_index, in_index=in_index)
+    optional = ("out_index", "in_index")
+    check_tensors(optional, weight=weight, out_index=out_index, in_index=in_index)
     if not 1 <= weight.dim() <= 5:
         raise RuntimeError(
             f"polarfast: a weight of 1 to 5 dimensions is expected, not of {weight.dim()}"

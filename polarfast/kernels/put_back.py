@@ -110,7 +110,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 
 def _check(kept: Tensor, index: Tensor, constant: Tensor, **norm: Tensor | None) -> None:
-    check_tensors(kept=kept, index=index, constant=constant, **norm)
+    check_tensors(("bias",), kept=kept, index=index, constant=constant, **norm)
     check_index("index", index)
     if kept.dim() < 2 or constant.dim() != 1:
         raise RuntimeError(

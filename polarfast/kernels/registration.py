@@ -28,8 +28,8 @@ def refuse_backward(name: str) -> None:
     torch.library.register_autograd(f"polarfast::{name}", backward, lib=_LIBRARY)
 
 
-def check_tensors(**tensors: Tensor | None) -> None:
-    """Raise RuntimeError unless all of an op's tensors are dense and on one device.
+def check_tensors(optional: tuple[str, ...] = (), **tensors: Tensor | None) -> None:
+    """Raise RuntimeError unless all of an op's tensors are there, dense and on one device.
 
     The dispatcher looks at the tensors together: with one of them on the meta device, it is the
     shape function that runs, and what that returns is uninitialized memory.
@@ -37,7 +37,9 @@ def check_tensors(**tensors: Tensor | None) -> None:
     first: Tensor | None = None
     for name, tensor in tensors.items():
         if tensor is None:
-            continue
+            if name in optional:
+                continue
+            raise RuntimeError(f"polarfast: {name} must be a tensor, not None")
         first = tensor if first is None else first
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
             raise RuntimeError(f"polarfast: {name} must be a dense tensor, not {_kind(tensor)}")

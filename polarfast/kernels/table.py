@@ -245,6 +245,8 @@ class Table(ABC):
         for what, tensor in tensors.items():
             if tensor is None:
                 continue
+            if not isinstance(tensor, Tensor):
+                return f"{what} is no tensor but a {type(tensor).__name__}"
             if tensor.layout != torch.strided:
                 return f"{what} is sparse ({tensor.layout}); make it dense with .to_dense()"
             if tensor.dtype != self.dtype or tensor.device != self.device:

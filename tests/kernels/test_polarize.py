@@ -413,3 +413,29 @@ def test_nothing_moves_when_a_gradient_was_infinite(backend):
     table.sgd_step_(Penalty(POLARIZATION, 0.1, 1.2), sgd, found_inf=found_inf)
     assert [bits(param) for param in params] == before
     assert all((entry["momentum_buffer"] == 1).all() for entry in state.values())
+
+
+@every_backend
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_infinite_numbers_are_no_more_than_sgd_makes_of_them(backend, momentum, nesterov):
+    """What is switched off must not be computed as 0 · inf."""
+    if nesterov and not momentum:
+        return
+    params = [torch.nn.Parameter(torch.tensor([0.5, 0.5, float("inf")], device=device_of(backend)))]
+    params[0].grad = torch.tensor([float("inf"), -float("inf"), 1.0], device=device_of(backend))
+    plain = torch.nn.Parameter(params[0].detach().clone())
+    plain.grad = params[0].grad.clone()
+    optimizers = [
+        torch.optim.SGD([param], lr=0.1, momentum=momentum, nesterov=nesterov)
+        for param in (params[0], plain)
+    ]
+    for optimizer in optimizers:
+        optimizer.state[optimizer.param_groups[0]["params"][0]] = {
+            "momentum_buffer": torch.ones_like(plain)
+        }
+    optimizers[1].step()
+    table = table_of(params, backend)
+    table.refresh(optimizers[0].state)
+    table.sgd_step_(Penalty(L1, 0.0), SgdStep(0.1, momentum, nesterov=nesterov))
+    assert torch.equal(params[0], plain)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import polarfast as pf
 
+from ..errors import FileFormatError
 from ..planning.pruning_plan import PruningPlan
 from ..slimming.origin import Origin
 from ..slimming.slim import SlimInfo, info_of, rebuild
@@ -63,7 +64,13 @@ class Shrinking:
 
     def load_state_dict(self, state: dict[str, Any]) -> nn.Module:
         """The network to go on with, its tensors to be loaded."""
-        self.slim = rebuild(self._networks.fresh()[0], SlimInfo.from_json(state["info"]))
+        try:
+            info = SlimInfo.from_json(state["info"])
+        except ValueError as error:
+            raise FileFormatError(
+                f"the checkpoint describes no smaller network ({error}); delete it"
+            ) from error
+        self.slim = rebuild(self._networks.fresh()[0], info)
         self.left = state["left"]
         return self.slim
 

@@ -189,6 +189,8 @@ class PruningPlan:
         Raises:
             PlanError: not a plan, damaged, or written by a newer polarfast.
         """
+        if not isinstance(text, str):
+            raise PlanError(f"a plan is read from its text, not from a {type(text).__name__}")
         try:
             data = parse_json(text)
         except ValueError as error:

@@ -86,6 +86,8 @@ def _new_shapes(module: nn.Module, change: ModuleChange, shapes: Shapes) -> Shap
         if change.put_back != width:
             raise _misfit(f"a {kind}", f"one that puts back {change.put_back} channels")
         new = {"put_back_index": [sizes["num_features"]], "put_back_constant": [change.put_back]}
+    elif change.silent and 0 not in sizes.values():
+        raise _misfit(f"a {kind} of {sizes}", "one without channels")
     if change.bias:
         width = sizes.get("out_channels", sizes.get("out_features"))
         if width is None or module._parameters.get("bias") is not None:

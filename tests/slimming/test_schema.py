@@ -69,6 +69,8 @@ CHANGES = {
     "an unknown field": of_module("first.0", hooks=[1]),
     "another width": of_module("first.4", put_back=9),
     "no channels put back": of_module("first.4", put_back=None),
+    "silent with channels": of_module("first.1", silent=True),
+    "a silent convolution with channels": of_module("first.0", silent=True),
     "put back by a convolution": of_module("first.0", put_back=6),
     "a bias that is there": of_module("first.1", bias=True),
     "a silent container": lambda info: info["structure"]["modules"].update(

@@ -134,6 +134,6 @@ def _check(process: BaseProcess, chain: Sequence[Trial], folder: Path) -> None:
         return
     unfinished = next((trial for trial in chain if not done(folder, trial)), chain[-1])
     log = folder / unfinished.name / "log.txt"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     last = lines[-1] if lines else f"its process ended with status {process.exitcode}"
     raise PolarfastError(f"run '{unfinished.name}' failed ({last}); see {log}")

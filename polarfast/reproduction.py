@@ -1,6 +1,7 @@
 """What a bug report needs: a program that builds anew what failed, and fails in the same way."""
 
 import copy
+import json
 import platform
 import re
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .documents import DIGEST
 from .inputs import Spec, call_model, convert, describe, first_of, tensors_of
 
 #: Characters of a program at most. What does not fit is left to be filled in, and a line says so.
@@ -84,6 +86,9 @@ def request(model: nn.Module, example_inputs: Any, call: str, plan: str | None =
     network = _network(model, example_inputs)
     ends = [f"{call}\n"]
     if plan is not None:
+        # Short, and a reader may change it.
+        fields = {name: part for name, part in json.loads(plan).items() if name != DIGEST}
+        plan = json.dumps(fields, separators=(",", ":"))
         ends = [f"{each}{call}\n" for each in (PLAN.format(plan=plan), PLAN_FILE)]
     for known in (network, None):
         for end in ends:

@@ -205,10 +205,6 @@ class Hardware:
 
     def __post_init__(self) -> None:
         _at_least("hardware.threads", self.threads, 1)
-        if not 0.1 <= self.patience_minutes < math.inf:
-            raise ArgumentError(
-                f"hardware.patience_minutes={self.patience_minutes}: give at least 0.1"
-            )
         _at_least("hardware.keep", self.keep, 1)
         if not self.checkpoint_minutes >= 0:
             raise ArgumentError(f"hardware.checkpoint_minutes={self.checkpoint_minutes}: negative")
@@ -216,7 +212,7 @@ class Hardware:
         # take minutes for it, and where the system has no room for them, end the process.
         most = max(128, 4 * (os.cpu_count() or 1))
         limits = {"threads": (1, most), "keep": (1, 10**6), "checkpoint_minutes": (0, 1e6)}
-        check_ranges(self, "hardware.", **limits)
+        check_ranges(self, "hardware.", **limits, patience_minutes=(0.1, 1e6))
 
 
 @dataclass(frozen=True)

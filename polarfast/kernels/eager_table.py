@@ -205,9 +205,12 @@ class EagerTable(Table):
         largest = self._max(self._by_layer(gamma.abs(), "max"))
         largest = torch.where(largest == 0, 1.0, largest)  # no derivative at 0; stays where it is
         x = gamma.abs() / largest[self._row]
-        total, spread = self._sum(torch.stack((self._by_layer(x), self._by_layer(x * (1 - x)))))
+        rest = (largest[self._row] - gamma.abs()) / largest[
+            self._row
+        ]  # 1 − x, without x's rounding
+        total, spread = self._sum(torch.stack((self._by_layer(x), self._by_layer(x * rest))))
         q = spread / torch.where(total == 0, 1.0, total)
-        away = ((1 - x) - q[self._row]) / (1 - q)[self._row]
+        away = (rest - q[self._row]) / (1 - q)[self._row]
         slope = (2 * self._weights / (1 - q) / largest)[self._row]
         # As large as 1/γ, hence at times infinite; times 0 that would be NaN.
         size = torch.where((away == 0) | (gamma == 0), 0.0, slope * away)

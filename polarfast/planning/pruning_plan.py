@@ -302,8 +302,9 @@ def positions(pairs: Any, most: int, what: str, count: int | None = None) -> Ten
     found = torch.empty(total, dtype=torch.long, device="cpu")
     place = 0
     for first, last in pairs:
-        torch.arange(first, last + 1, out=found[place : place + last + 1 - first])
-        place += last + 1 - first
+        count = last + 1 - first
+        torch.arange(first, last + 1, out=found[place : place + count], device="cpu")
+        place += count
     return found
 
 

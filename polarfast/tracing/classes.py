@@ -251,17 +251,21 @@ class Channels:
 
     @cached_property
     def _residual(self) -> bool:
-        """Whether any addition joins a branch and a shortcut, which is shorter, and a γ decides on
-        either (in a transformer none does).
+        """Whether any addition joins a branch and a shortcut, which is shorter; not where no γ
+        decides on either and one must stay in any case, as in a transformer.
         """
         label = self.graph.labels(self.graph.links(), self.graph.product_edges())
         decided = self.graph.mask()
         for name in self._alone:
             decided[label[self.calls[name].outputs]] = True
         decided[PIN] = False
+        free = self.graph.labels(self.graph.links(), self.graph.pin_edges()) != PIN
         return any(
             add.left_depth != add.right_depth
-            and bool(decided[label[torch.cat((add.left, add.right))]].any())
+            and bool(
+                decided[label[torch.cat((add.left, add.right))]].any()
+                or (free[add.left].any() and free[add.right].any())
+            )
             for add in self._meeting
         )
 

@@ -51,6 +51,7 @@ class Recorder:
         #: activations that are another number where their channels are 0
         self.nonzero: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.gates = {gate_name(name) for name, _ in gated_modules(model)}
+        self.finished = False
         self.counting = True  # whether this pass's MACs count
         self.again = False  # whether it is of a further example: calls as before are left out
         self.asked: list[Any] | None = None  # sizes in the network's own call, while it runs
@@ -200,6 +201,7 @@ class Recorder:
 
     def finish(self) -> Graph:
         """Pin what follows parameters that are used whole, and hand over the graph."""
+        self.finished = True
         for (name, _), ids in list(self.graph.axes.items()):
             if name in self.whole:
                 self.pin(ids, f"{name} is also used in a way that is not known")

@@ -119,8 +119,10 @@ def _same(one: Source, other: Source) -> bool:
 
 def channels_of(size: Any) -> Tensor | None:
     """The row of channel ids that a size is proportional to; None where it is fixed."""
-    if not isinstance(size, Size) or any(trace() is None for _, _, trace in size.sources):
-        return None  # or kept by the network since an earlier trace
+    if not isinstance(size, Size):
+        return None
+    if any((recorder := trace()) is None or recorder.finished for _, _, trace in size.sources):
+        return None  # kept by the network since an earlier trace
     varying = [(ids, dim) for ids, dim, _ in size.sources if dim in varying_dims(ids)]
     return along(*varying[0]) if len(varying) == 1 else None
 

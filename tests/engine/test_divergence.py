@@ -25,7 +25,7 @@ def stage(recipe: Recipe, name: str, **changes: object) -> Recipe:
 @pytest.mark.parametrize("name", ["train", "finetune"])
 def test_a_loss_that_is_not_finite(tmp_path, name):
     folder = tmp_path / "run"
-    diverging = stage(TINY, name, lr=1e18, warmup=0)
+    diverging = stage(TINY, name, lr=1e6, warmup=0)
     with pytest.raises(RunError, match=rf"batch \d of 4.*--{name}.lr"):
         launch(diverging, folder, QUIET)
     assert not (folder / "slim.pt").exists()
@@ -73,7 +73,7 @@ def test_weights_that_are_not_finite(tmp_path, monkeypatch, step):
 @pytest.mark.slow
 def test_the_command_line_ends_with_a_status(tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
-    path.write_text(to_yaml(stage(TINY, "finetune", lr=1e18, warmup=0)))
+    path.write_text(to_yaml(stage(TINY, "finetune", lr=1e6, warmup=0)))
     status = cli.main(["run", str(path), "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err
     assert status == 1 and "fine-tuning diverged" in said and "--finetune.lr" in said

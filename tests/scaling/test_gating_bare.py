@@ -122,7 +122,7 @@ def test_hidden_units_behind_any_activation(act, fold):
 
 def test_where_in_a_network_that_mixes_norms_and_bare_layers():
     x = torch.rand(2, *IMAGE)
-    assert list(pf.add_gates(Tokens(), x)) == ["embed.1.gate"]
+    assert list(pf.add_gates(Tokens(), x)) == ["stem.1.gate", "embed.1.gate"]
     bare = ["mlps.0.0.gate", "mlps.1.0.gate"]
     assert list(pf.add_gates(Tokens(), x, "mlp")) == bare
     assert list(pf.add_gates(Tokens(), x, ".")) == ["embed.1.gate", *bare]

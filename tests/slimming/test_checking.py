@@ -44,13 +44,10 @@ def slim_of(between, change=lambda model: None):
 
 
 COUNTS = {
-    "x / x.shape[1]": lambda m, x: x / x.shape[1],
     "power": lambda m, x: x * x.shape[1] ** -0.5,
     "square root": lambda m, x: x / math.sqrt(x.size(1)),
-    "operand": lambda m, x: torch.mul(x, x.shape[1]),
     "inverse": lambda m, x: x * (1 / x.shape[1]),
     "share": lambda m, x: x + x.shape[1] * 0.1,
-    "all elements": lambda m, x: x.sum((2, 3), keepdim=True) / (x[0, :, 0, 0].numel()) + x,
 }
 
 
@@ -60,6 +57,20 @@ def test_a_network_that_computes_with_the_number_of_channels(name):
     with pytest.raises(pf.VerificationError, match=says) as error:
         slim_of(COUNTS[name])
     assert REQUEST not in str(error.value) and "verify=False" in str(error.value)
+
+
+SHOWN = {
+    "x / x.shape[1]": lambda m, x: x / x.shape[1],
+    "x.shape[1] * x": lambda m, x: x.shape[1] * x,
+    "operand": lambda m, x: torch.mul(x, x.shape[1]),
+    "all elements": lambda m, x: x.sum((2, 3), keepdim=True) / (x[0, :, 0, 0].numel()) + x,
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_where_a_tensor_is_given_that_number_it_is_seen_at_once(name):
+    scales = pf.scaling_factors(Body(SHOWN[name]), X.float())
+    assert "their number is an argument" in scales.pinned["a.1.weight"]
 
 
 HIDDEN = {

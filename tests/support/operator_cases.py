@@ -178,7 +178,7 @@ def ask(case: Case) -> Said:
 
 def _labels(graph: Any) -> Tensor:
     """Classes where whatever meets goes together, as in residual="couple"."""
-    edges = [*graph.links(), *graph.products, *graph.addition_edges(), *graph.pin_edges()]
+    edges = [*graph.links(), *graph.product_edges(), *graph.addition_edges(), *graph.pin_edges()]
     while True:
         label = graph.labels(edges)
         apart = [

@@ -6,6 +6,7 @@ one meaning and most have one value), each member against its CRC, and the pickl
 once on stand-ins, so that what does not fit is refused before a tensor of it exists.
 """
 
+import copy
 import io
 import math
 import os
@@ -32,6 +33,8 @@ _NARROW = 0xFFFFFFFF  # in a field of 32 bits: the value stands in 64 bits elsew
 _CHUNK = 2**20
 #: Steps of a pickled structure: so many in any case, and more in larger files. A tensor takes 30.
 STEPS, BYTES_A_STEP = 400_000, 256
+#: Bytes that a tensor may stand for by repeating its storage, as an expanded buffer does.
+REPEATED = 2**20
 #: What `pickle` writes in protocol 2 for plain data and tensors.
 _OPCODES = frozenset(
     "PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID NONE NEWTRUE NEWFALSE BININT BININT1 BININT2"
@@ -53,11 +56,32 @@ def write_tensors(path: Path, content: Any) -> None:
         given = get_crc32_options()
         set_crc32_options(True)  # a program may have turned them off
         try:
-            torch.save(content, file)
+            torch.save(_unrepeated(content), file)
         finally:
             set_crc32_options(given)
 
     write_atomically(path, write)
+
+
+def _unrepeated(content: Any) -> Any:
+    """The content, tensors that repeat their storage (`expand`) written out."""
+    import torch
+
+    if isinstance(content, torch.Tensor):
+        if content.layout != torch.strided or content.is_contiguous():
+            return content
+        full = content.numel() * content.element_size() > content.untyped_storage().nbytes()
+        return content.contiguous() if full else content
+    if isinstance(content, dict):
+        parts = {key: _unrepeated(part) for key, part in content.items()}
+        if all(parts[key] is part for key, part in content.items()):
+            return content
+        written = copy.copy(content)  # a state dict has attributes
+        written.update(parts)
+        return written
+    if type(content) in (list, tuple):
+        return type(content)(map(_unrepeated, content))
+    return content
 
 
 def read_tensors(path: str | os.PathLike[str], hint: str) -> Any:
@@ -81,7 +105,7 @@ def read_tensors(path: str | os.PathLike[str], hint: str) -> Any:
                 raise _Damaged("it has no member data.pkl")
             _check_structure(members[structure].read(file), structure, members)
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
         except _Damaged as error:
             raise FileFormatError(
                 f"'{path}' is damaged or no file of polarfast's: {error}; {hint}"
@@ -306,8 +330,8 @@ class _RebuildTensor(_Fixed):
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
         if math.prod(size) and (last + 1) * item > storage.size:
             raise _Damaged("a tensor is larger than its storage")
-        if math.prod(size) * item > storage.size:
-            raise _Damaged("a tensor repeats its storage")
+        if math.prod(size) * item > max(storage.size, REPEATED):
+            raise _Damaged("a tensor repeats its storage many times")
         return _Tensor()
 
 

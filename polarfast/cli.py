@@ -1,11 +1,14 @@
 """The command line: ``polarfast run RECIPE`` and the rest; the work is in ``engine.commands``."""
 
+import errno
 import importlib.util
 import sys
 from collections.abc import Sequence
 
 from .errors import PolarfastError
 
+#: The disk is full, or a folder can no longer be written to.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 INTERRUPTED = 130  # the shell's exit status for a program stopped by Ctrl-C
 EXTRA = ("tyro", "rich", "yaml", "sklearn", "matplotlib", "tensorboard", "torchvision")
 COMMANDS = {
@@ -53,13 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PolarfastError as error:
         print(f"polarfast: {error}", file=sys.stderr)
         return 1
-    except OSError as error:  # the disk is full, a folder cannot be written to any more
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        return 1
+    except OSError as error:
         where = f"'{error.filename}': " if error.filename else ""
-        print(
-            f"polarfast: {where}{error.strerror or error}. Files written before are whole; once "
-            "that is mended, the same command goes on from the last checkpoint",
-            file=sys.stderr,
+        whole = (
+            ". Files written before are whole; once that is mended, the same command goes on from "
+            "the last checkpoint"
         )
+        advice = whole if error.errno in UNWRITABLE else ""
+        print(f"polarfast: {where}{error.strerror or error}{advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)

@@ -157,7 +157,16 @@ def unsealed(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(data: Any) -> str:
-    return digest_of(json.dumps(data, sort_keys=True).encode())
+    return digest_of(json.dumps(_spelled(data), sort_keys=True).encode())
+
+
+def _spelled(data: Any) -> Any:
+    """1.0 is 1: programs that copy JSON write either."""
+    if isinstance(data, float) and data.is_integer():
+        return int(data)
+    if isinstance(data, dict):
+        return {name: _spelled(part) for name, part in data.items()}
+    return [_spelled(part) for part in data] if isinstance(data, list) else data
 
 
 # --- what data may hold

@@ -101,3 +101,28 @@ def test_damage_is_named_with_its_member(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(FileFormatError, match=named):
             read_tensors(path, "")
+
+
+def test_what_repeats_its_storage_is_written_out(tmp_path: Path) -> None:
+    content = {"std": torch.ones(1).expand(3).view(1, 3, 1, 1), "list": [torch.ones(1).expand(9)]}
+    write_tensors(tmp_path / "a.pt", content)
+    assert same(read_tensors(tmp_path / "a.pt", ""), content)
+    large = {"mask": torch.zeros(1).expand(2**20)}  # 4 MB
+    write_tensors(tmp_path / "a.pt", large)
+    assert same(read_tensors(tmp_path / "a.pt", ""), large)
+    torch.save(content, tmp_path / "b.pt")  # as it is: little
+    assert same(read_tensors(tmp_path / "b.pt", ""), content)
+    torch.save(large, tmp_path / "b.pt")
+    with pytest.raises(FileFormatError, match="repeats its storage many times"):
+        read_tensors(tmp_path / "b.pt", "")
+
+
+def test_a_program_that_maps_files_into_memory(tmp_path: Path) -> None:
+    from torch.utils.serialization import config
+
+    write_tensors(tmp_path / "a.pt", {"a": torch.ones(2)})
+    config.load.mmap = True
+    try:
+        assert same(read_tensors(tmp_path / "a.pt", ""), {"a": torch.ones(2)})
+    finally:
+        config.load.mmap = False

@@ -17,6 +17,8 @@ from .distributed import Workers
 _log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+#: Folders that this process has: the system's lock is between processes.
+_HELD: set[Path] = set()
 #: What file systems without locks answer.
 _NONE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -37,9 +39,16 @@ def locked(folder: Path, workers: Workers | None = None) -> Iterator[None]:
             cannot be made or written to.
     """
     descriptor, problem = None, None
+    mine = folder.absolute()
     if workers is None or workers.first:
         try:
+            if mine in _HELD:
+                raise ArgumentError(
+                    f"'{folder}' is in use by this process, in another thread or further out: name "
+                    "another folder with --out"
+                )
             descriptor = _take(folder)
+            _HELD.add(mine)
         except ArgumentError as error:
             problem = str(error)
     problems = [problem] if workers is None else workers.gather(problem)
@@ -50,6 +59,7 @@ def locked(folder: Path, workers: Workers | None = None) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
+            _HELD.discard(mine)
             _let_go(folder, descriptor)
 
 
@@ -87,8 +97,9 @@ def _take(folder: Path) -> int:
                 break
         os.close(descriptor)
     me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, json.dumps(me).encode())
+    with suppress(OSError):  # a courtesy to the next one, for which the disk may be too full
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps(me).encode())
     return descriptor
 
 

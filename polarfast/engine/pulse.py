@@ -62,9 +62,14 @@ class Pulse:
             self._end.wait(BEAT)
 
     def _watch(self) -> None:
+        woken = time.monotonic()
         while not self._end.wait(BEAT):
-            for rank, (_, since) in list(self._heard.items()):
-                self._judge(rank, time.monotonic() - since)
+            before, woken = woken, time.monotonic()
+            for rank, (count, since) in list(self._heard.items()):
+                if woken - before > 4 * BEAT:  # this process itself stood still, perhaps all did
+                    self._heard[rank] = count, woken
+                else:
+                    self._judge(rank, woken - since)
 
     def _listen(self, rank: int) -> None:
         if not self._store.check([str(rank)]):

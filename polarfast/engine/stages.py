@@ -113,8 +113,9 @@ class StageLoop:
         self._saved = time.perf_counter()
 
     def _check_finite(self) -> None:
-        broken = self.trainer.broken()
-        if self.trainer.workers.agree(broken is not None or self.trainer.diverged()):
+        found = self.trainer.workers.gather((self.trainer.broken(), self.trainer.diverged()))
+        broken = next((name for name, _ in found if name is not None), None)
+        if broken is not None or any(diverged for _, diverged in found):
             raise self._divergence(broken)
 
     def _divergence(self, broken: str | None = None) -> RunError:

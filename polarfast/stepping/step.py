@@ -81,8 +81,8 @@ def step(
             "closure= with an enabled scaler=: torch's GradScaler takes no closure; give one"
         )
     work = _Work(scales, reg, may_fuse=closure is None and _plain_sgd(optimizer))
-    work.claim()
     try:
+        work.claim()
         if closure is not None:
             return work.run(optimizer, optimizer.step, closure)
         Binding.of(scales).require_gradient()
@@ -218,21 +218,24 @@ class _Work:
             self._begin(optimizer)
             return loss
 
-        claimed = self.claim()
-        self.running = True
+        claimed: bool | None = None  # not known where an interrupt comes in between
         try:
-            if closure is None:
-                self._begin(optimizer)
-            elif args:
-                args = (penalized, *args[1:])
-            else:
-                kwargs["closure"] = penalized
-            result = take(*args, **kwargs)
-            self._finish(optimizer)
+            claimed = self.claim()
+            self.running = True
+            try:
+                if closure is None:
+                    self._begin(optimizer)
+                elif args:
+                    args = (penalized, *args[1:])
+                else:
+                    kwargs["closure"] = penalized
+                result = take(*args, **kwargs)
+                self._finish(optimizer)
+            finally:
+                self.running, self._table = False, None
+                self._put_back()
         finally:
-            self.running, self._table = False, None
-            self._put_back()
-            if claimed:
+            if claimed is not False:
                 self.release()
         return result
 
@@ -258,17 +261,18 @@ class _Work:
                         f"{'' if other._thread == thread else ', in another thread'}: take one "
                         "step at a time on a set of scaling factors (hold a lock around pf.step)"
                     )
-            _UNDERWAY.append(self)
             self._thread = thread
+            _UNDERWAY.append(self)
         return True
 
     def release(self) -> None:
-        """Let other steps have the γ."""
+        """Let other steps have the γ, if this thread has them."""
         if torch.compiler.is_dynamo_compiling():
             return torch.compiler.disable(self.release)()
         with _CLAIMING:
-            self._thread = None
-            _UNDERWAY.remove(self)
+            if self in _UNDERWAY and self._thread == threading.get_ident():
+                _UNDERWAY.remove(self)
+                self._thread = None
 
     def refuse_alone(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Pre hook: raise StepError in a step that does not come through `run`."""

@@ -7,7 +7,7 @@ computes in another way counts as fixed.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -368,10 +368,10 @@ def _numbers(tree: Any) -> Iterator[int]:
     if isinstance(tree, slice):
         tree = (tree.start, tree.stop)
     if isinstance(tree, dict):
-        tree = tree.values()
+        tree = list(tree.values())
     if isinstance(tree, int):
         yield tree
-    elif isinstance(tree, Iterable) and not isinstance(tree, (Tensor, str, Iterator)):
+    elif isinstance(tree, (list, tuple)):
         for item in tree:
             yield from _numbers(item)
 

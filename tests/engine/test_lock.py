@@ -78,3 +78,12 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "lockf", none)
     with locked(tmp_path / "run"):
         assert "has no locks" in caplog.text
+
+
+def test_one_process_has_a_folder_once(tmp_path):
+    with locked(tmp_path / "run"):
+        with pytest.raises(ArgumentError, match="in use by this process"), locked(tmp_path / "run"):
+            pass
+        assert (tmp_path / "run" / LOCK).exists()
+    with locked(tmp_path / "run"):
+        pass

@@ -1,12 +1,14 @@
 """The paper's networks: MACs as torch counts them, shapes, the option-A shortcut."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from polarfast.engine import models
-from polarfast.errors import ArgumentError
+from polarfast.errors import ArgumentError, FileFormatError
 
 
 def macs(model: nn.Module, shape: tuple[int, ...]) -> int:
@@ -54,3 +56,22 @@ def test_depth_that_does_not_exist(depth: int) -> None:
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(ArgumentError, match="'resnet21'.*resnet20"):
         models.build("resnet21", 10, 3)
+
+
+def test_weights_beside_other_things_and_in_the_old_format(tmp_path: Path) -> None:
+    model = models.build("resnet8", 10, 1)
+    state = model.state_dict()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 3])  # holds a Counter
+    torch.save({"model": state, "schedule": schedule.state_dict()}, tmp_path / "more.pt")
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("more.pt", "old.pt"):
+        other = models.build("resnet8", 10, 1)
+        with pytest.warns(UserWarning, match="read by torch alone, which does not find all damage"):
+            models.load_weights(other, str(tmp_path / name))
+        assert all(torch.equal(part, state[key]) for key, part in other.state_dict().items())
+    whole = bytearray((tmp_path / "more.pt").read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (tmp_path / "more.pt").write_bytes(whole)
+    with pytest.raises(FileFormatError, match="CRC"):
+        models.load_weights(other, str(tmp_path / "more.pt"))

@@ -53,3 +53,24 @@ def test_a_stopped_process_is_named(tmp_path: Path, stopped: int) -> None:
         shown = (tmp_path / "run-0.txt").read_text(encoding="utf-8")
         assert "the run ends after 12 s" in shown
     assert Checkpoints(folder).newest() is not None
+
+
+def test_all_that_stood_still_go_on(tmp_path: Path) -> None:
+    """A job that is suspended as a whole for longer than its patience."""
+    folder = tmp_path / "run"
+    hasty = replace(HASTY, hardware=replace(HASTY.hardware, patience_minutes=0.1))
+    processes = start_ranks(2, launched, hasty, folder, partial(quick, tmp_path / "said"))
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while len(Checkpoints(folder).numbered()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for process in processes:
+                os.kill(process.pid, number)
+            time.sleep(7 if number == signal.SIGSTOP else 2)
+        assert all(process.is_alive() for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()

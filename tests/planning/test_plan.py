@@ -293,3 +293,15 @@ def test_mac_weights_are_what_a_channel_costs():
     pf.Polarization(1e-4, 1.2, weights=weights).value(scales)
     with pytest.raises(pf.ArgumentError, match="low=2"):
         pf.mac_weights(residual, x, scales, 2.0, 1.0)
+
+
+def test_a_plan_that_another_program_copied():
+    """1.0 comes back as 1 from some."""
+    model, scales = prepared(Bottlenecks, "expand")
+    plan = pf.plan(model, X, scales, "fixed")
+    data = json.loads(plan.to_json())
+    assert 0.0 in data["pinned_macs"].values()
+    data["pinned_macs"] = {
+        name: 0 if not part else part for name, part in data["pinned_macs"].items()
+    }
+    assert pf.PruningPlan.from_json(json.dumps(data)).kept.keys() == plan.kept.keys()

@@ -131,3 +131,29 @@ def test_the_papers_layers_of_mobilenet_v2():
     blocks = itertools.product(range(2, 18), ("0.1", "3"))
     assert names == first | {f"features.{i}.conv.{j}.weight" for i, j in blocks}
     assert len(names) == 33  # 17 projections, 16 expansions
+
+
+def test_norms_of_derived_classes_on_the_meta_device_and_with_asserts(tmp_path):
+    class Strict(NormAct):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[-1] > 4, "small"
+            return super().forward(x)
+
+    def net(kind: Any = NormAct) -> nn.Module:
+        return Net(
+            lambda n, x: n.end((y := n.a(x)) + n.norm(n.b(y))),
+            a=body(), b=nn.Conv2d(8, 8, 3, padding=1), norm=kind(8), end=nn.Sequential(*tail(8)),
+        )  # fmt: skip
+
+    assert "norm.weight" not in pf.scaling_factors(net(Strict), X.float(), "expand-all")
+    model, scales = prepared(net, "expand")
+    plan = pf.plan(model, X, scales, "fixed")
+    slim = pf.slim(model, plan)
+    pf.save(slim, plan, tmp_path / "slim.pt")
+
+    def empty() -> nn.Module:
+        with torch.device("meta"):
+            return net().double()
+
+    loaded = pf.load(tmp_path / "slim.pt", empty).eval()
+    assert torch.equal(loaded(X), slim(X))

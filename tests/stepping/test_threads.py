@@ -13,6 +13,7 @@ import polarfast as pf
 from polarfast.errors import StepError
 from polarfast.planning.thresholds import magnitudes, valleys
 from polarfast.stepping import binding
+from polarfast.stepping import step as step_module
 
 SGD = importlib.import_module("torch.optim.sgd")
 X = torch.zeros(2, 3, 4, 4)
@@ -210,3 +211,26 @@ def test_after_a_step_that_failed_the_factors_are_free():
     with pytest.raises(ZeroDivisionError):
         pf.step(optimizer, scales, pf.L1(0.1), closure=closure)
     assert in_thread(lambda: pf.step(optimizer, scales, pf.L1(0.1))) is None
+
+
+def test_an_interrupt_while_a_step_begins_leaves_the_factors_free(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    scales = pf.scaling_factors(model, torch.rand(2, 3, 4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    reg = pf.Polarization(1e-3, 1.2)
+    model(torch.rand(2, 3, 4, 4)).sum().backward()
+    claim = step_module._Work.claim
+
+    def interrupted(self):
+        claim(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step_module._Work, "claim", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pf.step(optimizer, scales, reg)
+    attached = pf.attach(optimizer, scales, reg)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    attached.remove()
+    monkeypatch.undo()
+    pf.step(optimizer, scales, reg)

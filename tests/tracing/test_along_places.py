@@ -344,3 +344,18 @@ def test_norms_beside_each_other_go_together(net):
     with torch.no_grad():
         for inputs in examples:
             torch.testing.assert_close(slim(*inputs), model(*inputs), rtol=1e-8, atol=1e-8)
+
+
+def test_numbers_of_numpy_are_no_sizes():
+    np = pytest.importorskip("numpy")
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.fc = block(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = self.a(x) * torch.as_tensor(np.array(2.0), dtype=x.dtype)
+            return self.fc(x[:, :, np.array(0)].mean(2))
+
+    assert list(pf.scaling_factors(Scaled(), X)) == ["a.1.weight"]

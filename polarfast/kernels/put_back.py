@@ -152,19 +152,15 @@ def _put_back_elsewhere(kept: Tensor, index: Tensor, constant: Tensor) -> Tensor
     return put_back_ref(kept, index, constant)
 
 
-def _norm_shape(
-    input: Tensor,
-    index: Tensor,
-    constant: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-) -> Tensor:
+def _check_norm(input: Tensor, index: Tensor, constant: Tensor, *norm: Any) -> None:
+    weight, bias, mean, var, eps = norm
     _check(input, index, constant, weight=weight, bias=bias, mean=mean, var=var)
     if not eps >= 0:
         raise RuntimeError(f"polarfast: eps must be 0 or more, not {eps}")
+
+
+def _norm_shape(input: Tensor, index: Tensor, constant: Tensor, *norm: Any) -> Tensor:
+    _check_norm(input, index, constant, *norm)
     return _shape(input, index, constant)
 
 
@@ -178,7 +174,7 @@ def _norm_elsewhere(
     var: Tensor,
     eps: float,
 ) -> Tensor:
-    _check(input, index, constant, weight=weight, bias=bias, mean=mean, var=var)
+    _check_norm(input, index, constant, weight, bias, mean, var, eps)
     kept = F.batch_norm(input, mean, var, weight, bias, eps=eps)
     return put_back_ref(kept, index, constant)
 

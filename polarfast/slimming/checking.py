@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,24 +71,19 @@ def check_slim(
     )
 
 
+@dataclass
 class _Failed:
-    """A check that failed. What the network itself does is looked for before it counts as a fault
-    of polarfast.
+    """A check that failed: what `check_slim` was given. What the network itself does is looked for
+    before it counts as a fault of polarfast.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        slim: nn.Module,
-        plan: PruningPlan,
-        fold: str,
-        inputs: Inputs,
-        claimed: Claimed,
-        anew: Callable[[], tuple[nn.Module, Claimed]] | None,
-    ) -> None:
-        self.model, self.slim, self.plan, self.fold = model, slim, plan, fold
-        self.inputs, self.claimed, self.channels = inputs, claimed, claimed[1]
-        self.anew = anew
+    model: nn.Module
+    slim: nn.Module
+    plan: PruningPlan
+    fold: str
+    inputs: Inputs
+    claimed: Claimed
+    anew: Callable[[], tuple[nn.Module, Claimed]] | None
 
     def why(self) -> str:
         """The cause, and what to do."""
@@ -164,7 +160,7 @@ class _Failed:
 
     def _counting(self) -> str | None:
         """Whether the network's code computes with a number of channels that pruning changes."""
-        layers = self._with_lost_channels(self.channels.graph.numbers)
+        layers = self._with_lost_channels(self.claimed[1].graph.numbers)
         right = self._right_at_full_width()
         if right is False or (right is None and not layers):
             return None
@@ -191,7 +187,7 @@ class _Failed:
 
     def _with_lost_channels(self, rows: list[Tensor]) -> str:
         """The layers whose channels are among these ids, of rows that lose some."""
-        channels = self.channels
+        channels = self.claimed[1]
         gone, found = channels.graph.mask(), channels.graph.mask()
         for name, kept in self.plan.kept.items():
             goes = torch.ones(channels.layers[name].numel(), dtype=torch.bool, device="cpu")

@@ -332,4 +332,4 @@ def outputs_of(model: nn.Module, inputs: Any) -> tuple[list[Tensor], bool]:
 
 
 def _random_state(device: torch.device) -> Tensor:
-    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

@@ -181,7 +181,10 @@ class Channels:
         """Norms that end a branch: what they write, or the sum of parallel branches that it is part
         of, is the deeper operand of an addition ("expand-all": either operand).
         """
-        label = self.graph.labels(self._branch_edges())
+        # A norm that others read beside takes its channels along: what it normalizes begins or ends
+        # there as well.
+        along = self.graph.links(frozenset(self._alone))
+        label = self.graph.labels(self._branch_edges(), along)
         either = self.residual == "expand-all"
         put_back = self.graph.mask()
         for add in self._meeting:

@@ -90,7 +90,7 @@ def _apply(
         rules.OTHERS[plain](rec, func, args, out)
     elif plain in rules.SAME and first:
         rules.same(rec, args, out)
-    elif by_element and isinstance(out, Tensor) and not kwargs.get("out"):
+    elif by_element and isinstance(out, Tensor) and "out" not in kwargs:
         pointwise(rec, plain, args, out)
     else:
         rules.opaque(rec, func, (args, kwargs), out)

@@ -404,8 +404,11 @@ def follow_zero(rec: Recorder, func: Any, args: Any, kwargs: Any, out: Any) -> N
         zero = rec.value(tensor) is not None and tensor not in rec.nonzero
         return torch.full([1] * tensor.dim(), 0.0 if zero else SOME, device="cpu").to(tensor.dtype)
 
+    asked = torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags
     for result in tensors_in(out):
-        if torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
+        if "out" in kwargs:  # which it would write to, and pins what it reads
+            zero = False
+        elif asked:
             found = func(*tree_map_only(Tensor, stand_in, args), **kwargs)
             zero = not bool(tensors_in(found)[0].any())
         else:

@@ -31,15 +31,19 @@ def quick(said: Path) -> None:
     sys.stderr = open(f"{said}-{os.environ['RANK']}", "w", encoding="utf-8")
 
 
+def until_two_checkpoints(folder: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while len(Checkpoints(folder).numbered()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_process_is_named(tmp_path: Path, stopped: int) -> None:
     folder = tmp_path / "run"
     processes = start_ranks(2, launched, HASTY, folder, partial(quick, tmp_path / "said"))
     try:
-        deadline = time.monotonic() + PATIENCE
-        while len(Checkpoints(folder).numbered()) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until_two_checkpoints(folder)
         os.kill(processes[stopped].pid, signal.SIGSTOP)
         processes[1 - stopped].join(PATIENCE)
         assert processes[1 - stopped].exitcode == 1
@@ -61,10 +65,7 @@ def test_all_that_stood_still_go_on(tmp_path: Path) -> None:
     hasty = replace(HASTY, hardware=replace(HASTY.hardware, patience_minutes=0.1))
     processes = start_ranks(2, launched, hasty, folder, partial(quick, tmp_path / "said"))
     try:
-        deadline = time.monotonic() + PATIENCE
-        while len(Checkpoints(folder).numbered()) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until_two_checkpoints(folder)
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for process in processes:
                 os.kill(process.pid, number)

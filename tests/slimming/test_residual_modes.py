@@ -84,6 +84,14 @@ def test_all_that_writes_a_shortcut_takes_part():
     assert list(found) == list(couple) and "stem.1.weight" in found and "down.1.weight" in found
 
 
+def test_what_a_shortcut_through_a_norm_begins_with_takes_part():
+    """The second block's sum, which the third one's norm reads beside its convolutions."""
+    begins = {"1.thin.1.weight", "1.wide.1.weight"}
+    expand = pf.scaling_factors(parallel(), X.float(), residual="expand")
+    every = pf.scaling_factors(parallel(), X.float(), residual="expand-all")
+    assert not begins & set(expand) and set(every) == {*expand, *begins}
+
+
 def test_a_channel_of_a_sum_goes_where_it_goes_in_all_branches():
     model, scales = prepared(parallel, "expand", share=0)
     dead = {"0.thin.1.weight": [0, 1, 2], "0.wide.1.weight": [1, 2, 3], "2.thin.1.weight": [5]}

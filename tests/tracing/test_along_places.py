@@ -359,3 +359,24 @@ def test_numbers_of_numpy_are_no_sizes():
             return self.fc(x[:, :, np.array(0)].mean(2))
 
     assert list(pf.scaling_factors(Scaled(), X)) == ["a.1.weight"]
+
+
+@pytest.mark.parametrize("operator", [torch.add, torch.mul])
+def test_what_is_written_into_a_tensor_of_the_networks_own_pins(operator):
+    class Out(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.fc = block(3, 8), block(3, 8), block(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            a, b = self.a(x), self.b(x)
+            buffer = torch.empty_like(a)
+            operator(a, b, out=buffer)
+            return self.fc(self.c(buffer).mean((2, 3)))
+
+    model = Out().eval()
+    with torch.no_grad():
+        before = model(X)
+        scales = pf.scaling_factors(model, X, residual="couple")
+        assert torch.equal(model(X), before)
+    assert list(scales) == ["c.1.weight"] and "flows through" in scales.pinned["a.1.weight"]

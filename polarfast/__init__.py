@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import ThresholdError as ThresholdError
     from .errors import TracingError as TracingError
     from .errors import VerificationError as VerificationError
+    from .latency.table import LatencyTable as LatencyTable
     from .layers import convert_sync_batchnorm as convert_sync_batchnorm
     from .planning.plan import mac_weights as mac_weights
     from .planning.plan import plan as plan
@@ -60,6 +61,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "errors": "ArgumentError BuildError FileFormatError PlanError PolarfastError RunError "
     "ScalingFactorError SearchError StepError ThresholdError TracingError VerificationError",
+    "latency.table": "LatencyTable",
     "layers": "convert_sync_batchnorm",
     "planning.plan": "mac_weights plan reachable",
     "planning.prediction": "CutPredictor",

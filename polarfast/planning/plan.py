@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ..scaling.factors import ScalingFactors
 from ..tracing.classes import Channels, Traced, trace_channels
 from ..tracing.meaning import inputs_of
 from . import remarks
-from .costs import Costs
+from .costs import Costs, Latencies, check_of
 from .limits import Counts, Limits, Shares
 from .pruning_plan import LayerPlan, PruningPlan
 from .selection import LAST, Chooser, Selection
@@ -24,6 +25,8 @@ from .thresholds import Ranking, as_factors, check_finite, magnitudes, threshold
 
 #: A layer that keeps a smaller share of its channels is pointed out.
 ALMOST_NOTHING = 0.05
+#: A share of the time is reached within this, and a plan made again so many times for it.
+AS_ASKED, CORRECTIONS = 0.03, 2
 #: Where γ have parted, few lie so closely above a valley's threshold.
 GAP = 0.05
 
@@ -42,6 +45,7 @@ def plan(
     max_share: Shares | None = None,
     cut: float | None = None,
     of: str = "macs",
+    latency: Latencies | None = None,
     fold: str = "exact",
     scores: Mapping[str, Tensor] | None = None,
 ) -> PruningPlan:
@@ -74,7 +78,13 @@ def plan(
             less would not be enough. With method="percentile", the default here, all channels of
             the network are in one order of |γ|; with "valley", those under their layer's valley
             come first. Equal γ are told apart: layers give the same share of them.
-        of: what `cut` is a share of: "macs" or "params".
+        of: what `cut` is a share of: "macs", "params", or "latency", the time of one forward pass.
+        latency: the network's `LatencyTable`. Widths become multiples of its step, unless
+            `round_to` says otherwise: less than that saves no time. Predicted times before and
+            after are part of the plan (`PruningPlan.latency`); on the machine that the table was
+            measured on, measured ones too: both networks are then timed in turns, and the plan is
+            made again, twice at most, until the measured share is the one asked for within 3
+            points.
         fold: what becomes of the removed channels' constants ("exact", "bias", "none"); sizes are
             predicted for this one.
         scores: name -> float [C] >= 0 for every layer of `scales`: what is compared with the
@@ -88,46 +98,134 @@ def plan(
         ScalingFactorError: there are no scaling factors.
         TracingError: the model does not run on the example inputs.
     """
+    check_of(of, latency)
+    if latency is not None:
+        latency.check_inputs(example_inputs)
+        round_to = latency.step if round_to == 1 and of == "latency" else round_to
     limits = Limits.of(_sizes(scales), round_to, min_channels, max_share)
-    aim = None if cut is None else Aim.given(cut, of, method, value)
+    aim = None if cut is None else Aim.given(cut, of, method, value, latency)
     method = method or ("valley" if aim is None else "percentile")
     check_fold(fold)
-    chooser = _chooser(model, example_inputs, scales, fold, limits)
-    compared = magnitudes(scales, scores)
-    factors = scales if scores is None else as_factors(compared)
+    chooser = _chooser(model, example_inputs, scales, fold, limits, latency)
+    planner = _Planner(chooser, scales, scores, method, latency)
     if aim is None:
-        bounds = thresholds(factors, method, value)
-        choice, folded = chooser.choose(compared, bounds)
-        notes = _limit_notes(choice)
-        if method == "valley":
-            _note_crowds(notes, compared, bounds, gaps=scores is None)
+        written = planner.by_thresholds(value)
+    elif of == "latency":
+        written = planner.by_measured_share(aim)
     else:
-        check_finite(factors)
-        ranking = Ranking(compared, thresholds(factors) if method == "valley" else None)
-        trial = aim.hit(chooser, ranking)
-        choice, folded = trial.choice, trial.folded
-        bounds, notes = ranking.thresholds(trial.count), _limit_notes(choice)
-        _note_ranking(notes, ranking, trial.count)
-    _note_widths(notes, choice, folded, limits)
-    asked = dict(limits.given) | ({} if aim is None else {"cut": aim.cut, "of": aim.of})
-    written = _write_plan(chooser, choice, folded, bounds, notes, method=method, asked=asked)
-    if scores is None:
-        if aim is not None:
-            written.remarks = remarks.on_share(written, scales, ranking, trial.count)
-        elif method == "percentile":
-            written.remarks = remarks.on_share(written, scales)
-        else:
-            written.remarks = remarks.on_thresholds(written, scales)
-        written._gammas = {name: gamma.detach().clone() for name, gamma in scales.items()}
+        written = planner.by_share(aim)
     told = [*written.remarks]
     if written.inexact and fold == "exact":
         told.append(remarks.on_leftovers(written))  # in the plan's text, reader by reader
     for remark in told:
         warnings.warn(f"pf.plan: {remark}", stacklevel=2)
-    written._inputs = chooser.inputs
-    written._traced = Traced(chooser.model, chooser.channels)
-    written._folded = Folded(chooser.model, chooser.channels, choice.alive(), folded, fold)
     return written
+
+
+class _Planner:
+    """Writes plans of one network.
+
+    Args:
+        chooser: of its channels.
+        scales, scores, method, latency: as in `plan`.
+    """
+
+    def __init__(
+        self,
+        chooser: Chooser,
+        scales: ScalingFactors,
+        scores: Mapping[str, Tensor] | None,
+        method: str,
+        latency: Latencies | None,
+    ) -> None:
+        self._chooser, self._scales, self._method = chooser, scales, method
+        self._costs = Costs(chooser.model, chooser.channels, latency)
+        self._latency, self._by_gamma = latency, scores is None
+        self._compared = magnitudes(scales, scores)
+        self._factors = scales if scores is None else as_factors(self._compared)
+
+    def by_thresholds(self, value: float | None) -> PruningPlan:
+        """What is not over its layer's threshold goes."""
+        bounds = thresholds(self._factors, self._method, value)
+        choice, folded = self._chooser.choose(self._compared, bounds)
+        notes = _limit_notes(choice)
+        if self._method == "valley":
+            _note_crowds(notes, self._compared, bounds, gaps=self._by_gamma)
+        written = self._write(choice, folded, bounds, notes, {})
+        if self._by_gamma and self._method == "percentile":
+            written.remarks = remarks.on_share(written, self._scales)
+        elif self._by_gamma:
+            written.remarks = remarks.on_thresholds(written, self._scales)
+        return written
+
+    def by_share(self, aim: Aim) -> PruningPlan:
+        """As few of the weakest channels go as cut a share.
+
+        Raises:
+            PlanError: it is out of reach.
+        """
+        check_finite(self._factors)
+        valleys = thresholds(self._factors) if self._method == "valley" else None
+        ranking = Ranking(self._compared, valleys)
+        trial = aim.hit(self._chooser, ranking)
+        bounds, notes = ranking.thresholds(trial.count), _limit_notes(trial.choice)
+        _note_ranking(notes, ranking, trial.count)
+        asked = {"cut": aim.cut, "of": aim.of}
+        written = self._write(trial.choice, trial.folded, bounds, notes, asked)
+        if self._by_gamma:
+            written.remarks = remarks.on_share(written, self._scales, ranking, trial.count)
+        return written
+
+    def by_measured_share(self, aim: Aim) -> PruningPlan:
+        """The same for a share of the time; where that can be measured, what was measured decides,
+        and the plan closest to the share is taken.
+
+        Raises:
+            PlanError: as for `by_share`.
+        """
+        assert self._latency is not None
+        found: list[tuple[float, PruningPlan]] = []  # how far off, and what
+        asked, latest = aim.cut, self.by_share(aim)
+        while True:
+            latest.latency = self._latency.measured(self._chooser.model, latest)
+            cut = latest.latency.cut_measured
+            if cut is None:
+                return latest
+            found.append((abs(cut - aim.cut), latest))
+            if abs(cut - aim.cut) <= AS_ASKED or len(found) > CORRECTIONS:
+                break
+            asked = min(max(asked + aim.cut - cut, 0.0), 1.0 - 1e-6)
+            try:
+                latest = self.by_share(replace(aim, cut=asked))
+            except PlanError:  # more cannot go
+                break
+        missed, best = min(found, key=lambda pair: pair[0])
+        best.asked["cut"] = aim.cut
+        if missed > AS_ASKED:
+            best.remarks.append(remarks.on_latency(best, len(found)))
+        return best
+
+    def _write(
+        self,
+        choice: Selection,
+        folded: Fold,
+        bounds: Mapping[str, float | None],
+        notes: Notes,
+        asked: dict[str, Any],
+    ) -> PruningPlan:
+        chooser = self._chooser
+        _note_widths(notes, choice, folded, chooser.limits)
+        asked = {**chooser.limits.given, **asked}
+        written = _write_plan(
+            chooser, choice, folded, bounds, notes, self._costs, method=self._method, asked=asked
+        )
+        if self._by_gamma:
+            written._gammas = {n: gamma.detach().clone() for n, gamma in self._scales.items()}
+        written._inputs = chooser.inputs
+        written._traced = Traced(chooser.model, chooser.channels)
+        alive = choice.alive()
+        written._folded = Folded(chooser.model, chooser.channels, alive, folded, chooser.fold)
+        return written
 
 
 def reachable(
@@ -138,6 +236,7 @@ def reachable(
     min_channels: Counts = 1,
     *,
     max_share: Shares | None = None,
+    latency: Latencies | None = None,
     fold: str = "exact",
     scores: Mapping[str, Tensor] | None = None,
 ) -> Reach:
@@ -147,16 +246,20 @@ def reachable(
     Args:
         model, example_inputs, scales, round_to, min_channels, max_share, fold, scores: as in
             `plan`.
+        latency: the network's `LatencyTable`, for the shares of its time, too.
 
     Raises:
         ArgumentError, PlanError, ScalingFactorError, TracingError: as in `plan`.
     """
+    if latency is not None:
+        latency.check_inputs(example_inputs)
+        round_to = latency.step if round_to == 1 else round_to
     limits = Limits.of(_sizes(scales), round_to, min_channels, max_share)
     check_fold(fold)
-    chooser = _chooser(model, example_inputs, scales, fold, limits)
+    chooser = _chooser(model, example_inputs, scales, fold, limits, latency)
     if scores is None:
         check_finite(scales)
-    return reach(chooser, Ranking(magnitudes(scales, scores)))
+    return reach(chooser, Ranking(magnitudes(scales, scores)), latency)
 
 
 def mac_weights(
@@ -203,11 +306,17 @@ def _sizes(scales: ScalingFactors) -> dict[str, int]:
 
 
 def _chooser(
-    model: nn.Module, example_inputs: Any, scales: ScalingFactors, fold: str, limits: Limits
+    model: nn.Module,
+    example_inputs: Any,
+    scales: ScalingFactors,
+    fold: str,
+    limits: Limits,
+    latency: Latencies | None,
 ) -> Chooser:
     model = unwrap(model)
     Inputs.of(example_inputs)  # refuses what are no inputs; then the network runs on them
-    channels = trace_channels(model, example_inputs, scales.residual)
+    timed = latency is not None
+    channels = trace_channels(model, example_inputs, scales.residual, with_operations=timed)
     check_belongs(model, channels, scales)
     inputs = inputs_of(model, example_inputs)
     return Chooser(model, channels, inputs, scales, fold, limits)
@@ -236,6 +345,7 @@ def _write_plan(
     folded: Fold,
     bounds: Mapping[str, float | None],
     notes: Notes,
+    costs: Costs,
     *,
     method: str,
     asked: dict[str, Any],
@@ -244,10 +354,11 @@ def _write_plan(
 
     Args:
         bounds: γ name -> threshold.
+        costs: of the network.
         method, asked: how the plan was made, as in `PruningPlan`.
     """
     model, channels = chooser.model, chooser.channels
-    costs, everything = Costs(model, channels), ~channels.graph.mask()
+    everything = ~channels.graph.mask()
     stays = choice.staying(folded.constant)
     constant = choice.positions(folded.constant)
     layers = {
@@ -267,6 +378,7 @@ def _write_plan(
         macs=costs.macs(stays),
         params_before=costs.params(everything),
         params=costs.params(stays, new_biases(model, channels, folded).values()),
+        latency=costs.times(everything, stays),
         inexact=folded.notes(),
         asked=asked,
     )

@@ -20,7 +20,7 @@ from ..sharding import is_sharded, present_parameters, whole
 from ..tracing.classes import Channels, trace_channels
 from ..tracing.graph import PIN, ProjectionCall
 from ..tracing.meaning import inputs_of
-from .costs import Costs
+from .costs import Costs, Latencies, check_of
 from .limits import Counts, Limits, Shares, bound_of
 from .plan import check_belongs
 from .selection import Chooser, Selection
@@ -35,7 +35,8 @@ POSITIVE: Answers = (0, 0, 0, VISIBLE, VISIBLE)
 
 
 class CutPredictor:
-    """Predicts `plan(...).flops_reduction` from the γ of the moment, without tracing again.
+    """Predicts `plan(...).flops_reduction`, or the share of another cost, from the γ of the moment,
+    without tracing again.
 
     The network is traced once. `cut()` then counts channels over their thresholds and looks the
     MACs up: about 0.1 ms for a ResNet-20, 0.2 ms for a ResNet-50 on one core. It counts constant
@@ -44,12 +45,14 @@ class CutPredictor:
     way that `plan` goes, in milliseconds.
 
     Args:
-        model, example_inputs, scales, method, round_to, min_channels, max_share, value, fold: as in
-            `plan`.
+        model, example_inputs, scales, method, round_to, min_channels, max_share, value, fold,
+            latency: as in `plan`.
+        of: what the share is of: "macs", "params" or "latency". The latter two take milliseconds.
 
     Attributes:
         macs_before: multiply-accumulates of the whole network on the example inputs.
         model: the network, its wrappers left out.
+        round_to: γ name -> what its layer's width is a multiple of.
 
     Raises:
         ArgumentError, PlanError, TracingError: as in `plan`.
@@ -67,14 +70,22 @@ class CutPredictor:
         round_to: Counts = 1,
         min_channels: Counts = 1,
         max_share: Shares | None = None,
+        of: str = "macs",
+        latency: Latencies | None = None,
     ) -> None:
+        check_of(of, latency)
+        if latency is not None:
+            latency.check_inputs(example_inputs)
+            round_to = latency.step if round_to == 1 and of == "latency" else round_to
         check_fold(fold)
         check_any(scales)
         sizes = {name: gamma.numel() for name, gamma in scales.items()}
         limits = Limits.of(sizes, round_to, min_channels, max_share)
         self.scales, self.method, self.value, self.fold = scales, method, value, fold
         self.model = unwrap(model)
-        channels = trace_channels(self.model, example_inputs, scales.residual)
+        channels = trace_channels(
+            self.model, example_inputs, scales.residual, with_operations=of == "latency"
+        )
         check_belongs(self.model, channels, scales)
         check_method(method, value)  # and no γ: what they are now may be clamped before a look
         self._names = list(scales)
@@ -86,14 +97,17 @@ class CutPredictor:
             self._names,
             fold=fold,
             limits=limits,
+            of=of,
+            latency=latency if of == "latency" else None,
         )
+        self.of, self.round_to = of, limits.round_to
         self.macs_before = self._counter.macs_before
         params: dict[str, Tensor] = dict(self.model.named_parameters())
         self._beta = {name: params[bias] for name, bias in self._counter.readers.items()}
         self._beta_now: Mapping[str, Tensor] = self._beta  # sharded ones as they were last gathered
 
     def cut(self, scores: Mapping[str, Tensor] | None = None) -> float:
-        """The share of MACs that a plan made now would cut.
+        """The share of MACs (or of `of`) that a plan made now would cut.
 
         Args:
             scores: as in `plan`; by default, |γ| decides.
@@ -312,6 +326,7 @@ class CutCounter:
         names: layers that may lose channels.
         fold: as in `plan`.
         limits: of these layers.
+        of, latency: as in `CutPredictor`.
 
     Attributes:
         macs_before: multiply-accumulates of the whole network on the inputs.
@@ -328,11 +343,15 @@ class CutCounter:
         *,
         fold: str,
         limits: Limits,
+        of: str = "macs",
+        latency: Latencies | None = None,
     ) -> None:
         self._channels = channels
         self._chooser = Chooser(model, channels, inputs, names, fold, limits)
         self._unlimited = self._chooser.under(Limits.of(dict.fromkeys(names, 1)))
-        self._costs = Costs(model, channels)
+        costs, everything = Costs(model, channels, latency), ~channels.graph.mask()
+        self._cost = costs.one(of)
+        self._before = self._cost(everything)
         self._names = list(names)
         self._sizes = [channels.layers[name].numel() for name in names]
         sizes = torch.tensor(self._sizes, device="cpu")
@@ -341,11 +360,11 @@ class CutCounter:
         self._seen = visibility(model, channels, self._names, inputs, fold)
         biases = {name: channels.calls[name].bias for name in self._seen.readers}
         self.readers = {name: bias for name, bias in biases.items() if bias is not None}
-        self.macs_before = self._costs.macs(~channels.graph.mask())
+        self.macs_before = costs.macs(everything)
         self._shared = shares_channels(channels, self._names) or bool(channels.balanced)
         limited = not limits.none or min(self._sizes) < 2
         self._widths = Widths(channels, self._names)
-        self.quick = self._widths.known and not (self._shared or limited)
+        self.quick = of == "macs" and self._widths.known and not (self._shared or limited)
         # Emptied layers, strongest first -> what follows; holds for good.
         self._regimes: dict[tuple[int, ...], _Regime | None] = {}
         self._tables: dict[tuple[_Regime, torch.device], tuple[Tensor, Tensor]] = {}
@@ -478,7 +497,7 @@ class CutCounter:
             moment.limits,
             lambda choice: self._constants(choice, moment.betas),
         )
-        return 1.0 - self._costs.macs(choice.staying(folded.constant)) / self.macs_before
+        return 1.0 - self._cost(choice.staying(folded.constant)) / (self._before or 1.0)
 
     def _constants(self, choice: Selection, betas: Mapping[str, Tensor]) -> Fold:
         """What `fold_constants` would find, of which the constant channels are enough here."""

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,7 @@ from ..folding.fold import FOLDS
 from ..inputs import Inputs, alike, check_spec, with_meaning
 from ..scaling.factors import kept_from_cutting
 from ..tracing.classes import RESIDUAL_MODES
+from .costs import PlanLatency
 
 if TYPE_CHECKING:
     from ..folding.fold import Folded
@@ -57,9 +58,18 @@ _FIELDS = {
     "inexact": mapping_of(text),
     "asked": mapping_of(lambda value: True),
     "remarks": list_of(text),
+    "latency": lambda value: isinstance(value, dict),
 }
 #: Plans written before these were recorded have none of them.
-_OPTIONAL = ("asked", "remarks", "pinned_macs")
+_OPTIONAL = ("asked", "remarks", "pinned_macs", "latency")
+_MS = real(0.0, math.inf)
+_LATENCY = {
+    "before": _MS,
+    "after": _MS,
+    "measured_before": optional(_MS),
+    "measured": optional(_MS),
+    "setting": text,
+}
 _LAYER = {
     "channels": whole(1, MOST_CHANNELS),
     "kept": list_of(lambda pair: isinstance(pair, list)),
@@ -105,6 +115,7 @@ class PruningPlan:
         asked: the limits and the share to cut that the plan was made for, those that were given, by
             the name of `plan`'s argument (JSON data).
         remarks: what is to be known before the plan is used, in sentences; `plan` warns of each.
+        latency: the time of a forward pass before and after, where a latency table was given.
         profiled: what `profile` measured last; not part of the plan's text.
     """
 
@@ -123,6 +134,7 @@ class PruningPlan:
     pinned_macs: dict[str, float] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    latency: PlanLatency | None = None
     profiled: "Profile | None" = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -145,6 +157,10 @@ class PruningPlan:
         return (
             Inputs.of(given, with_meaning(self.inputs)) if alike(own.specs[0], self.inputs) else own
         )
+
+    def network(self) -> nn.Module | None:
+        """The network that the plan was made for, if it was made here and is still kept."""
+        return None if self._traced is None else self._traced.model
 
     @property
     def flops_reduction(self) -> float:
@@ -180,6 +196,8 @@ class PruningPlan:
             "asked": self.asked,
             "remarks": self.remarks,
         }
+        if self.latency is not None:
+            data["latency"] = asdict(self.latency)
         return json.dumps({**data, DIGEST: digests(data)}, indent=1)
 
     @classmethod
@@ -274,6 +292,9 @@ def _from_data(data: Mapping[str, Any]) -> PruningPlan:
         pinned_macs=dict(data.get("pinned_macs", {})),
         asked=data.get("asked", {}),
         remarks=data.get("remarks", []),
+        latency=None
+        if "latency" not in data
+        else PlanLatency(**check_fields(data["latency"], _LATENCY, "its latency")),
         **{name: data[name] for name in _FIELDS if name not in names},
     )
 
@@ -338,6 +359,7 @@ def table(plan: PruningPlan) -> str:
         f"MACs      {plan.macs_before:,} → {plan.macs:,}  (−{plan.flops_reduction:.1%})",
         f"params    {plan.params_before:,} → {plan.params:,}  "
         f"(−{1 - plan.params / max(plan.params_before, 1):.1%})",
+        *([] if plan.latency is None else [f"latency   {plan.latency}"]),
         f"method={plan.method}, residual={plan.residual}, fold={plan.fold}; '+1' is a constant "
         "channel",
     ]

@@ -80,6 +80,17 @@ def on_share(
     return found
 
 
+def on_latency(plan: PruningPlan, tries: int) -> str:
+    """Of a plan for a share of the time that was measured, and not reached."""
+    assert plan.latency is not None and plan.latency.cut_measured is not None
+    asked, cut = plan.asked["cut"], plan.latency.cut_measured
+    return (
+        f"{asked:.0%} of the time were to go, {cut:.0%} go as measured here, the closest of "
+        f"{tries} plan{'s' * (tries > 1)}: other work on this machine, or steps too wide "
+        "(LatencyTable.measure(step=...)), or more cannot go"
+    )
+
+
 def removed(plan: PruningPlan, sizes: Mapping[str, Tensor]) -> tuple[float, float, str]:
     """The share of all |γ| that removed channels hold; the largest of them, and its layer."""
     total = sum(float(each.sum()) for each in sizes.values())

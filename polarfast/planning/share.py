@@ -11,12 +11,14 @@ from ..folding.fold import new_biases
 from ..folding.replay import Fold
 from ..folding.visibility import Foretold
 from ..scaling.factors import WORTH_SAYING
-from .costs import COSTS, Costs
+from .costs import NAMES, Costs, Latencies, check_of
 from .selection import Chooser, Selection
 from .thresholds import Ranking
 
 #: Shares are compared up to this.
 ROUNDING = 1e-12
+#: How often the share is looked at on the way to all channels, where it may fall in between.
+LOOKS = 48
 
 
 @dataclass(frozen=True)
@@ -26,19 +28,21 @@ class Reach:
     Attributes:
         macs: of the multiply-accumulates.
         params: of the parameters.
+        latency: of the time, where a latency table was given.
         pinned: as `ScalingFactors.pinned_macs`.
         binding: limit that binds, as given -> the largest shares without it, of MACs and of
-            parameters.
+            parameters, and of the time where that counts.
     """
 
     macs: tuple[float, float]
     params: tuple[float, float]
-    binding: dict[str, tuple[float, float]]
+    binding: dict[str, tuple[float, ...]]
     pinned: dict[str, float] = field(default_factory=dict)
+    latency: tuple[float, float] | None = None
 
     def refusal(self, cut: float, of: str = "macs") -> PlanError:
         """Says that this share is out of reach, and what is not."""
-        what = {"macs": "MACs", "params": "parameters"}[of]
+        what = NAMES[of]
         costly = [item for item in self.pinned.items() if item[1] >= WORTH_SAYING][:2]
         return PlanError(
             f"cut={cut:g} of the {what} is out of reach: {self}. Ask for less, ease a limit, or "
@@ -47,15 +51,16 @@ class Reach:
         )
 
     def __str__(self) -> str:
-        (low, high), (low_params, high_params) = self.macs, self.params
-        lines = [
-            f"from {low:.1%} to {high:.1%} of the MACs and "
-            f"from {low_params:.1%} to {high_params:.1%} of the parameters can be cut"
+        found = [self.macs, self.params] + ([] if self.latency is None else [self.latency])
+        parts = [
+            f"from {low:.1%} to {high:.1%} of the {what}"
+            for (low, high), what in zip(found, NAMES.values(), strict=False)
         ]
-        for name, (macs, params) in self.binding.items():
-            lines.append(
-                f"without {name}: {macs:.1%} of the MACs, {params:.1%} of the parameters at most"
-            )
+        lines = [f"{', '.join(parts[:-1])} and {parts[-1]} can be cut"]
+        for name, shares in self.binding.items():
+            each = zip(shares, NAMES.values(), strict=False)
+            most = ", ".join(f"{share:.1%} of the {what}" for share, what in each)
+            lines.append(f"without {name}: {most} at most")
         if not self.binding:
             lines.append("no limit binds: every layer is then at its last channel")
         return "; ".join(lines)
@@ -83,14 +88,23 @@ class Aim:
 
     Attributes:
         cut: the share.
-        of: what of ("macs" or "params").
+        of: what of ("macs", "params" or "latency").
+        latency: the times.
     """
 
     cut: float
     of: str
+    latency: Latencies | None = None
 
     @classmethod
-    def given(cls, cut: float, of: str, method: str | None, value: float | None) -> "Aim":
+    def given(
+        cls,
+        cut: float,
+        of: str,
+        method: str | None,
+        value: float | None,
+        latency: Latencies | None = None,
+    ) -> "Aim":
         """From arguments as in `plan`.
 
         Raises:
@@ -98,8 +112,7 @@ class Aim:
         """
         if not isinstance(cut, int | float) or isinstance(cut, bool) or not 0 <= cut < 1:
             raise ArgumentError(f"cut={cut!r}: give the share to cut, in [0, 1)")
-        if of not in COSTS:
-            raise ArgumentError(f"of={of!r}: choose one of {', '.join(map(repr, COSTS))}")
+        check_of(of, latency)
         if value is not None:
             raise ArgumentError(
                 f"value={value!r} and cut={cut!r}: a threshold is either given or follows from the "
@@ -110,7 +123,7 @@ class Aim:
                 f"method={method!r} with cut={cut!r}: choose 'percentile' (one order of |γ| for "
                 "all layers) or 'valley' (those under their layer's valley first)"
             )
-        return cls(float(cut), of)
+        return cls(float(cut), of, latency)
 
     def hit(self, chooser: Chooser, ranking: Ranking) -> Hit:
         """Remove as few of the weakest channels as cut this share.
@@ -121,17 +134,18 @@ class Aim:
         return _Search(chooser, ranking, self).run()
 
 
-def reach(chooser: Chooser, ranking: Ranking) -> Reach:
+def reach(chooser: Chooser, ranking: Ranking, latency: Latencies | None = None) -> Reach:
     """What can be cut at all, and which limits bind."""
-    most = _Trials(chooser, ranking).most.shares
+    most = _Trials(chooser, ranking, latency).most.shares
     binding = {}
     for name, value in chooser.limits.given.items():
         freer = chooser.under(chooser.limits.without(name))
-        shares = _Trials(freer, ranking).most.shares
-        if any(shares[of] > most[of] + ROUNDING for of in COSTS):
-            binding[f"{name}={value}"] = (shares["macs"], shares["params"])
+        shares = _Trials(freer, ranking, latency).most.shares
+        if any(share > most[of] + ROUNDING for of, share in shares.items()):
+            binding[f"{name}={value}"] = tuple(shares.values())
     pinned = chooser.channels.pinned_macs
-    return Reach((0.0, most["macs"]), (0.0, most["params"]), binding, pinned)
+    times = (0.0, most["latency"]) if "latency" in most else None
+    return Reach((0.0, most["macs"]), (0.0, most["params"]), binding, pinned, times)
 
 
 class _Trials:
@@ -142,9 +156,11 @@ class _Trials:
         most: what happens when all go that can. What stays then stays in every trial.
     """
 
-    def __init__(self, chooser: Chooser, ranking: Ranking) -> None:
+    def __init__(
+        self, chooser: Chooser, ranking: Ranking, latency: Latencies | None = None
+    ) -> None:
         self._chooser, self.ranking = chooser, ranking
-        self._costs = Costs(chooser.model, chooser.channels)
+        self._costs = Costs(chooser.model, chooser.channels, latency)
         self._foretold: Foretold | None = None
         self._biases: list[Tensor] = []  # for each bias created in the last run, its classes
         self._before = self._weigh(~chooser.channels.graph.mask())
@@ -184,18 +200,17 @@ class _Trials:
 
     def _shares(self, choice: Selection, folded: Fold) -> dict[str, float]:
         after = self._weigh(choice.staying(folded.constant))
-        return {of: 1.0 - after[of] / max(self._before[of], 1) for of in COSTS}
+        return {of: 1.0 - after[of] / (before or 1.0) for of, before in self._before.items()}
 
-    def _weigh(self, stays: Tensor) -> dict[str, int]:
-        params = self._costs.params(stays, self._biases)
-        return {"macs": self._costs.macs(stays), "params": params}
+    def _weigh(self, stays: Tensor) -> dict[str, float]:
+        return self._costs.all(stays, self._biases)
 
 
 class _Search:
     """The search for the number of channels."""
 
     def __init__(self, chooser: Chooser, ranking: Ranking, aim: Aim) -> None:
-        self._trials, self._aim = _Trials(chooser, ranking), aim
+        self._trials, self._aim = _Trials(chooser, ranking, aim.latency), aim
         self._chooser, self._most = chooser, ranking.count
 
     def run(self) -> Hit:
@@ -226,10 +241,19 @@ class _Search:
         return shares[self._aim.of] >= self._aim.cut - ROUNDING
 
     def _out_of_reach(self) -> PlanError:
-        found = reach(self._chooser, self._trials.ranking)
+        found = reach(self._chooser, self._trials.ranking, self._aim.latency)
         return found.refusal(self._aim.cut, self._aim.of)
 
     def _crossing(self) -> int:
         """A count at which enough goes and with one channel less does not, as foretold."""
-        counts = range(self._most)
-        return bisect_left(counts, True, key=lambda n: self._reached(self._trials.foreseen(n)))
+        first, last = 0, self._most
+        if self._aim.of == "latency":  # one channel less may be slower: not the last crossing
+            looks = (self._most * look // LOOKS for look in range(1, LOOKS + 1))
+            last = next(n for n in looks if n == self._most or self._enough(n))
+            first = last - self._most // LOOKS - 1
+        counts = range(max(first, 0), last)
+        return counts.start + bisect_left(counts, True, key=self._enough)
+
+    def _enough(self, count: int) -> bool:
+        """Whether the share is reached when so many go, as foretold."""
+        return self._reached(self._trials.foreseen(count))

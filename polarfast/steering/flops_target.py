@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ..errors import ArgumentError
 from ..inputs import misplaced, unwrap
 from ..kernels.table import Kind
+from ..planning.costs import NAMES, Latencies
 from ..planning.prediction import CutPredictor
 from ..planning.thresholds import as_factors, thresholds
 from ..scaling.factors import ScalingFactors
@@ -75,11 +76,14 @@ class FlopsTarget(Polarization):
 
     Args:
         model, example_inputs, scales: as for `plan`; the model before it is sharded.
-        cut: the share of MACs to cut, in (0, 1).
+        cut: the share of MACs (or of `of`) to cut, in (0, 1).
         steps: number of optimizer steps of the training, ``epochs * len(loader)``. Without it,
             1,000 are assumed: the share is reached after 700 and held from then on.
         upper, clamp: as in `Polarization`.
-        fold, round_to, min_channels: those of the plan to be made at the end.
+        of: what `cut` is a share of: "macs", "params", or "latency", the time of one forward pass.
+        latency: the network's `LatencyTable`, for "latency".
+        fold, round_to, min_channels: those of the plan to be made at the end. With "latency",
+            widths become multiples of the table's step, as in `plan`.
         with_bias: in layers whose removed channels would leave something behind that the slim model
             cannot take up exactly (before a squeeze-excite gate or a padded depthwise
             convolution), the BatchNorm's bias β is brought to 0 with the factor, and then nothing
@@ -87,7 +91,7 @@ class FlopsTarget(Polarization):
         every: steps between two looks at the γ; by default 10, and fewer in a short training.
 
     Attributes:
-        live: the share of MACs that a plan would have cut at the last look.
+        live: the share that a plan would have cut at the last look.
         lam: λ of the moment.
 
     Raises:
@@ -111,6 +115,8 @@ class FlopsTarget(Polarization):
         min_channels: int = 1,
         with_bias: bool = True,
         every: int | None = None,
+        of: str = "macs",
+        latency: Latencies | None = None,
     ) -> None:
         _check(cut, steps, every)
         super().__init__(0.0, 1.0, upper, clamp=clamp)
@@ -123,7 +129,10 @@ class FlopsTarget(Polarization):
             fold=fold,
             round_to=round_to,
             min_channels=min_channels,
+            of=of,
+            latency=latency,
         )
+        self._what = NAMES[of]
         self._followed: nn.Module | None = None  # the network's slim form, where that trains now
         self._gone: set[str] = set()  # layers that this one has no more
         self._others = tuple(scales.others)
@@ -343,7 +352,8 @@ class FlopsTarget(Polarization):
             )
         border = _between(order, self._count)
         self.centers = tuple(
-            min(border * units[name], self._limit(name, gamma)) for name, gamma in steered.items()
+            self._at_edge(name, gamma, min(border * units[name], self._limit(name, gamma)))
+            for name, gamma in steered.items()
         )
 
     def _units(self, steered: Mapping[str, Tensor]) -> dict[str, float]:
@@ -359,6 +369,17 @@ class FlopsTarget(Polarization):
         if name not in self._staying or tied:
             return float("inf")
         return largest * (1 - 1e-6)
+
+    def _at_edge(self, name: str, gamma: Tensor, center: float) -> float:
+        """A center not above this one, so that a whole number of `round_to` factors stay: those
+        that the plan would keep in any case are left alone.
+        """
+        multiple = self.predictor.round_to[name]
+        stay = int((gamma > center).sum())
+        wanted = min(-(-stay // multiple) * multiple, gamma.numel())
+        if wanted == stay:
+            return center
+        return _between(gamma.sort().values, gamma.numel() - wanted)
 
     def _change_strength(
         self, scales: ScalingFactors, optimizer: Optimizer, scale: Tensor | None
@@ -413,7 +434,7 @@ class FlopsTarget(Polarization):
         """The state of things, why it is so, and what to change."""
         found = (
             f"FlopsTarget: after {self._step + 1} of {self._steps} steps pruning would cut "
-            f"{self.live:.1%} of the MACs; {self.cut:.1%} are asked for"
+            f"{self.live:.1%} of the {self._what}; {self.cut:.1%} are asked for"
         )
         if self.live > self.cut:
             return (
@@ -447,8 +468,9 @@ class FlopsTarget(Polarization):
             return None
         told = "1,000 were assumed" if self._steps is None else f"it was told {self._steps:,}"
         return (
-            f"FlopsTarget has taken {self._step:,} steps and {told}: so far {due:.1%} of the MACs "
-            f"were due, of {self.cut:.1%} asked for. Give it steps= of the whole training, or go on"
+            f"FlopsTarget has taken {self._step:,} steps and {told}: so far {due:.1%} of the "
+            f"{self._what} were due, of {self.cut:.1%} asked for. Give it steps= of the whole "
+            "training, or go on"
         )
 
     def _check_reachable(self, steered: Mapping[str, Tensor] | None = None) -> None:
@@ -456,9 +478,10 @@ class FlopsTarget(Polarization):
         if self.cut > largest:
             some = "" if steered is None else " that are stepped"
             raise ArgumentError(
-                f"cut={self.cut:g}: these scaling factors{some} can cut {largest:.3f} of the MACs "
-                "at most, with every layer at its last channel; ask for less, or let more layers "
-                "take part (residual='expand' or 'couple' in scaling_factors, smaller min_channels)"
+                f"cut={self.cut:g}: these scaling factors{some} can cut {largest:.3f} of the "
+                f"{self._what} at most, with every layer at its last channel; ask for less, or let "
+                "more layers take part (residual='expand' or 'couple' in scaling_factors, smaller "
+                "min_channels)"
             )
 
     # --- the penalty's value, what people see, checkpoints
@@ -493,7 +516,7 @@ class FlopsTarget(Polarization):
     def _facts(self) -> dict[str, str]:
         steps = f"{self._step}" if self._steps is None else f"{self._step} of {self._steps}"
         return {
-            "MACs to cut": f"{self.cut:.1%}",
+            f"{self._what} to cut": f"{self.cut:.1%}",
             "due now": f"{self.due(self._step):.1%}",
             "cut now": f"{self.live:.1%}",
             "λ": f"{self.lam:.2g}",

@@ -33,8 +33,13 @@ MEETS = {
 }
 
 
-def trace_channels(model: nn.Module, example_inputs: Any, residual: str) -> "Channels":
+def trace_channels(
+    model: nn.Module, example_inputs: Any, residual: str, with_operations: bool = False
+) -> "Channels":
     """Trace an (unwrapped) model and sort its channels into classes.
+
+    Args:
+        with_operations: as for `trace`.
 
     Raises:
         ArgumentError: the model is sharded.
@@ -45,7 +50,7 @@ def trace_channels(model: nn.Module, example_inputs: Any, residual: str) -> "Cha
     def putting_back(name: str) -> bool:
         return can_put_back(model.get_submodule(name.rpartition(".")[0]))
 
-    return Channels(trace(model, example_inputs), residual, putting_back)
+    return Channels(trace(model, example_inputs, with_operations), residual, putting_back)
 
 
 class Channels:
@@ -476,6 +481,11 @@ class Traced:
         self.channels = channels
         self._model = weakref.ref(model)
         self._signature = _signature(model)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, while anyone else keeps it."""
+        return self._model()
 
     def fits(self, model: nn.Module) -> bool:
         """Whether this is valid for a model."""

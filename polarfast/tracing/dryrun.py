@@ -27,6 +27,7 @@ from ..inputs import (
     tensors_of,
 )
 from ..reproduction import request
+from . import operations
 from .graph import Graph
 from .operators import record
 from .projections import convolution_fits, convolution_shape
@@ -56,16 +57,20 @@ class _DryRun(Operators):
             out = args[0].new_zeros(convolution_shape(args))
         else:
             out = func(*args, **kwargs)
+        rec = self.recorder
+        calls = len(rec.graph.projections), len(rec.graph.norms)
         try:
             # The rules themselves compute with ids; those operators are not the model's.
             with torch.utils._python_dispatch._disable_current_modes():
-                record(self.recorder, func, args, kwargs, out)
+                record(rec, func, args, kwargs, out)
+                if rec.operations is not None and rec.counting and not rec.again:
+                    operations.note(rec, func, args, kwargs, calls)
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
             raise _RuleError(f"polarfast's rule for {func} fails: {error}") from error
         return out
 
 
-def trace(model: nn.Module, example_inputs: Any) -> Graph:
+def trace(model: nn.Module, example_inputs: Any, with_operations: bool = False) -> Graph:
     """The channels of `model`, from one forward in eval mode (and one in train mode where that
     reads further layers).
 
@@ -73,6 +78,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
         model: any eager module; left exactly as found (modes, buffers, gradients, random state).
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs; or a
             list of several of these, of which each runs.
+        with_operations: write down what the first example runs (`Graph.operations`).
 
     Raises:
         TracingError: the model is scripted or compiled ahead, a forward was replaced by a function,
@@ -94,6 +100,8 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
             " one"
         )
     recorder = Recorder(model)
+    if with_operations:
+        recorder.operations = []
     with as_found(model):
         try:
             model.eval()
@@ -106,6 +114,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
         with _reported(model, example_inputs):
             _run_all(model, example_inputs, recorder)
     recorder.graph.unrun = _unrun(model, recorder)
+    recorder.graph.operations = tuple(recorder.operations or ())
     return recorder.finish()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -251,6 +252,7 @@ class Graph:
         tied: weights that several modules hold.
         numbers: rows of ids whose number the network's code was seen to compute with (x /
             x.shape[1]).
+        operations: what the network ran (`Operation`s), if that was asked for.
     """
 
     count: int = 1
@@ -271,6 +273,7 @@ class Graph:
     unrun: list[str] = field(default_factory=list)
     tied: set[str] = field(default_factory=set)
     numbers: list[Tensor] = field(default_factory=list)
+    operations: tuple[Any, ...] = ()
 
     def copy(self) -> "Graph":
         """A graph that can be written on while this one stays as it is."""

@@ -56,6 +56,7 @@ class Recorder:
         self.again = False  # whether it is of a further example: calls as before are left out
         self.asked: list[Any] | None = None  # sizes in the network's own call, while it runs
         self.groups: Any = 1  # of a convolution that it calls, while that runs
+        self.operations: list[Any] | None = None  # `Operation`s, where they are asked for
         #: weights of modules whose number of groups a slim model can change
         self.convolutions = {
             f"{name}.weight" if name else "weight"

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .scaling.factors import init_scales as init_scales
     from .scaling.factors import scaling_factors as scaling_factors
     from .scaling.gating import add_gates as add_gates
+    from .slimming.fuse import fuse as fuse
     from .slimming.shrink import shrink as shrink
     from .slimming.slim import slim as slim
     from .slimming.verify import Report as Report
@@ -72,6 +73,7 @@ _PUBLIC = {
     "saving": "load load_plan save",
     "scaling.factors": "ScalingFactors init_scales scaling_factors",
     "scaling.gating": "add_gates",
+    "slimming.fuse": "fuse",
     "slimming.shrink": "shrink",
     "slimming.slim": "slim",
     "slimming.verify": "Report verify",

@@ -184,9 +184,9 @@ def drop_gate(module: Gated) -> None:
     module.__class__ = module.plain  # type: ignore[assignment]
 
 
-def fold_gate(module: Gated, full: Tensor, gate: Tensor) -> None:
-    """Multiply a layer's weight or bias, full-size or cut like its gate, by its gate, in place,
-    along the channels that the layer writes.
+def multiply_outputs(module: object, full: Tensor, gate: Tensor) -> None:
+    """Multiply a layer's weight or bias, full-size or cut like its gate, by a gate or another
+    factor, in place, along the channels that the layer writes.
     """
     gate = gate.to(full.device, full.dtype)
     if not full.numel():
@@ -275,6 +275,21 @@ class PutBack(Variant):
         shape = (nothing.shape[0], channels.numel(), *nothing.shape[2:])
         # Memory of its own: networks add onto a branch in place.
         return channels.view(1, -1, *[1] * (nothing.dim() - 2)).expand(shape).contiguous()
+
+
+class PutBackAlone(nn.Module):
+    """What is left of a `PutBack` whose normalization was folded into the layer before it."""
+
+    put_back_index: Tensor
+    put_back_constant: Tensor
+
+    def __init__(self, index: Tensor, constant: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("put_back_index", index)
+        self.register_buffer("put_back_constant", constant)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return put_back(input, self.put_back_index, self.put_back_constant.to(input.dtype))
 
 
 class SilentNorm(Variant):

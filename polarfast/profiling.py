@@ -25,9 +25,10 @@ from .inputs import (
     tensors_of,
     unwrap,
 )
-from .layers import PutBack, plain_type
+from .layers import PutBack, PutBackAlone, plain_type
 from .planning.pruning_plan import PruningPlan
 from .sharding import refuse_sharded
+from .slimming.fuse import fuse
 from .slimming.slim import slim as build_slim
 
 #: Layers that are timed as a whole, whatever is inside them.
@@ -132,6 +133,7 @@ def profile(
     example_inputs: Any = None,
     *,
     seconds: float = 4.0,
+    fused: bool = False,
 ) -> Profile:
     """`PruningPlan.profile`."""
     if not seconds > 0:
@@ -144,12 +146,14 @@ def profile(
         raise ArgumentError(
             f"model is on {device_of(model)}, slim on {device_of(small)}: move one to the other"
         )
-    changed = _changed(model, small)
     device = device_of(model)
     if example_inputs is None:
         inputs = plan.inputs_like().make(device=device, dtype=dtype_of(model), seed=0)
     else:
         inputs = convert(example_inputs, device=device, dtype=dtype_of(model))
+    if fused:
+        model, small = (fuse(each, inputs, verify=False) for each in (model, small))
+    changed = _changed(model, small)
     models = [model, small]
     macs = [_macs(each, inputs) for each in models]
     before, after = median_latencies(models, inputs, seconds / 2, least=5)
@@ -293,7 +297,7 @@ def _row(
         channels_before=_channels(before),
         channels=_channels(after),
         depthwise=groups > 1 and groups == getattr(before, "in_channels", None),
-        put_back=isinstance(after, PutBack),
+        put_back=isinstance(after, PutBack | PutBackAlone),
         macs_before=macs[0].get(name, 0),
         macs=macs[1].get(name, 0),
         ms_before=times[0][name],

@@ -48,6 +48,18 @@ def sleeping(monkeypatch, kind: type[nn.Module], milliseconds) -> None:
     monkeypatch.setattr(kind, "forward", slow)
 
 
+def test_as_deployed():
+    """With no normalization left in either network."""
+    model = Residual()
+    plan = planned(model, 2, "expand")
+    profile = plan.profile(model, example_inputs=X, seconds=0.01, fused=True)
+    kinds = {row.kind for row in profile.layers}
+    assert not any("BatchNorm" in kind for kind in kinds) and "Conv2d" in kinds
+    plain = plan.profile(model, example_inputs=X, seconds=0.01)
+    assert (profile.macs, profile.macs_before) == (plain.macs, plain.macs_before)
+    assert any("BatchNorm" in row.kind for row in plain.layers)
+
+
 @pytest.mark.slow
 def test_time_that_follows_the_channels_is_measured_as_expected(monkeypatch):
     """16 → 4 channels; convolutions sleep 16 ms and 1/4 ms for each pair of channels."""

@@ -235,6 +235,7 @@ class PruningPlan:
         example_inputs: Any = None,
         *,
         seconds: float = 4.0,
+        fused: bool = False,
     ) -> "Profile":
         """Measure the slim model's latency beside the original's, layer by layer, in eval mode.
 
@@ -249,6 +250,7 @@ class PruningPlan:
                 shapes that the plan was made with. They are converted to the model's device and
                 dtype.
             seconds: measured for about this long in all.
+            fused: measure both as `fuse` makes them for inference.
 
         Raises:
             ArgumentError: `slim` has other layers than `model`, or is on another device.
@@ -256,7 +258,7 @@ class PruningPlan:
         """
         from ..profiling import profile  # builds slim models, which are built from plans
 
-        self.profiled = profile(self, model, slim, example_inputs, seconds=seconds)
+        self.profiled = profile(self, model, slim, example_inputs, seconds=seconds, fused=fused)
         return self.profiled
 
     def __str__(self) -> str:

@@ -15,9 +15,9 @@ from ..documents import check_fields, mapping_of, one_of, optional, parse_json, 
 from ..errors import ArgumentError, PlanError
 from ..folding.fold import FOLDS, check_fold, fold_constants, new_biases
 from ..folding.replay import Fold, shift_of
-from ..inputs import Inputs, device_of, dtype_of, misplaced, unwrap
+from ..inputs import Inputs, check_spec, device_of, dtype_of, misplaced, unwrap
 from ..kernels.gather import gather_channels
-from ..layers import drop_gate, fold_gate, gate_name, gated_modules, lost_gates
+from ..layers import drop_gate, gate_name, gated_modules, lost_gates, multiply_outputs
 from ..planning.pruning_plan import PruningPlan
 from ..planning.remarks import MASS, removed
 from ..planning.selection import Selection, can_vanish, is_balanced
@@ -34,6 +34,7 @@ _INFO = {
     "fold": one_of(*FOLDS),
     "inexact": mapping_of(text),
     "origin": optional(lambda value: isinstance(value, dict)),
+    "inputs": lambda value: isinstance(value, dict),
 }
 
 
@@ -46,12 +47,14 @@ class SlimInfo:
         fold: what became of the removed channels' constants.
         inexact: reader's weight name -> why its fold is not exact.
         origin: where its tensors' positions lie in the original; None where that was not kept.
+        inputs: description of the plan's example inputs (JSON data); empty where that was not kept.
     """
 
     structure: Structure
     fold: str
     inexact: dict[str, str]
     origin: Origin | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """As text."""
@@ -60,6 +63,7 @@ class SlimInfo:
             "fold": self.fold,
             "inexact": self.inexact,
             "origin": None if self.origin is None else self.origin.to_data(),
+            "inputs": self.inputs,
         }
         return json.dumps(data)
 
@@ -74,11 +78,13 @@ class SlimInfo:
             ValueError: the text is damaged.
         """
         data = parse_json(text, beside)
-        check_fields(data, _INFO, "what the slim model remembers", ("origin",))
+        check_fields(data, _INFO, "what the slim model remembers", ("origin", "inputs"))
+        inputs = data.get("inputs", {})
+        check_spec(inputs)
         known = data.get("origin")
         structure = Structure.from_data(data["structure"])
         origin = None if known is None else Origin.from_data(known, structure.shapes)
-        return cls(structure, data["fold"], data["inexact"], origin)
+        return cls(structure, data["fold"], data["inexact"], origin, inputs)
 
     def after(self, before: "SlimInfo | None") -> "SlimInfo":
         """The same for a model that was itself slim: differences from the first original."""
@@ -88,7 +94,8 @@ class SlimInfo:
         if self.origin is not None and before.origin is not None:
             origin = self.origin.after(before.origin)
         structure = self.structure.after(before.structure)
-        return SlimInfo(structure, self.fold, {**before.inexact, **self.inexact}, origin)
+        inexact = {**before.inexact, **self.inexact}
+        return SlimInfo(structure, self.fold, inexact, origin, self.inputs)
 
 
 def slim(
@@ -357,7 +364,7 @@ def _draw(
     lengths = {name: int(stays[labels].sum()) for name, labels in created.items()}
     structure = structure_of(layout, model, lengths)
     origin = Origin.of(layout, channels, structure)
-    info = SlimInfo(structure, fold, folded.notes(), origin)
+    info = SlimInfo(structure, fold, folded.notes(), origin, plan.inputs)
     return _Blueprint(channels, folded, layout, info)
 
 
@@ -434,9 +441,9 @@ def _fold_gates(edits: Edits, model: nn.Module, layout: Layout, edit: Editor) ->
         for own in ("weight", "bias"):
             beside = full.removesuffix("gate") + own
             if getattr(module, own) is not None:
-                fold_gate(module, edit(beside), gate)
+                multiply_outputs(module, edit(beside), gate)
             elif beside in edits.biases:
-                fold_gate(module, edits.biases[beside], gate)
+                multiply_outputs(module, edits.biases[beside], gate)
 
 
 def _silence(edits: Edits, layout: Layout, wanted: Tensor, edit: Editor) -> None:

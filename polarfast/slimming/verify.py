@@ -198,7 +198,6 @@ def _picked(name: str, args: Any, kwargs: dict[str, Any], indices: Tensor) -> Te
     return torch.gather(x, dim, indices.unsqueeze(dim)).squeeze(dim)
 
 
-@torch.no_grad()
 def compare(
     model: nn.Module,
     slim: nn.Module,
@@ -207,9 +206,26 @@ def compare(
     examples: Inputs,
     claimed: tuple[Fold, Channels] | None = None,
 ) -> Report:
+    """A slim model against the original without its removed channels."""
     reference = masked_copy(model, plan.kept, zero_beta=fold == "none")
     candidate = double_copy(slim).eval()
-    dtype = dtype_of(slim)
+    return compare_networks(reference, candidate, examples, dtype_of(slim), claimed)
+
+
+@torch.no_grad()
+def compare_networks(
+    reference: nn.Module,
+    candidate: nn.Module,
+    examples: Inputs,
+    dtype: torch.dtype,
+    claimed: tuple[Fold, Channels] | None = None,
+) -> Report:
+    """What two networks in float64 and eval mode compute, on the examples and random inputs.
+
+    Args:
+        dtype: in which the candidate keeps its numbers.
+        claimed: constants that the reference is to replace removed channels by.
+    """
     pairs = [
         _pair(reference, candidate, inputs, claimed)
         for inputs in inputs_to_compare(examples, device_of(reference))

@@ -123,7 +123,8 @@ def settle(model: nn.Module, *inputs: Tensor, seed: int = 0) -> nn.Module:
     model.double().train()
     for module in model.modules():
         if isinstance(module, NORMS):
-            module.weight.uniform_(0.5, 1.0)
+            if module.weight is not None:
+                module.weight.uniform_(0.5, 1.0)
             if module.bias is not None:
                 module.bias.normal_()
             module.momentum = 1.0

@@ -18,6 +18,7 @@ COMMANDS = {
     "search RECIPE --cut 0.54": "λ and t for a share of MACs to cut (Algorithm 1)",
     "compare RECIPE --cuts 0.5 0.7": "polarization and its rivals under the same budget",
     "sweep RECIPE --lams … --ts …": "the effect of λ and of t (Fig. 3)",
+    "latency RECIPE": "time its operators, to prune by time (--pruning.of latency)",
     "report RUN…": "one HTML page on one or several runs",
     "info": "versions, build flags, CPU and GPUs: what a bug report needs",
 }

@@ -38,6 +38,7 @@ def execute(name: str, arguments: Sequence[str]) -> int:
         "compare": (CompareOptions, compare),
         "sweep": (SweepOptions, sweep),
         "search": (SearchOptions, search),
+        "latency": (LatencyOptions, latency),
     }
     kind, work = many[name]
     return _recipe_command(name, arguments, kind, lambda options: _resumable(options, work))
@@ -330,6 +331,64 @@ def search(options: SearchOptions, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+@dataclass(frozen=True)
+class LatencyOptions:
+    """How long a recipe's network takes on this machine, operator by operator, at many widths.
+
+    With the file that this writes, shares to cut are shares of the time: polarfast run RECIPE
+    --pruning.of latency --pruning.latency FILE. Measure where the network will be used; the file
+    may be read elsewhere.
+
+    Attributes:
+        recipe: its network and data, precision, and hardware (device, threads, channels_last,
+            compile) to measure with; every setting.
+        out: the file; by default runs/latency-RECIPE.json.
+        batch: images of one forward pass.
+        step: widths are planned in multiples of this.
+        seconds: about how long to measure at most.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    out: Path
+    batch: int = 1
+    step: int = 8
+    seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self, batch=(1, 2**20), step=(1, 2**20), seconds=(1e-3, 1e6))
+
+
+def latency(options: LatencyOptions, console: Console) -> None:
+    """Measure, write the table, and say how to use it."""
+    import torch
+
+    from ..latency.table import LatencyTable
+    from .data.source import load
+    from .distributed import Workers
+    from .folder import Artifacts
+    from .networks import Networks
+
+    recipe, file = options.recipe, options.out.with_suffix(".json")
+    workers = Workers(recipe.hardware)
+    data = load(recipe.data, workers.device)
+    model, _ = Networks(recipe, data, Artifacts(file.parent), workers.device).fresh()
+    layout = torch.channels_last if recipe.hardware.channels_last else torch.contiguous_format
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    table = LatencyTable.measure(
+        model,
+        data.example(options.batch),
+        dtype=dtypes[recipe.precision],
+        memory_format=layout,
+        compiled=recipe.hardware.compile,
+        step=options.step,
+        seconds=options.seconds,
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table.save(file)
+    console.print(f"{table}\nWritten to {file}. Prune by it: polarfast run RECIPE", end="")
+    console.print(f" --pruning.of latency --pruning.latency {file}", highlight=False)
 
 
 def _noter(console: Console) -> Callable[[str], None]:

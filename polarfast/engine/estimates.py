@@ -149,9 +149,8 @@ def _model_table(model: nn.Module, scales: pf.ScalingFactors, plan: pf.PruningPl
     table.add_section()
     others = f"{len(scales)} layers ({len(scales.pinned)} others stay)"
     table.add_row(others, f"{scales.numel():,}")
-    table.caption = (
-        f"{plan.macs_before / 1e6:,.2f} M MACs an image, {plan.params_before:,} parameters"
-    )
+    macs = plan.macs_before / plan.inputs["shape"][0]
+    table.caption = f"{macs / 1e6:,.2f} M MACs an image, {plan.params_before:,} parameters"
     return table
 
 

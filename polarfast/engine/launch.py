@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ..documents import sealed
 from ..errors import ArgumentError, FileFormatError
+from ..planning.costs import NAMES
 from ..profiling import device_name, median_latencies
 from . import figures
 from .distributed import Workers
@@ -185,7 +186,8 @@ def introduction(run: Run) -> str:
     sparsity = recipe.sparsity
     aim = f"lam={sparsity.lam:g}, t={sparsity.t:g}"
     if sparsity.regularizer == "flops-target":
-        aim = f"steered to cut {100 * (sparsity.cut or 0):g} % of the MACs"
+        what = NAMES[recipe.pruning.of]
+        aim = f"steered to cut {100 * (sparsity.cut or 0):g} % of the {what}"
     elif sparsity.regularizer != "polarization":
         aim = f"{sparsity.regularizer}, lam={sparsity.lam:g}"
     several = f", {run.workers.world} processes" if run.workers.world > 1 else ""
@@ -256,6 +258,7 @@ def measure(run: Run) -> Results:
     # Beside a network that was narrow from the start stands the wide one, untrained.
     untrained = run.phases[0] == "prune"
     dense = run.networks.build().to(run.workers.device) if untrained else run.networks.plain_dense()
+    planned = plan.inputs["shape"][0]  # images of one forward pass
     images = run.data.example(max(BATCHES))
     latency = {
         batch: Pair(*median_latencies([dense, slim], images[:batch], seconds=LATENCY_SECONDS))
@@ -265,7 +268,7 @@ def measure(run: Run) -> Results:
         accuracy_dense=None if untrained else run.facts["accuracy_dense"],
         accuracy_pruned=run.facts["accuracy_pruned"],
         accuracy_finetuned=run.facts["accuracy_finetuned"],
-        macs=Pair(plan.macs_before, plan.macs),
+        macs=Pair(plan.macs_before // planned, plan.macs // planned),
         params=Pair(plan.params_before, plan.params),
         file_bytes=Pair(_saved_bytes(dense), run.files.path("slim").stat().st_size),
         latency_ms=latency,

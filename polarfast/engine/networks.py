@@ -2,6 +2,7 @@
 recipe makes of their scaling factors: a regularizer, a prediction, a plan.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,10 +32,18 @@ class Networks:
     ) -> None:
         self.recipe, self.data, self.files, self.device = recipe, data, files, device
 
+    @cached_property
+    def latency(self) -> pf.LatencyTable | None:
+        """The table that a share of the time goes by."""
+        path = self.recipe.pruning.latency
+        return pf.LatencyTable.load(path) if path else None
+
     @property
     def example(self) -> Tensor:
-        """One test image, to trace with and to count the MACs of."""
-        return self.data.example()
+        """Test images to trace with and to count the MACs of: one, or as many as latency was
+        measured with.
+        """
+        return self.data.example(1 if self.latency is None else self.latency.inputs["shape"][0])
 
     def build(self) -> nn.Module:
         """The dense network, without gates, with freshly drawn weights, on the CPU."""
@@ -112,6 +121,7 @@ class Networks:
                 upper=upper,
                 clamp=clamp,
                 steps=steps,
+                **self._cost(self.recipe.pruning),
                 **_limits(self.recipe.pruning),
             )
         return None
@@ -124,7 +134,7 @@ class Networks:
         pruning = self.recipe.pruning
         settled = pruning.cut is not None or pruning.method == "none"
         method, value = ("fixed", None) if settled else (pruning.method, pruning.value)
-        limits = _limits(pruning)
+        limits = self._whole_steps(pruning)
         return pf.CutPredictor(model, self.example, scales, method, value=value, **limits)
 
     def plan(
@@ -139,7 +149,7 @@ class Networks:
             PlanError: ``pruning.cut`` is out of reach; the message says what can be cut.
         """
         pruning = pruning or self.recipe.pruning
-        limits = _limits(pruning)
+        limits = {**self._cost(pruning), **_limits(pruning)}
         if pruning.method == "none":
             return pf.plan(model, self.example, scales, "percentile", value=0.0, **limits)
         if pruning.cut is not None:
@@ -149,7 +159,7 @@ class Networks:
 
     def at_zero(self, model: nn.Module, scales: pf.ScalingFactors) -> pf.CutPredictor:
         """Predicts the share of the MACs that channels with γ = 0 take."""
-        limits = _limits(self.recipe.pruning)
+        limits = self._whole_steps(self.recipe.pruning)
         return pf.CutPredictor(model, self.example, scales, "fixed", value=0.0, **limits)
 
     def plan_at_zero(
@@ -158,7 +168,7 @@ class Networks:
         """A plan that removes the channels whose scores are 0, as far as the recipe's limits let
         it.
         """
-        limits = _limits(self.recipe.pruning)
+        limits = self._whole_steps(self.recipe.pruning)
         return pf.plan(model, self.example, scales, "fixed", value=0.0, scores=scores, **limits)
 
     def check_reach(self, model: nn.Module, scales: pf.ScalingFactors) -> None:
@@ -167,9 +177,23 @@ class Networks:
         if pruning.cut is None:
             return
         compared = self._scores(model, scales, pruning.method)
-        found = pf.reachable(model, self.example, scales, scores=compared, **_limits(pruning))
-        if pruning.cut > found.macs[1]:
-            raise found.refusal(pruning.cut)
+        table, limits = self.latency, _limits(pruning)
+        found = pf.reachable(model, self.example, scales, scores=compared, latency=table, **limits)
+        largest = getattr(found, pruning.of)[1]
+        if pruning.cut > largest:
+            raise found.refusal(pruning.cut, pruning.of)
+
+    def _cost(self, pruning: Pruning) -> dict[str, Any]:
+        """What a share to cut is a share of."""
+        table = self.latency if pruning.of == "latency" else None
+        return {"of": pruning.of, "latency": table}
+
+    def _whole_steps(self, pruning: Pruning) -> dict[str, Any]:
+        """The limits, with the steps that a latency table has: for what counts MACs."""
+        limits = _limits(pruning)
+        if self.latency is not None and limits["round_to"] == 1:
+            limits["round_to"] = self.latency.step
+        return limits
 
     def _scores(
         self, model: nn.Module, scales: pf.ScalingFactors, method: str

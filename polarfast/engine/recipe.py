@@ -143,6 +143,8 @@ class Pruning:
         value: threshold of "fixed", share of the channels to remove of "percentile".
         cut: in place of ``value``, the share of the MACs to cut ("percentile", "relative",
             "taylor", "uniform", "random").
+        of: what ``cut``, and that of "flops-target", is a share of: "macs", "params" or "latency".
+        latency: for "latency", the file that ``polarfast latency RECIPE`` wrote.
         fold: what becomes of removed channels' constants: "exact", "bias" or "none".
         round_to: widths become multiples of this.
         min_channels: no layer is narrower.
@@ -151,6 +153,8 @@ class Pruning:
     method: Method = "valley"
     value: float | None = None
     cut: float | None = None
+    of: Literal["macs", "params", "latency"] = "macs"
+    latency: str = ""
     fold: Literal["exact", "bias", "none"] = "exact"
     round_to: int = 1
     min_channels: int = 1
@@ -167,6 +171,11 @@ class Pruning:
             raise ArgumentError("pruning.cut: 'fixed' takes a threshold as value=, no share to cut")
         if self.method in BUDGETED and self.value is not None:
             raise ArgumentError(f"pruning.value: '{self.method}' takes cut= alone")
+        if (self.of == "latency") != bool(self.latency):
+            raise ArgumentError(
+                f"pruning.of={self.of!r} with pruning.latency={self.latency!r}: give both for a "
+                "share of the time (polarfast latency RECIPE writes the file), or neither"
+            )
         most = 1.0 if self.method == "percentile" else math.inf
         if self.value is not None and not 0 <= self.value < most:
             raise ArgumentError(

@@ -152,6 +152,8 @@ class _Planner:
         if self._method == "valley":
             _note_crowds(notes, self._compared, bounds, gaps=self._by_gamma)
         written = self._write(choice, folded, bounds, notes, {})
+        if self._latency is not None:
+            written.latency = self._latency.measured(self._chooser.model, written)
         if self._by_gamma and self._method == "percentile":
             written.remarks = remarks.on_share(written, self._scales)
         elif self._by_gamma:

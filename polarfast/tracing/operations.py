@@ -126,8 +126,8 @@ def note(rec: Recorder, func: Any, args: Any, kwargs: Any, calls: tuple[int, int
         calls: how many projections and norms there were before.
     """
     assert rec.operations is not None
-    if func.is_view or not tensors_in((args, kwargs)):
-        return
+    if func.is_view or all(rec.value(each) is None for each in tensors_in((args, kwargs))):
+        return  # no work on activations
     name = func.overloadpacket.__name__
     projections, norms = rec.graph.projections[calls[0] :], rec.graph.norms[calls[1] :]
     product = len(projections) == 1 and name in ("convolution", "addmm", "mm")

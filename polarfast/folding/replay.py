@@ -73,7 +73,7 @@ def observe(seen: Tensor, in_the_middle: bool) -> Field:
     largest = float(torch.maximum(low.abs(), high.abs()).max())
     limit = largest * TOLERANCE
     if bool((high - low <= limit).all()):
-        values = flat[0, :, :1].cpu()
+        values = flat[0, :, :1].cpu().clone()  # a view would keep all of what was read
         return Field(values, values[:, 0], torch.zeros_like(low), largest, False, in_the_middle)
     level = flat.mean((0, 2))
     if in_the_middle:
@@ -84,7 +84,7 @@ def observe(seen: Tensor, in_the_middle: bool) -> Field:
     level = level.cpu()
     varies = len(flat) > 1 and not bool(((flat - flat[:1]).abs() <= limit).all())
     off = torch.maximum((high - level).abs(), (low - level).abs())
-    return Field(flat[0].cpu(), level, off, largest, varies, in_the_middle)
+    return Field(flat[0].cpu().clone(), level, off, largest, varies, in_the_middle)
 
 
 @dataclass

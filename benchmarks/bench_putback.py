@@ -21,6 +21,9 @@ more at most, most of which sits in the cache for one image.
 Last: norm, put-back, addition and ReLU of one block under torch.compile, in the form in which
 polarfast hands it to compilers and as index_copy.
 
+First, the kernel alone (norm and put-back of half of the channels) beside torch's norm of all of
+them, which reads twice as much and writes as much. Expected: no slower in either layout.
+
 CPU time of this process, medians, the forms in turns.
 """
 
@@ -149,6 +152,26 @@ def bench_compiled(seconds: float) -> None:
     show("compiled block, 128 of 256×56×56, batch 8", medians(forms, seconds, 5))
 
 
+def bench_kernel(seconds: float) -> None:
+    """One norm that puts half of its channels back, beside torch's norm of the full width."""
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        layout = "channels_last" if memory_format == torch.channels_last else "contiguous"
+        for batch, width, side in ((16, 16, 32), (1, 256, 56), (1, 2048, 7)):
+            kept = width // 2
+            index = torch.randperm(width).chunk(2)[0].sort().values
+            full = torch.rand(batch, width, side, side).to(memory_format=memory_format)
+            half = full[:, :kept].contiguous(memory_format=memory_format)
+            wide = [torch.rand(width) + 0.5 for _ in range(4)]
+            narrow = [each[:kept].contiguous() for each in wide]
+            arguments = (half, index, wide[0], *narrow, 1e-5)
+            forms = {
+                "now": lambda a=arguments: torch.ops.polarfast.put_back_norm(*a),
+                "norm": lambda x=full, w=wide: torch.native_batch_norm(x, *w, False, 0.1, 1e-5),
+            }
+            title = f"kernel {layout}, {batch}×{width}×{side}×{side}"
+            show(title, medians(forms, seconds / 6, 50))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The cost of putting channels back.")
     parser.add_argument("--size", type=int, default=224, help="of ResNet-50's images")
@@ -157,6 +180,7 @@ def main() -> None:
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, ms of CPU time, medians")
     torch.manual_seed(0)
+    bench_kernel(args.seconds)
     bench("ResNet-56", lambda: build("resnet56", 10, 3), 32, args)
     bench("ResNet-50", torchvision.models.resnet50, args.size, args)
     bench_compiled(args.seconds)

@@ -14,6 +14,11 @@
 #include "simd.h"
 #include "strides.h"
 
+#if defined(__GNUC__) && defined(__x86_64__)
+#include <immintrin.h>
+#define POLARFAST_EXPANDS
+#endif
+
 namespace polarfast {
 
 namespace {
@@ -131,10 +136,10 @@ void pixels(const Work<T>& work, const int64_t* places, int64_t begin, int64_t e
   const bool plain = work.affine.scale.empty();
   const W* scale = work.affine.scale.data();
   const W* shift = work.affine.shift.data();
-  for (int64_t row = begin; row < end; ++row) {
-    T* to = work.out + row * work.width;
-    const T* x = work.input + row * work.kept;
-    vectorized([&]() POLARFAST_INLINE {
+  vectorized([&]() POLARFAST_INLINE {
+    for (int64_t row = begin; row < end; ++row) {
+      T* to = work.out + row * work.width;
+      const T* x = work.input + row * work.kept;
       std::copy_n(work.constant.data(), work.width, to);
       if (plain) {
         for (int64_t k = 0; k < work.kept; ++k) to[places[k]] = x[k];
@@ -143,8 +148,94 @@ void pixels(const Work<T>& work, const int64_t* places, int64_t begin, int64_t e
           to[places[k]] = static_cast<T>(static_cast<W>(x[k]) * scale[k] + shift[k]);
         }
       }
-    });
+    }
+  });
+}
+
+#ifdef POLARFAST_EXPANDS
+
+struct Floats {
+  using T = float;
+  using Vector = __m512;
+  using Mask = __mmask16;
+  static constexpr int64_t kLanes = 16;
+};
+
+struct Doubles {
+  using T = double;
+  using Vector = __m512d;
+  using Mask = __mmask8;
+  static constexpr int64_t kLanes = 8;
+};
+
+#define POLARFAST_AVX512 __attribute__((target("avx512f"), always_inline)) inline
+POLARFAST_AVX512 __m512 expand(__mmask16 lanes, const float* x) { return _mm512_maskz_expandloadu_ps(lanes, x); }
+POLARFAST_AVX512 __m512d expand(__mmask8 lanes, const double* x) { return _mm512_maskz_expandloadu_pd(lanes, x); }
+POLARFAST_AVX512 __m512 load(const float* x) { return _mm512_loadu_ps(x); }
+POLARFAST_AVX512 __m512d load(const double* x) { return _mm512_loadu_pd(x); }
+POLARFAST_AVX512 __m512 affine(__m512 x, __m512 scale, __m512 shift) {
+  return _mm512_add_ps(_mm512_mul_ps(x, scale), shift);
+}
+POLARFAST_AVX512 __m512d affine(__m512d x, __m512d scale, __m512d shift) {
+  return _mm512_add_pd(_mm512_mul_pd(x, scale), shift);
+}
+POLARFAST_AVX512 __m512 choose(__mmask16 lanes, __m512 x, __m512 other) { return _mm512_mask_mov_ps(other, lanes, x); }
+POLARFAST_AVX512 __m512d choose(__mmask8 lanes, __m512d x, __m512d other) {
+  return _mm512_mask_mov_pd(other, lanes, x);
+}
+POLARFAST_AVX512 void store(float* to, __mmask16 lanes, __m512 x) { _mm512_mask_storeu_ps(to, lanes, x); }
+POLARFAST_AVX512 void store(double* to, __mmask8 lanes, __m512d x) { _mm512_mask_storeu_pd(to, lanes, x); }
+
+// As `pixels`, for kept channels in ascending order: those of a vector's places lie side by side in the input, and one
+// instruction spreads them over their lanes: as fast as a norm of the full width (benchmarks/bench_putback.py).
+template <class L>
+__attribute__((target("avx512f"))) void spread_pixels(const Work<typename L::T>& work, int64_t begin, int64_t end) {
+  using T = typename L::T;
+  using Mask = typename L::Mask;
+  const int64_t vectors = (work.width + L::kLanes - 1) / L::kLanes;
+  const bool plain = work.affine.scale.empty();
+  std::vector<Mask> lanes(vectors), all(vectors);
+  std::vector<int64_t> first(vectors);  // kept channels before
+  std::vector<T> scale(vectors * L::kLanes), shift(vectors * L::kLanes), constant(vectors * L::kLanes);
+  int64_t seen = 0;
+  for (int64_t c = 0; c < work.width; ++c) {
+    const int64_t vector = c / L::kLanes, k = work.from[c];
+    const Mask lane = static_cast<Mask>(1u << (c % L::kLanes));
+    if (c % L::kLanes == 0) first[vector] = seen;
+    all[vector] |= lane;
+    constant[c] = work.constant[c];
+    if (k < 0) continue;
+    lanes[vector] |= lane;
+    ++seen;
+    if (!plain) {
+      scale[c] = work.affine.scale[k];
+      shift[c] = work.affine.shift[k];
+    }
   }
+  for (int64_t row = begin; row < end; ++row) {
+    T* to = work.out + row * work.width;
+    const T* x = work.input + row * work.kept;
+    for (int64_t v = 0; v < vectors; ++v) {
+      auto y = expand(lanes[v], x + first[v]);
+      const int64_t c = v * L::kLanes;
+      if (!plain) y = affine(y, load(&scale[c]), load(&shift[c]));
+      store(to + c, all[v], choose(lanes[v], y, load(&constant[c])));
+    }
+  }
+}
+
+#endif
+
+// Rows [begin, end) of `width` elements, of one position each, the fastest way.
+template <class T>
+void any_pixels(const Work<T>& work, const int64_t* places, int64_t begin, int64_t end) {
+#ifdef POLARFAST_EXPANDS
+  if (simd_level() == SimdLevel::avx512 && std::is_sorted(places, places + work.kept)) {
+    if constexpr (std::is_same_v<T, float>) return spread_pixels<Floats>(work, begin, end);
+    if constexpr (std::is_same_v<T, double>) return spread_pixels<Doubles>(work, begin, end);
+  }
+#endif
+  pixels(work, places, begin, end);
 }
 
 Tensor put_back(const Tensor& input, const Tensor& index, const Tensor& constant, const Norm& norm) {
@@ -178,7 +269,7 @@ Tensor put_back(const Tensor& input, const Tensor& index, const Tensor& constant
     const int64_t rows = sizes[0] * (by_pixel ? positions : width);
     const int64_t grain = std::max<int64_t>(1, kGrain / (by_pixel ? width : positions));
     torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      by_pixel ? pixels(work, index.const_data_ptr<int64_t>(), begin, end) : planes(work, begin, end);
+      by_pixel ? any_pixels(work, index.const_data_ptr<int64_t>(), begin, end) : planes(work, begin, end);
     });
   }, "input");
   return out;

@@ -87,7 +87,7 @@ class Clock:
 def timings(device: str, folder: Path) -> Iterator[Row]:
     clock = Clock(device)
     yield from gamma_work(clock)
-    for part in (beside_plain_steps, looks, training_step, slim_latency, epoch):
+    for part in (beside_plain_steps, looks, training_step, slim_latency, epoch, latency_asked):
         try:
             yield from part(clock)
         except Exception as error:  # reported, and the next one goes on
@@ -375,6 +375,39 @@ def epoch(clock: Clock) -> Iterator[Row]:
             "row": name,
             "cells": {"s": steps * statistics.median(taken), "ms a step": spread(taken, 1e-3)},
         }
+
+
+def latency_asked(clock: Clock) -> Iterator[Row]:
+    """Shares of the time asked for, as a latency table predicts them and as they come out."""
+    model, scales, example = resnet(clock)
+    images = torch.randn(32 if clock.gpu else 2, *example.shape[1:], device=clock.device)
+    table = pf.LatencyTable.measure(
+        model,
+        images,
+        dtype=torch.float16 if clock.gpu else torch.float32,
+        memory_format=torch.channels_last,
+        seconds=10.0 if clock.gpu else 0.5,
+    )
+    _, largest = pf.reachable(model, images, scales, latency=table).latency or (0.0, 0.0)
+    most = max(largest, 0.0)  # nothing is gained on a network as small as the CPU's
+    for part in (0.4, 0.7):
+        asked = partial(_asked, model, images, scales, table, part * most)
+        title = f"share of the time asked for, {clock.network}, batch {len(images)}"
+        yield attempted(title, f"−{100 * part * most:.0f} %", asked)
+
+
+def _asked(
+    model: nn.Module, images: Tensor, scales: pf.ScalingFactors, table: pf.LatencyTable, cut: float
+) -> dict[str, Any]:
+    plan = pf.plan(model, images, scales, cut=cut, of="latency", latency=table)
+    found = plan.latency
+    assert found is not None and found.cut_measured is not None and found.error is not None
+    return {
+        "predicted %": round(100 * found.cut, 1),
+        "measured %": round(100 * found.cut_measured, 1),
+        "prediction off %": round(100 * found.error, 1),
+        "MACs %": round(100 * plan.flops_reduction, 1),
+    }
 
 
 def slim_latency(clock: Clock) -> Iterator[Row]:

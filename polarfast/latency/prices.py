@@ -102,9 +102,8 @@ class Prices:
         projections = 0.0
         n_in, n_out = self._inputs.counts(stays).tolist(), self._outputs.counts(stays).tolist()
         for operation, reads, writes in zip(self._projections, n_in, n_out, strict=True):
-            if reads and writes:
-                known = self._times.projections[operation.key]
-                projections += _at(known, operation, step, reads, writes)
+            known = self._times.projections[operation.key]
+            projections += _at(known, operation, step, reads, writes)
         alive = [0] * len(self._others)
         for (row, elements), count in zip(
             self._weights, self._read.counts(stays).tolist(), strict=True
@@ -129,8 +128,12 @@ def _timed(times: Mapping[str, Found], operation: Operation) -> Found:
 def _at(
     times: Mapping[tuple[int, int], float], operation: Operation, step: int, n_in: int, n_out: int
 ) -> float:
-    """Of a projection with so many channels."""
+    """Of a projection with so many channels. With none at all something small runs in its place,
+    which is taken to be as fast as the narrowest that was timed.
+    """
     rows, columns = ends(operation, step)
+    if not n_in or not n_out:
+        n_in, n_out = rows[0], columns[0]
     call = operation.projection
     assert call is not None
     step = step if call.depthwise else step * call.groups
@@ -141,8 +144,8 @@ def _at(
 
 
 def _on(line: Line, share: float) -> float:
-    if share == 0.0:
-        return 0.0
+    if share == 0.0:  # as above
+        return line[0][1]
     if len(line) == 1:  # not timed at other widths
         return line[0][1] * share
     shares, times = zip(*line, strict=True)

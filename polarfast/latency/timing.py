@@ -1,5 +1,6 @@
 """One operator at other widths than the network's, timed as it runs inside a network."""
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -125,13 +126,15 @@ def _shaped(flat: Tensor, arg: TensorArg) -> Tensor:
 
 @torch.inference_mode()
 def times_in_turns(bench: Bench, calls: Sequence[Call], rounds: int) -> list[list[float]]:
-    """Times of each call, in ms, one a round, in which they take turns. A first round, in which
-    libraries prepare for new sizes, is not counted.
+    """Times of each call, in ms, one a round, in which they take turns in any order: the same one
+    before would leave it the same caches. A first round, in which libraries prepare for new sizes,
+    is not counted.
     """
     times: list[list[float]] = [[] for _ in calls]
+    draws = random.Random(0)
     for round_ in range(rounds + 1):
-        for call, mine in zip(calls, times, strict=True):
-            ms = bench.time(call)
+        for place in draws.sample(range(len(calls)), len(calls)):
+            ms = bench.time(calls[place])
             if round_:
-                mine.append(ms)
+                times[place].append(ms)
     return times

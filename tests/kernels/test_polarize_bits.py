@@ -27,13 +27,32 @@ def three_steps() -> list[bytes]:
     return [bits(tensor) for param in params for tensor in (param, param.grad)]
 
 
+def put_backs() -> list[bytes]:
+    """Norms that put channels back, of widths that fill vectors and others; NaN among them."""
+    torch.manual_seed(0)
+    found = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for width, kept in ((16, 5), (37, 36), (300, 150)):
+            index = torch.randperm(width)[:kept].sort().values
+            x = torch.randn(2, kept, 7, 5).to(dtype)
+            x[0, 0, 0], x[1, -1, 2] = float("nan"), float("inf")
+            numbers = [torch.rand(kept, dtype=dtype) + 0.5 for _ in range(4)]
+            constant = torch.randn(width).to(dtype)
+            for layout in (torch.contiguous_format, torch.channels_last):
+                args = (x.contiguous(memory_format=layout), index, constant)
+                out = torch.ops.polarfast.put_back_norm(*args, *numbers, 1e-5)
+                copied = torch.ops.polarfast.put_back(*args)
+                found += [bits(each.nan_to_num(7).flatten()) for each in (out, copied)]
+    return found
+
+
 def test_same_bits_for_any_thread_count():
     threads = torch.get_num_threads()
     try:
         found = []
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            found.append(three_steps())
+            found.append(three_steps() + put_backs())
     finally:
         torch.set_num_threads(threads)
     assert found[0] == found[1] == found[2]
@@ -43,8 +62,8 @@ def test_same_bits_for_any_thread_count():
 def test_same_bits_for_any_instruction_set():
     code = (
         "import hashlib, test_polarize_bits; from polarfast import _C; "
-        "found = b''.join(test_polarize_bits.three_steps()); "
-        "print(_C.build_info()['simd'], hashlib.sha256(found).hexdigest())"
+        "found = test_polarize_bits.three_steps() + test_polarize_bits.put_backs(); "
+        "print(_C.build_info()['simd'], hashlib.sha256(b''.join(found)).hexdigest())"
     )
     found = {}
     paths = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))

@@ -152,7 +152,7 @@ def profile(
     else:
         inputs = convert(example_inputs, device=device, dtype=dtype_of(model))
     if fused:
-        model, small = (fuse(each, inputs, verify=False) for each in (model, small))
+        model, small = (fuse(each, inputs) for each in (model, small))
     changed = _changed(model, small)
     models = [model, small]
     macs = [_macs(each, inputs) for each in models]

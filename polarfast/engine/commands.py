@@ -370,7 +370,8 @@ def latency(options: LatencyOptions, console: Console) -> None:
     from .folder import Artifacts
     from .networks import Networks
 
-    recipe, file = options.recipe, options.out.with_suffix(".json")
+    recipe, file = options.recipe, options.out
+    file = file if file.suffix == ".json" else file.with_name(f"{file.name}.json")
     workers = Workers(recipe.hardware)
     data = load(recipe.data, workers.device)
     model, _ = Networks(recipe, data, Artifacts(file.parent), workers.device).fresh()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import polarfast as pf
 
+from ..errors import ArgumentError
 from . import scores
 from .data.source import DataSource
 from .folder import Artifacts
@@ -43,7 +44,15 @@ class Networks:
         """Test images to trace with and to count the MACs of: one, or as many as latency was
         measured with.
         """
-        return self.data.example(1 if self.latency is None else self.latency.inputs["shape"][0])
+        if self.latency is None:
+            return self.data.example()
+        shape = self.latency.inputs.get("shape", [0])
+        if shape[1:] != list(self.data.image_shape):
+            raise ArgumentError(
+                f"pruning.latency: '{self.recipe.pruning.latency}' is not of images like these, "
+                f"{self.data.image_shape}: polarfast latency RECIPE measures them"
+            )
+        return self.data.example(shape[0])
 
     def build(self) -> nn.Module:
         """The dense network, without gates, with freshly drawn weights, on the CPU."""
@@ -172,15 +181,17 @@ class Networks:
         return pf.plan(model, self.example, scales, "fixed", value=0.0, scores=scores, **limits)
 
     def check_reach(self, model: nn.Module, scales: pf.ScalingFactors) -> None:
-        """Raise PlanError if the recipe's ``pruning.cut`` is out of reach, before any training."""
+        """Raise PlanError if the recipe's ``pruning.cut`` is out of reach, or its latency table of
+        another network, before any training.
+        """
         pruning = self.recipe.pruning
-        if pruning.cut is None:
+        if pruning.cut is None and self.latency is None:
             return
         compared = self._scores(model, scales, pruning.method)
         table, limits = self.latency, _limits(pruning)
         found = pf.reachable(model, self.example, scales, scores=compared, latency=table, **limits)
         largest = getattr(found, pruning.of)[1]
-        if pruning.cut > largest:
+        if pruning.cut is not None and pruning.cut > largest:
             raise found.refusal(pruning.cut, pruning.of)
 
     def _cost(self, pruning: Pruning) -> dict[str, Any]:

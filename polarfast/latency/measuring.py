@@ -126,7 +126,7 @@ def _points_of(operation: Operation, bench: Bench, step: int) -> Iterator[_Point
     scales = bool(operation.activations()) and _works_narrow(operation, bench)
     for share in SHARES if scales else SHARES[-1:]:
         real = operation.share_at(share)  # of few channels there is no exact eighth
-        if operation.norm is not None:
+        if operation.norm is not None and operation.args[0].ids is not None:
             yield _Point("put_backs", key, real, _put_back(operation, bench, share))
         yield _Point("others", key, real, _at_share(operation, bench, share))
 
@@ -140,14 +140,15 @@ def _at_share(operation: Operation, bench: Bench, share: float) -> Callable[[], 
 
 
 def _put_back(operation: Operation, bench: Bench, share: float) -> Callable[[], Call]:
-    full = operation.activations()[0].shape[1]
+    full = operation.args[0].shape[1]
     return lambda: bench.put_back(operation, max(1, round(share * full)))
 
 
 def _works_narrow(operation: Operation, bench: Bench) -> bool:
     """Whether it runs with fewer channels: not where numbers in its call count them."""
     try:
-        bench.call(operation, *operation.at_share(SHARES[0])).run()
+        for share in SHARES:
+            bench.call(operation, *operation.at_share(share)).run()
     except (RuntimeError, IndexError, ValueError):
         return False
     return True

@@ -144,9 +144,9 @@ def _at(
 
 
 def _on(line: Line, share: float) -> float:
-    if share == 0.0:  # as above
-        return line[0][1]
     if len(line) == 1:  # not timed at other widths
         return line[0][1] * share
+    if share == 0.0:  # as above
+        return line[0][1]
     shares, times = zip(*line, strict=True)
     return along(shares, times, share)

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -28,7 +29,18 @@ from ..documents import (
     whole,
 )
 from ..errors import ArgumentError, FileFormatError, PlanError
-from ..inputs import Inputs, Spec, check_spec, convert, device_of, dtype_of, map_tensors, unwrap
+from ..inputs import (
+    Inputs,
+    Spec,
+    check_spec,
+    convert,
+    device_of,
+    dtype_of,
+    map_tensors,
+    tensors_in,
+    unwrap,
+)
+from ..layers import drop_gate, gated_modules
 from ..planning.costs import PlanLatency
 from ..planning.pruning_plan import PruningPlan
 from ..planning.selection import Selection, can_vanish
@@ -191,12 +203,20 @@ class LatencyTable:
         model = unwrap(model)
         refuse_sharded(model)
         spec = Inputs.of(example_inputs).specs[0]
+        ranks = {tensor.dim() for tensor in tensors_in(example_inputs)}
+        if memory_format is torch.channels_last and 4 not in ranks:
+            raise ArgumentError(
+                "memory_format=torch.channels_last: it is for images, and no input has four "
+                "dimensions; leave it out"
+            )
         own = _Deployed(
             torch.device(device_of(model) if device is None else device),
             dtype_of(model) if dtype is None else dtype,
             memory_format,
             compiled,
         )
+        if own.device.type not in ("cpu", "cuda"):
+            raise ArgumentError(f"device={own.device}: latency is measured on CPUs and CUDA GPUs")
         network, inputs = own.model(model), own.inputs(example_inputs)
         channels = trace_channels(network, inputs, "keep", with_operations=True)
         bench = Bench(own.device, own.dtype)
@@ -243,12 +263,15 @@ class LatencyTable:
                 f"have {_sizes(found)}: pass inputs of those sizes, or measure a table with these"
             )
 
-    def latency(self, plan: PruningPlan, model: nn.Module | None = None) -> float:
+    def latency(
+        self, plan: PruningPlan, model: nn.Module | None = None, inputs: Any = None
+    ) -> float:
         """The time of a plan's slim model, in ms, as predicted.
 
         Args:
             plan: of the network that the table is of.
             model: the network; needed where the plan was read from a file.
+            inputs: example inputs, as for `slim`.
 
         Raises:
             PlanError: the plan is not of this network, or `model` is missing.
@@ -257,14 +280,13 @@ class LatencyTable:
             model = plan.network()
         if model is None:
             raise PlanError("the plan was read from a file: pass model=, the network that it is of")
-        price, stays = self._price(plan, unwrap(model))
+        price, stays = self._price(plan, unwrap(model), plan.inputs_like(inputs))
         return price(stays)
 
     def _price(
-        self, plan: PruningPlan, model: nn.Module
+        self, plan: PruningPlan, model: nn.Module, inputs: Inputs
     ) -> tuple[Callable[[Tensor], float], Tensor]:
         """The prices of a plan's network, and the classes that stay."""
-        inputs = plan.inputs_like()
         example = _made(inputs, model)
         self.check_inputs(example)
         channels = trace_channels(model, example, plan.residual, with_operations=True)
@@ -286,10 +308,11 @@ class LatencyTable:
         measured on, as it was then.
         """
         model = unwrap(model)
-        if self.setting.differences(device_of(model)):
-            price, stays = self._price(plan, model)
+        if differences := self.setting.differences(device_of(model)):
+            price, stays = self._price(plan, model, plan.inputs_like())
             before, after = price(torch.ones_like(stays)), price(stays)
-            return PlanLatency(before, after, setting=str(self.setting))
+            setting = f"{self.setting}, not measured here ({'; '.join(differences)})"
+            return PlanLatency(before, after, setting=setting)
         return self.check(model, plan)
 
     def check(
@@ -298,6 +321,7 @@ class LatencyTable:
         plan: PruningPlan,
         *,
         slim: nn.Module | None = None,
+        inputs: Any = None,
         seconds: float = 4.0,
     ) -> PlanLatency:
         """Measure the whole network and its slim model, in turns, beside what is predicted. Both
@@ -307,6 +331,7 @@ class LatencyTable:
             model: the network.
             plan: what to make of it.
             slim: its slim model; by default made here.
+            inputs: example inputs, as for `slim`.
             seconds: measured for about this long.
 
         Raises:
@@ -320,11 +345,16 @@ class LatencyTable:
                 f"the latency table does not fit this machine ({'; '.join(differences)}): measure "
                 "one here, or check where it was measured"
             )
-        price, stays = self._price(plan, model)
-        small = build_slim(model, plan, verify=False) if slim is None else unwrap(slim)
-        inputs = own.inputs(_made(plan.inputs_like(), model))
+        examples = plan.inputs_like(inputs)
+        price, stays = self._price(plan, model, examples)
+        if slim is None:
+            with warnings.catch_warnings():  # who builds it to use it is told then
+                warnings.simplefilter("ignore", UserWarning)
+                small = build_slim(model, plan, verify=False, inputs=inputs)
+        else:
+            small = unwrap(slim)
         networks = [own.runs(own.model(each)) for each in (model, small)]
-        before, after = median_latencies(networks, inputs, seconds)
+        before, after = median_latencies(networks, own.inputs(_made(examples, model)), seconds)
         predicted = price(torch.ones_like(stays)), price(stays)
         return PlanLatency(*predicted, before, after, str(self.setting))
 
@@ -415,7 +445,9 @@ class _Deployed:
 
     def model(self, model: nn.Module) -> nn.Module:
         """A copy of a model as it is in use."""
-        own = copy.deepcopy(model).eval().requires_grad_(False)
+        own = copy.deepcopy(model).eval()
+        for _, module in list(gated_modules(own)):
+            drop_gate(module)  # a slim model has none
         own = own.to(device=self.device, dtype=self.dtype)
         return own.to(memory_format=self.memory_format)
 

@@ -71,7 +71,7 @@ class Bench:
 
     def put_back(self, operation: Operation, kept: int) -> Call:
         """A normalization of so many channels that puts them back among all."""
-        x = operation.activations()[0]
+        x: TensorArg = operation.args[0]
         full = x.shape[1]
         kind = _NORMS[len(x.shape)]
         norm: nn.Module = kind(kept, device=self._device, dtype=self._dtype).eval()
@@ -121,6 +121,8 @@ def _shaped(flat: Tensor, arg: TensorArg) -> Tensor:
     if arg.channels_last:
         n, c, h, w = arg.shape
         return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+    if arg.transposed:
+        return flat.view(arg.shape[::-1]).t()
     return flat.view(arg.shape)
 
 

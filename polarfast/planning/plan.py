@@ -25,7 +25,8 @@ from .thresholds import Ranking, as_factors, check_finite, magnitudes, threshold
 
 #: A layer that keeps a smaller share of its channels is pointed out.
 ALMOST_NOTHING = 0.05
-#: A share of the time is reached within this, and a plan made again so many times for it.
+#: A share of the time is reached within this (a small one within a quarter), and a plan made again
+#: so many times for it.
 AS_ASKED, CORRECTIONS = 0.03, 2
 #: Where γ have parted, few lie so closely above a valley's threshold.
 GAP = 0.05
@@ -84,7 +85,7 @@ def plan(
             after are part of the plan (`PruningPlan.latency`); on the machine that the table was
             measured on, measured ones too: both networks are then timed in turns, and the plan is
             made again, twice at most, until the measured share is the one asked for within 3
-            points.
+            points (a quarter of it, for a small one).
         fold: what becomes of the removed channels' constants ("exact", "bias", "none"); sizes are
             predicted for this one.
         scores: name -> float [C] >= 0 for every layer of `scales`: what is compared with the
@@ -187,6 +188,7 @@ class _Planner:
         """
         assert self._latency is not None
         found: list[tuple[float, PruningPlan]] = []  # how far off, and what
+        tolerance = min(AS_ASKED, aim.cut / 4)
         asked, latest = aim.cut, self.by_share(aim)
         while True:
             latest.latency = self._latency.measured(self._chooser.model, latest)
@@ -194,7 +196,7 @@ class _Planner:
             if cut is None:
                 return latest
             found.append((abs(cut - aim.cut), latest))
-            if abs(cut - aim.cut) <= AS_ASKED or len(found) > CORRECTIONS:
+            if abs(cut - aim.cut) <= tolerance or len(found) > CORRECTIONS:
                 break
             asked = min(max(asked + aim.cut - cut, 0.0), 1.0 - 1e-6)
             try:
@@ -203,7 +205,7 @@ class _Planner:
                 break
         missed, best = min(found, key=lambda pair: pair[0])
         best.asked["cut"] = aim.cut
-        if missed > AS_ASKED:
+        if missed > tolerance:
             best.remarks.append(remarks.on_latency(best, len(found)))
         return best
 

@@ -1,6 +1,7 @@
 """The share of MACs that a plan made now would cut, from γ and β alone: `CutPredictor`."""
 
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -47,7 +48,8 @@ class CutPredictor:
     Args:
         model, example_inputs, scales, method, round_to, min_channels, max_share, value, fold,
             latency: as in `plan`.
-        of: what the share is of: "macs", "params" or "latency". The latter two take milliseconds.
+        of: what the share is of: "macs", "params" (without the biases that constants may call for)
+            or "latency". The latter two take milliseconds.
 
     Attributes:
         macs_before: multiply-accumulates of the whole network on the example inputs.
@@ -241,15 +243,22 @@ class CutPredictor:
         return share
 
     def largest_cut(self, names: Collection[str] | None = None) -> float:
-        """The share of MACs cut when every layer is cut as far as it can be.
+        """The share that is cut when every layer is cut as far as it can be; of the time, the
+        largest of those on the way there.
 
         Args:
             names: of layers, if only these are cut.
         """
-        left = {
-            name: _full(size, float(names is not None and name not in names))
-            for name, size in zip(self._names, self._sizes, strict=True)
-        }
+        parts = [0.0] if self.of != "latency" else [part / 8 for part in range(8)]
+        return max(0.0, *(self._cut_to(part, names) for part in parts))
+
+    def _cut_to(self, part: float, names: Collection[str] | None) -> float:
+        """The share that is cut when this part of each layer stays."""
+        left = {}
+        for name, size in zip(self._names, self._sizes, strict=True):
+            whole_layer = names is not None and name not in names
+            left[name] = _full(size, 1.0 if whole_layer else 0.0)
+            left[name][: math.ceil(part * size)] = 1.0
         return self._compare(left, dict.fromkeys(self._names, 0.0))
 
     def layers_that_stay(self) -> set[int]:

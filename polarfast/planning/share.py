@@ -136,13 +136,15 @@ class Aim:
 
 def reach(chooser: Chooser, ranking: Ranking, latency: Latencies | None = None) -> Reach:
     """What can be cut at all, and which limits bind."""
-    most = _Trials(chooser, ranking, latency).most.shares
+    most = _Trials(chooser, ranking, latency).largest()
     binding = {}
     for name, value in chooser.limits.given.items():
         freer = chooser.under(chooser.limits.without(name))
-        shares = _Trials(freer, ranking, latency).most.shares
+        shares = _Trials(freer, ranking, latency).largest()
         if any(share > most[of] + ROUNDING for of, share in shares.items()):
-            binding[f"{name}={value}"] = tuple(shares.values())
+            step = latency is not None and (name, value) == ("round_to", latency.step)
+            whose = " (the latency table's step)" if step else ""
+            binding[f"{name}={value}{whose}"] = tuple(shares.values())
     pinned = chooser.channels.pinned_macs
     times = (0.0, most["latency"]) if "latency" in most else None
     return Reach((0.0, most["macs"]), (0.0, most["params"]), binding, pinned, times)
@@ -167,6 +169,20 @@ class _Trials:
         # By count; holds while the created biases are the same.
         self._foreseen: dict[int, dict[str, float]] = {}
         self.most = self.really(ranking.count)
+
+    def largest(self) -> dict[str, float]:
+        """The largest shares that can be cut. Of the time that need not be when most goes: a layer
+        of few channels may be slow.
+        """
+        found = dict(self.most.shares)
+        if "latency" in found:
+            times = [self.foreseen(count)["latency"] for count in self.looks()]
+            found["latency"] = max(0.0, found["latency"], *times)
+        return found
+
+    def looks(self) -> list[int]:
+        """Counts at even distances, the last of them all that can go."""
+        return [self.ranking.count * look // LOOKS for look in range(1, LOOKS + 1)]
 
     def foreseen(self, count: int) -> dict[str, float]:
         """The shares cut, with constant channels as they are foretold."""
@@ -214,7 +230,7 @@ class _Search:
         self._chooser, self._most = chooser, ranking.count
 
     def run(self) -> Hit:
-        if not self._reached(self._trials.most.shares):
+        if not self._reached(self._trials.largest()):
             raise self._out_of_reach()
         seen: dict[int, Hit] = {}
         while (count := self._crossing()) not in seen:
@@ -248,7 +264,7 @@ class _Search:
         """A count at which enough goes and with one channel less does not, as foretold."""
         first, last = 0, self._most
         if self._aim.of == "latency":  # one channel less may be slower: not the last crossing
-            looks = (self._most * look // LOOKS for look in range(1, LOOKS + 1))
+            looks = self._trials.looks()
             last = next(n for n in looks if n == self._most or self._enough(n))
             first = last - self._most // LOOKS - 1
         counts = range(max(first, 0), last)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..copies import double_copy
-from ..errors import ArgumentError, VerificationError
+from ..errors import ArgumentError, PlanError, VerificationError
 from ..inputs import (
     Inputs,
     Operators,
@@ -19,6 +19,7 @@ from ..inputs import (
     dtype_of,
     plain_eager,
     tensors_in,
+    tensors_of,
     unwrap,
 )
 from ..layers import (
@@ -84,7 +85,15 @@ def _examples(model: nn.Module, given: Any) -> Inputs:
             "example_inputs: pass what the model takes; only models made by this version of pf.slim"
             " remember it"
         )
-    return Inputs((spec,))
+    examples = Inputs((spec,))
+    try:
+        examples.make(device=device_of(model), dtype=dtype_of(model), seed=0)
+    except PlanError as error:
+        raise ArgumentError(
+            "example_inputs: pass what the model takes; of inputs whose values have a meaning it "
+            "only remembers the sizes"
+        ) from error
+    return examples
 
 
 def _fused(model: nn.Module, examples: Inputs) -> nn.Module:
@@ -97,15 +106,17 @@ def _fused(model: nn.Module, examples: Inputs) -> nn.Module:
         drop_gate(module)
     if hasattr(own, "polarfast_info"):  # its shapes are no longer a slim model's
         del own.polarfast_info
-    inputs = examples.make(device=device_of(own), dtype=dtype_of(own), seed=0)
-    for layer_name, norm_name in _pairs(own, inputs):
+    for layer_name, norm_name in _pairs(own, examples):
         layer, norm = own.get_submodule(layer_name), own.get_submodule(norm_name)
         if isinstance(norm, PutBack):
             after: nn.Module = PutBackAlone(norm.put_back_index, norm.put_back_constant)
         else:
             after = nn.Identity()
         _fold(layer, norm)
-        own.set_submodule(norm_name, after.eval())
+        for parent in list(own.modules()):  # a module may have several names
+            for key, child in parent._modules.items():
+                if child is norm:
+                    parent._modules[key] = after.eval()
     return own
 
 
@@ -131,18 +142,17 @@ def _fold(layer: nn.Module, norm: nn.Module) -> None:
     layer.bias = nn.Parameter(bias.to(layer.weight.dtype), kept)
 
 
-def _pairs(model: nn.Module, inputs: Any) -> list[tuple[str, str]]:
-    """Layers and the norms that alone read what they write: names."""
-    uses = _Uses(model)
-    with plain_eager(), uses:
-        call_model(model, inputs)
-    found = []
-    for run in uses.runs:
-        once = uses.layers[run.layer] == 1 and len(run.readers) == 1
-        norm = run.readers[0] if once else None
-        if norm is not None and uses.norms[norm] == 1:
-            found.append((run.layer, norm))
-    return found
+def _pairs(model: nn.Module, examples: Inputs) -> list[tuple[str, str]]:
+    """Names of layers, and of the norms that alone read what they write, whatever the example."""
+    found: list[list[tuple[str, str]]] = []
+    for inputs in examples.each(device=device_of(model), dtype=dtype_of(model), seed=0):
+        network = copy.deepcopy(model)  # a run may change it
+        uses = _Uses(network)
+        with plain_eager(), uses:
+            out = call_model(network, inputs)
+        uses.read_by_others(tensors_of(out))
+        found.append(uses.pairs())
+    return [pair for pair in found[0] if all(pair in others for others in found[1:])]
 
 
 @dataclass(eq=False)
@@ -154,60 +164,93 @@ class _Run:
 
 
 class _Uses(Operators):
-    """Notes who reads what convolutions and linear layers write.
-
-    Attributes:
-        runs: calls of layers that something can be folded into.
-        layers, norms: how often each ran.
-    """
+    """Notes who reads what convolutions and linear layers write."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.runs: list[_Run] = []
-        self.layers: Counter[str] = Counter()
-        self.norms: Counter[str] = Counter()
+        self._runs: list[_Run] = []
+        self._layers: Counter[str] = Counter()  # how often each runs
+        self._norms: Counter[str] = Counter()  # how often tensors of each are read
         self._written: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        #: weight as a layer's operator takes it -> the layer, the operators, which argument it is
         self._weights: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._means: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._of_norms: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         for name, module in model.named_modules():
-            if _takes(module):
-                self._weights[module.weight] = name
+            weight = module._parameters.get("weight")
+            if weight is not None and not isinstance(module, nn.modules.batchnorm._NormBase):
+                # Of two modules with one weight neither can change it.
+                shared = weight in self._weights
+                self._weights[weight] = name if _takes(module) and not shared else ""
             elif _goes(module):
-                self._means[module.running_mean] = name
+                for key in ("weight", "bias", "running_mean", "running_var"):
+                    tensor = getattr(module, key)
+                    if tensor is not None:
+                        self._of_norms[tensor] = name
 
     def operator(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        kind = func.overloadpacket.__name__
         tensors = tensors_in((args, kwargs))
-        norm = next((self._means[t] for t in tensors if t in self._means), None)
-        if norm is not None:
-            self.norms[norm] += 1
+        norms = {self._of_norms[tensor] for tensor in tensors if tensor in self._of_norms}
+        normalizes = len(norms) == 1 and ("batch_norm" in kind or kind == "put_back_norm")
+        for norm in norms:
+            self._norms[norm] += 1 if normalizes else 2
+        norm = next(iter(norms)) if normalizes else None
         for tensor in tensors:
             if tensor in self._written:
-                run = self._written[tensor]
-                run.readers.append(norm if tensor is args[0] else None)
+                self._written[tensor].readers.append(norm if tensor is args[0] else None)
         out = func(*args, **kwargs)
-        layer = next((self._weights[t] for t in tensors if t in self._weights), None)
-        if layer is None:
-            return out
-        if func.overloadpacket.__name__ == "t":
-            self._weights[out] = layer
-            return out
-        self.layers[layer] += 1
-        if isinstance(out, Tensor):
-            self._written[out] = _Run(layer, [])
-            self.runs.append(self._written[out])
+        for tensor in tensors:
+            if tensor in self._weights:
+                self._note(kind, self._weights[tensor], tensor, args, out)
         return out
+
+    def _note(self, kind: str, layer: str, weight: Tensor, args: Any, out: Any) -> None:
+        """Note what was done with a layer's weight."""
+        last = kind in ("mm", "addmm") and weight is args[-1]
+        if kind == "t":
+            self._weights[out] = f"t {layer}" if layer else ""
+            return
+        linear, name = layer.startswith("t "), layer.removeprefix("t ")
+        fits = last if linear else kind == "convolution" and weight is args[1]
+        self._layers[name] += 1 if fits and name else 2
+        if fits and name:
+            self._written[out] = _Run(name, [])
+            self._runs.append(self._written[out])
+
+    def read_by_others(self, tensors: list[Tensor]) -> None:
+        """Note what the network returns."""
+        for tensor in tensors:
+            if tensor in self._written:
+                self._written[tensor].readers.append(None)
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Layers that ran once, and what alone read their output, if that is a norm read once."""
+        return [
+            (run.layer, norm)
+            for run in self._runs
+            if len(run.readers) == 1
+            and (norm := run.readers[0]) is not None
+            and (self._layers[run.layer], self._norms[norm]) == (1, 1)
+        ]
 
 
 def _takes(module: nn.Module) -> bool:
-    """Whether a norm can be folded into a layer."""
+    """Whether a norm can be folded into a layer: torch's own, whose weight and bias are its own."""
     plain = plain_type(module)
-    fits = issubclass(plain, (*CONVS, *TRANSPOSED, nn.Linear)) and own_forward(module)
     weight = module._parameters.get("weight")
-    return fits and weight is not None and weight.numel() > 0
+    return (
+        issubclass(plain, (*CONVS, *TRANSPOSED, nn.Linear))
+        and own_forward(module)
+        and "bias" in module._parameters
+        and weight is not None
+        and weight.numel() > 0
+    )
 
 
 def _goes(module: nn.Module) -> bool:
-    """Whether a norm does no more than that: y = a·x + b, and has running statistics."""
+    """Whether a norm does no more than that: y = a·x + b, by running statistics."""
     if plain_type(module) not in NORMS or getattr(module, "running_mean", None) is None:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks:
         return False
     return not isinstance(module, PutBack) or bool(module.put_back_index.numel())

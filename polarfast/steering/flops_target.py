@@ -589,7 +589,7 @@ def _between(order: Tensor, count: int) -> float:
 
 def _check(cut: float, steps: int | None, every: int | None) -> None:
     if not isinstance(cut, int | float) or not 0.0 < cut < 1.0:
-        raise ArgumentError(f"cut={cut!r}: give the share of MACs to cut, between 0 and 1")
+        raise ArgumentError(f"cut={cut!r}: give the share to cut, between 0 and 1")
     for name, number in (("steps", steps), ("every", every)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ArgumentError(f"{name}={number!r}: give a whole number of steps, at least 1")

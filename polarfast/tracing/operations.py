@@ -25,6 +25,7 @@ class TensorArg:
 
     Attributes:
         shape, dtype, channels_last: of the tensor.
+        transposed: a matrix that is stored column by column.
         values: itself, where it holds whole numbers or truth values, which may be indices.
         dim: which of its dimensions channels are along; None: along none, or several.
         ids: of an activation with such a dimension, the id at each index of it.
@@ -33,6 +34,7 @@ class TensorArg:
     shape: tuple[int, ...]
     dtype: torch.dtype
     channels_last: bool
+    transposed: bool
     values: Tensor | None
     dim: int | None
     ids: Tensor | None
@@ -70,10 +72,20 @@ class Operation:
     @cached_property
     def key(self) -> str:
         """What operators have in common that take the same time at the same widths, as text."""
+        if self.norm is not None:  # an operator of its own on each kind of device
+            return json.dumps(["batch_norm", _spelled(self.args[0])])
         kwargs = {name: value for name, value in self.kwargs.items() if name not in _PLACE}
         args = self.args if self.projection is None else self.at_widths(0, 0)
-        spelled = _spelled(args, marked=self.projection is None)
-        return json.dumps([str(self.func), spelled, _spelled(kwargs)])
+        spelled = [_spelled(args, marked=self.projection is None), _spelled(kwargs)]
+        return json.dumps([str(self.func), *spelled, *([self._multiple] if self._multiple else [])])
+
+    @property
+    def _multiple(self) -> int:
+        """Output channels of each input channel of a depthwise convolution; 0 for others."""
+        call = self.projection
+        if call is None or not call.depthwise:
+            return 0
+        return call.outputs.numel() // call.inputs.numel()
 
     def activations(self) -> list[TensorArg]:
         """Those of its tensors that are activations with channels."""
@@ -89,8 +101,8 @@ class Operation:
             x, weight, bias, *rest = self.args
             if self.projection.depthwise:
                 rest[-1] = n_in  # groups
-                n_out = n_in * (weight.shape[0] // x.shape[1])
-                sizes = {0: n_out}
+                n_out = n_in * self._multiple
+                sizes = {0: n_in if self.projection.transposed else n_out}
             elif self.projection.transposed:
                 sizes = {0: n_in, 1: n_out // self.projection.groups}
             else:
@@ -108,7 +120,9 @@ class Operation:
         return left / full if full else 1.0
 
     def at_share(self, share: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with this share of all channels, at least one of each."""
+        """The arguments with this share of all channels, at least two where there are as many: one
+        would be repeated wherever it meets more.
+        """
         narrowed = partial(_narrowed, share)
         return map_args(self.args, narrowed), map_args(self.kwargs, narrowed)
 
@@ -116,7 +130,8 @@ class Operation:
 def _narrowed(share: float, arg: TensorArg) -> TensorArg:
     if arg.dim is None:
         return arg
-    return arg.with_sizes({arg.dim: max(1, round(share * arg.shape[arg.dim]))})
+    full = arg.shape[arg.dim]
+    return arg.with_sizes({arg.dim: max(min(2, full), round(share * full))})
 
 
 def note(rec: Recorder, func: Any, args: Any, kwargs: Any, calls: tuple[int, int]) -> None:
@@ -126,9 +141,13 @@ def note(rec: Recorder, func: Any, args: Any, kwargs: Any, calls: tuple[int, int
         calls: how many projections and norms there were before.
     """
     assert rec.operations is not None
-    if func.is_view or all(rec.value(each) is None for each in tensors_in((args, kwargs))):
+    tensors = tensors_in((args, kwargs))
+    if func.is_view or all(rec.value(each) is None for each in tensors):
         return  # no work on activations
     name = func.overloadpacket.__name__
+    views = [view for each in tensors if (view := rec.view(each)) is not None]
+    if name == "mul" and any(view.name in rec.gates for view in views):
+        return  # by a gate, which a slim model does not have
     projections, norms = rec.graph.projections[calls[0] :], rec.graph.norms[calls[1] :]
     product = len(projections) == 1 and name in ("convolution", "addmm", "mm")
     rec.operations.append(
@@ -157,6 +176,7 @@ def _described(rec: Recorder, tensor: Tensor) -> Any:
         tensor.dim() == 4
         and not tensor.is_contiguous()
         and tensor.is_contiguous(memory_format=torch.channels_last),
+        tensor.dim() == 2 and not tensor.is_contiguous() and tensor.t().is_contiguous(),
         None if tensor.is_floating_point() else tensor.detach().clone(),
         dim,
         None if dim is None or value is None else along(value.ids, dim),

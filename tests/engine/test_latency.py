@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from support import clocks
 from support.engine import TINY
 
 import polarfast as pf
@@ -19,7 +20,8 @@ def table(tmp_path_factory):
     (folder / "tiny.yaml").write_text(to_yaml(TINY))
     out = folder / "times.json"
     options = ["--out", str(out), "--batch", "2", "--step", "2", "--seconds", "0.1"]
-    assert main(["latency", str(folder / "tiny.yaml"), *options]) == 0
+    with pytest.MonkeyPatch.context() as monkeypatch, clocks.pretended(monkeypatch):
+        assert main(["latency", str(folder / "tiny.yaml"), *options]) == 0
     return out
 
 
@@ -28,13 +30,14 @@ def test_the_command_writes_a_table(table):
     assert found.inputs["shape"][0] == 2 and found.step == 2 and found.ms > 0
 
 
-def test_a_run_prunes_by_time(table, tmp_path, capsys):
+def test_a_run_prunes_by_time(table, tmp_path, capsys, monkeypatch):
     pruning = Pruning(of="latency", latency=str(table))
     sparsity = Sparsity(lam=0.1, regularizer="flops-target", cut=0.2)
     recipe = replace(TINY, pruning=pruning, sparsity=sparsity)
     (tmp_path / "tiny.yaml").write_text(to_yaml(recipe))
     out = tmp_path / "run"
-    assert main(["run", str(tmp_path / "tiny.yaml"), "--out", str(out)]) == 0
+    with clocks.pretended(monkeypatch):
+        assert main(["run", str(tmp_path / "tiny.yaml"), "--out", str(out)]) == 0
     assert "steered to cut 20 % of the time" in capsys.readouterr().out
     plan = pf.PruningPlan.from_json((out / "plan.json").read_text())
     assert plan.latency is not None and plan.latency.measured is not None

@@ -15,9 +15,11 @@ from support.nets import (
     SqueezeExcite,
     X,
     chain,
+    conv_bn,
     settle,
     zero,
 )
+from torch import nn
 
 import polarfast as pf
 from polarfast.engine.models import build as build_model
@@ -172,6 +174,8 @@ def test_what_a_table_does_not_hold_for_is_refused(monkeypatch):
             pf.plan(model, X[:1], scales, cut=0.1, of="latency", latency=table)
         with pytest.raises(pf.PlanError, match="no time for"):
             pf.plan(other, X, pf.scaling_factors(other, X), cut=0.1, of="latency", latency=table)
+        with pytest.raises(pf.PlanError, match=r"without round_to=8 \(the latency table's step\)"):
+            pf.plan(model, X, scales, cut=0.1, of="latency", latency=table)
         with pytest.raises(pf.ArgumentError, match="needs latency="):
             pf.plan(model, X, scales, cut=0.1, of="latency")
         with pytest.raises(pf.PlanError, match="pass model="):
@@ -230,3 +234,108 @@ def test_flops_target_aims_at_a_share_of_the_time(monkeypatch):
         plan = pf.plan(model, x, scales, round_to=2)
         cut = 1 - table.latency(plan) / table.ms
     assert cut == pytest.approx(target.live, abs=0.02) and abs(cut - 0.3) < 0.06
+
+
+class Tokens(nn.Module):
+    """Linear layers on three dimensions, an attention and an LSTM behind a CNN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*conv_bn(3, 16), nn.ReLU())
+        self.into, self.norm = nn.Linear(16, 16, bias=False), nn.BatchNorm1d(16)
+        self.out = nn.Linear(16, 8, bias=False)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.lstm = nn.LSTM(8, 6, batch_first=True)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = self.norm(self.into(x).transpose(1, 2)).relu().transpose(1, 2)
+        x = self.out(x)
+        return self.lstm(x + self.attention(x, x, x)[0])[0]
+
+
+class Odd(nn.Module):
+    """A norm in front, depthwise convolutions with several multiples, transposed ones, groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.BatchNorm2d(3)
+        self.stem = nn.Sequential(*conv_bn(3, 12), nn.ReLU())
+        self.one = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.four = nn.Conv2d(12, 48, 3, padding=1, groups=12)
+        self.mix = nn.Sequential(*conv_bn(48, 16, 1), nn.ReLU())
+        self.up = nn.ConvTranspose2d(16, 32, 2, stride=2, groups=16)
+        self.groups = nn.Conv2d(32, 8, 1, groups=4)
+        self.read = nn.ConvTranspose2d(8, 4, 2, stride=2)
+
+    def forward(self, x):
+        x = self.stem(self.front(x))
+        x = self.mix(self.four(self.one(x)))
+        return self.read(self.groups(self.up(x)))
+
+
+@pytest.mark.parametrize("build", [Tokens, Odd])
+def test_other_layers(build, monkeypatch):
+    model = settle(build(), X)
+    with clocks.pretended(monkeypatch):
+        table = measured(model, step=1)
+    scales = pf.scaling_factors(model, X, residual="expand")
+    zero(scales, 0.5)
+    plan = pf.plan(model, X, scales)
+    slim = pf.slim(model, plan)
+    before, after = clocks.of(model, X), clocks.of(slim, X)
+    if build is Odd:  # torch takes an LSTM as one operator, a trace its parts
+        assert table.latency(plan) == pytest.approx(after, rel=0.02)
+    assert table.latency(plan) / table.ms == pytest.approx(after / before, rel=0.1)
+
+
+def test_gates_cost_nothing(monkeypatch):
+    """Nor do they have to be there when the table is made."""
+    model = settle(Bottlenecks(), X)
+    with clocks.pretended(monkeypatch):
+        table = measured(model, step=1)
+        pf.add_gates(model, X, where="")
+        gated = measured(model, step=1)
+    assert gated.ms == table.ms
+    gates = pf.scaling_factors(model, X).select(r"gate$")
+    zero(gates)
+    plan = pf.plan(model, X, gates)
+    for each in (table, gated):
+        took = clocks.of(pf.slim(model, plan), X)
+        assert each.latency(plan) == pytest.approx(took, rel=0.02)
+
+
+def test_a_slim_model_can_be_measured(monkeypatch):
+    model = settle(Residual(), X)
+    scales = pf.scaling_factors(model, X, residual="expand")
+    zero(scales)
+    slim = pf.slim(model, pf.plan(model, X, scales))
+    with clocks.pretended(monkeypatch):
+        assert measured(slim).ms == pytest.approx(clocks.of(slim, X))
+
+
+def test_time_that_rises_again(monkeypatch):
+    """Where few channels are slow, the largest share lies before the end."""
+    model, x, scales = resnet20()
+    product = clocks.Machine._product
+
+    def slow_when_narrow(self, name, args, out):
+        narrow = min(args[0].shape[1] if name == "convolution" else 99, out.shape[1]) < 6
+        return product(self, name, args, out) + (0.02 if narrow else 0.0)
+
+    monkeypatch.setattr(clocks.Machine, "_product", slow_when_narrow)
+    with clocks.pretended(monkeypatch):
+        table = measured(model, x, step=4)
+        reach = pf.reachable(model, x, scales, latency=table)
+        assert reach.latency[1] > 0.1
+        plan = pf.plan(model, x, scales, cut=0.1, of="latency", latency=table)
+        assert plan.latency.cut >= 0.1
+        pf.FlopsTarget(model, x, scales, cut=0.05, of="latency", latency=table)
+
+
+def test_a_small_share_is_not_nothing(monkeypatch):
+    model, x, scales = resnet20()
+    with clocks.pretended(monkeypatch):
+        table = measured(model, x, step=1)
+        plan = pf.plan(model, x, scales, cut=0.02, of="latency", latency=table)
+        assert plan.latency.cut_measured == pytest.approx(0.02, abs=0.005)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from support.nets import (
     NORMS,
     Bottlenecks,
@@ -116,6 +117,65 @@ def test_what_is_shared_stays():
     fused = pf.fuse(model, X)
     same(model, fused)
     assert norms(fused) == ["norm", "last"]
+
+
+class Looked(nn.Module):
+    """Layers on which someone else depends, too; each line of `forward` is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.body = nn.Sequential(self.conv, self.norm, nn.ReLU())  # second names
+        self.returned, self.after = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.hooked, self.hook = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.square, self.behind = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.weighed, self.weighs = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.pruned, self.last = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.unused = nn.Conv2d(4, 4, 1)
+        self.tied, self.ties = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.tied.weight = self.unused.weight
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x):
+        self.runs += 1
+        x = self.body(x)
+        kept = self.returned(x)
+        x = self.hook(self.hooked(self.after(kept)))
+        x = self.weighs(self.weighed(x)) * self.weighs.weight.sum()
+        x = self.last(self.pruned(x))
+        x = self.ties(self.tied(x)).mean((2, 3))
+        return self.behind(x @ self.square.weight), kept
+
+
+def test_what_someone_else_looks_at_stays():
+    model = settle(Looked(), X)
+    with torch.no_grad():
+        torch.nn.utils.prune.random_unstructured(model.pruned, "bias", 0.5)
+    model.hook.register_forward_hook(lambda module, args, out: out * 2)
+    fused = pf.fuse(model, X)
+    runs = float(model.runs)
+    assert float(fused.runs) == runs  # nor was it run
+    for one, other in zip(model(X), fused(X), strict=True):
+        torch.testing.assert_close(one, other)
+    assert norms(fused) == ["after", "hook", "behind", "weighs", "last", "ties"]
+    assert isinstance(fused.norm, nn.Identity) and fused.norm is fused.body[1]
+
+
+class Ways(nn.Module):
+    """Another way for another example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x, plain=False):
+        return self.conv(x) if plain else self.norm(self.conv(x))
+
+
+def test_each_example_counts():
+    model = settle(Ways(), X)
+    assert norms(pf.fuse(model, X)) == []
+    assert norms(pf.fuse(model, [(X, False), (X, True)])) == ["norm"]
 
 
 def test_dtypes_and_refusals(tmp_path):

@@ -6,7 +6,7 @@ MACs; bfloat16 and channels_last, for every method alike.
 
     python benchmarks/bench_comparison.py tune  --root CIFAR10_AS_A_FOLDER
     python benchmarks/bench_comparison.py final --root CIFAR10_AS_A_FOLDER [--seeds 1 2 3]
-    python benchmarks/bench_comparison.py table
+    python benchmarks/bench_comparison.py table [--figure FILE.png]
 
 "tune" gives each rival that has something to choose four tries, one seed, and compares their
 fine-tuned accuracy on 5,000 training images that are held out; and polarization with three ways to
@@ -23,7 +23,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ from rich.console import Console
 from torch import Tensor
 
 import polarfast as pf
-from polarfast.engine.campaigns.comparison import chains, spread
+from polarfast.engine.campaigns.comparison import STYLES, chains, spread
 from polarfast.engine.campaigns.rivals import DENSE, METHODS
 from polarfast.engine.campaigns.trials import Trial, adopt_training
 from polarfast.engine.data.source import DataSource, load
 from polarfast.engine.distributed import Workers
+from polarfast.engine.figures import save, subplots
 from polarfast.engine.launch import launch
 from polarfast.engine.models import build
 from polarfast.engine.recipe import Recipe, load_recipe
@@ -48,6 +49,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "comparison.jsonl"
 MODELS = {"resnet20": "ResNet-20", "vgg11-half": "VGG-11, half width"}
 CUTS = (0.5, 0.7)
+LOW = 12.0  # points
 TUNED_AT, TUNED_SEED, HELD_OUT = 0.7, 100, 0.1
 TRIES: dict[str, tuple[Any, ...]] = {
     "polarization": ("mean", "none", "mean of MACs"),
@@ -197,28 +199,73 @@ def _key(model: str, trial: Trial, seed: int) -> dict[str, Any]:
     return {"stage": "final", "model": model, "method": method, "asked": asked, "seed": seed}
 
 
+def finals(
+    every: Sequence[dict[str, Any]], model: str
+) -> dict[tuple[float, str], dict[int, dict[str, Any]]]:
+    """(share asked for, method) -> seed -> run."""
+    found: dict[tuple[float, str], dict[int, dict[str, Any]]] = {}
+    for line in every:
+        if (line["stage"], line["model"]) == ("final", model):
+            found.setdefault((line["asked"] or 0.0, line["method"]), {})[line["seed"]] = line
+    return found
+
+
+def draw(path: Path) -> None:
+    """Fine-tuned accuracy against the share cut; whiskers of one deviation. What lies more than
+    LOW points under the best is left out.
+    """
+    figure, panels = subplots(len(MODELS), 9.5, 4.0)
+    for axes, (model, title) in zip(panels, MODELS.items(), strict=True):
+        found = finals(lines(), model)
+        best_mean = max(fmean(runs, "finetuned") for runs in found.values())
+        for method, (colour, marker) in STYLES.items():
+            mine = {asked: runs for (asked, name), runs in sorted(found.items()) if name == method}
+            mine = {a: r for a, r in mine.items() if fmean(r, "finetuned") > best_mean - LOW}
+            if not mine:
+                continue
+            axes.errorbar(
+                [100 * fmean(runs, "cut") for runs in mine.values()],
+                [fmean(runs, "finetuned") for runs in mine.values()],
+                yerr=[deviation(runs, "finetuned") for runs in mine.values()],
+                color=colour,
+                marker=marker,
+                linestyle="none" if method == DENSE else "-",
+                linewidth=1.2,
+                elinewidth=0.8,
+                capsize=2,
+                label=METHODS.get(method, "dense"),
+            )
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("MACs cut (%)")
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("accuracy, fine-tuned (%)")
+    panels[0].legend(frameon=False, fontsize=7)
+    save(figure, path)
+
+
+def fmean(runs: Mapping[int, dict[str, Any]], name: str) -> float:
+    return statistics.fmean(run[name] for run in runs.values())
+
+
+def deviation(runs: Mapping[int, dict[str, Any]], name: str) -> float:
+    values = [run[name] for run in runs.values()]
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def table() -> None:
     """What there is, as markdown."""
     every = lines()
     for model, title in MODELS.items():
         print(f"\n### {title}\n")
-        print("| method | asked | MACs cut % | right after % | fine-tuned % | against L1 | seeds |")
+        print(
+            "| method | asked | MACs cut % | right after % | fine-tuned % | ours better by | seeds |"
+        )
         print("|---|---:|---:|---:|---:|---:|---:|")
-        mine = [line for line in every if line["stage"] == "final" and line["model"] == model]
-        rows = {(line["asked"] or 0.0, line["method"]) for line in mine}
+        found = finals(every, model)
         order = [DENSE, *METHODS]
-        for asked, method in sorted(rows, key=lambda row: (row[0], order.index(row[1]))):
-            runs = {
-                line["seed"]: line
-                for line in mine
-                if ((line["asked"] or 0.0), line["method"]) == (asked, method)
-            }
-            rival = {
-                line["seed"]: line["finetuned"]
-                for line in mine
-                if ((line["asked"] or 0.0), line["method"]) == (asked, "network-slimming")
-            }
-            against = [runs[s]["finetuned"] - rival[s] for s in runs if s in rival]
+        for asked, method in sorted(found, key=lambda row: (row[0], order.index(row[1]))):
+            runs, own = found[asked, method], found.get((asked, "polarization"), {})
+            against = [own[s]["finetuned"] - runs[s]["finetuned"] for s in runs if s in own]
             pruned = [run["pruned"] for run in runs.values()]
             cells = [
                 METHODS.get(method, "dense"),
@@ -226,7 +273,7 @@ def table() -> None:
                 spread([100 * run["cut"] for run in runs.values()], 1),
                 spread(pruned) if method not in (DENSE, "uniform") else "",
                 spread([run["finetuned"] for run in runs.values()]),
-                spread(against) if against and method != "network-slimming" else "",
+                spread(against) if against and method != "polarization" else "",
                 str(len(runs)),
             ]
             print("| " + " | ".join(cells) + " |")
@@ -250,10 +297,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--figure", type=Path, help="for the table as a picture")
     parser.add_argument("--folder", type=Path, default=Path("runs/comparison"))
     options = parser.parse_args()
     if options.stage == "table":
         table()
+        if options.figure is not None:
+            draw(options.figure)
         return
     torch.set_num_threads(1)
     if options.stage == "tune":

@@ -214,32 +214,41 @@ def draw(path: Path) -> None:
     """Fine-tuned accuracy against the share cut; whiskers of one deviation. What lies more than
     LOW points under the best is left out.
     """
-    figure, panels = subplots(len(MODELS), 9.5, 4.0)
+    figure, panels = subplots(len(MODELS), 9.5, 4.4)
+    shown: dict[str, Any] = {}
     for axes, (model, title) in zip(panels, MODELS.items(), strict=True):
         found = finals(lines(), model)
         best_mean = max(fmean(runs, "finetuned") for runs in found.values())
         for method, (colour, marker) in STYLES.items():
             mine = {asked: runs for (asked, name), runs in sorted(found.items()) if name == method}
             mine = {a: r for a, r in mine.items() if fmean(r, "finetuned") > best_mean - LOW}
-            if not mine:
-                continue
-            axes.errorbar(
-                [100 * fmean(runs, "cut") for runs in mine.values()],
-                [fmean(runs, "finetuned") for runs in mine.values()],
-                yerr=[deviation(runs, "finetuned") for runs in mine.values()],
-                color=colour,
-                marker=marker,
-                linestyle="none" if method == DENSE else "-",
-                linewidth=1.2,
-                elinewidth=0.8,
-                capsize=2,
-                label=METHODS.get(method, "dense"),
-            )
+            if mine and method == DENSE:
+                level = fmean(mine[0.0], "finetuned")
+                shown["dense"] = axes.axhline(level, color=colour, linestyle=":", linewidth=1.2)
+            elif mine:
+                shown[METHODS[method]] = axes.errorbar(
+                    [100 * fmean(runs, "cut") for runs in mine.values()],
+                    [fmean(runs, "finetuned") for runs in mine.values()],
+                    yerr=[deviation(runs, "finetuned") for runs in mine.values()],
+                    color=colour,
+                    marker=marker,
+                    linewidth=1.2,
+                    elinewidth=0.8,
+                    capsize=2,
+                )
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("MACs cut (%)")
+        axes.set_xticks([100 * cut for cut in CUTS])
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("accuracy, fine-tuned (%)")
-    panels[0].legend(frameon=False, fontsize=7)
+    figure.legend(
+        list(shown.values()),
+        list(shown),
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+    )
     save(figure, path)
 
 
@@ -257,9 +266,7 @@ def table() -> None:
     every = lines()
     for model, title in MODELS.items():
         print(f"\n### {title}\n")
-        print(
-            "| method | asked | MACs cut % | right after % | fine-tuned % | ours better by | seeds |"
-        )
+        print("| method | asked | MACs cut % | right after % | fine-tuned % | ours − it | seeds |")
         print("|---|---:|---:|---:|---:|---:|---:|")
         found = finals(every, model)
         order = [DENSE, *METHODS]

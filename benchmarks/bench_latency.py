@@ -5,7 +5,9 @@ Each network at three random prunings (γ random, each layer's times a factor of
 that of the predicted share of the time that is left. Beside it what MACs promise: the share of the
 MACs that is left, as a prediction of the time.
 
-Expected on 2 free cores: a median error of 3 %, none above 10 %, where MACs are 20 to 40 % off.
+Expected: a median error of 3 %, none above 10 %, where MACs are 20 to 40 % off. Found: 1.5 and 7 %,
+where MACs are 21 % off
+(benchmarks/results/latency.md).
 
     python benchmarks/bench_latency.py [--models resnet50 ...] [--batch 1] [--seconds 60]
 """

@@ -156,14 +156,12 @@ void pixels(const Work<T>& work, const int64_t* places, int64_t begin, int64_t e
 
 struct Floats {
   using T = float;
-  using Vector = __m512;
   using Mask = __mmask16;
   static constexpr int64_t kLanes = 16;
 };
 
 struct Doubles {
   using T = double;
-  using Vector = __m512d;
   using Mask = __mmask8;
   static constexpr int64_t kLanes = 8;
 };

@@ -388,8 +388,10 @@ def latency(options: LatencyOptions, console: Console) -> None:
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     table.save(file)
-    console.print(f"{table}\nWritten to {file}. Prune by it: polarfast run RECIPE", end="")
-    console.print(f" --pruning.of latency --pruning.latency {file}", highlight=False)
+    _noter(console)(
+        f"{table}\nWritten to {file}. Prune by it: polarfast run RECIPE --pruning.of latency "
+        f"--pruning.latency {file}"
+    )
 
 
 def _noter(console: Console) -> Callable[[str], None]:

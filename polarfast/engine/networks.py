@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import polarfast as pf
 
 from ..errors import ArgumentError
+from ..planning.costs import whole_steps
 from . import scores
 from .data.source import DataSource
 from .folder import Artifacts
@@ -202,8 +203,8 @@ class Networks:
     def _whole_steps(self, pruning: Pruning) -> dict[str, Any]:
         """The limits, with the steps that a latency table has: for what counts MACs."""
         limits = _limits(pruning)
-        if self.latency is not None and limits["round_to"] == 1:
-            limits["round_to"] = self.latency.step
+        if self.latency is not None:
+            limits["round_to"] = whole_steps(pruning.round_to, self.latency)
         return limits
 
     def _scores(

@@ -140,8 +140,8 @@ def _at_share(operation: Operation, bench: Bench, share: float) -> Callable[[], 
 
 
 def _put_back(operation: Operation, bench: Bench, share: float) -> Callable[[], Call]:
-    full = operation.args[0].shape[1]
-    return lambda: bench.put_back(operation, max(1, round(share * full)))
+    (x, *_), _ = operation.at_share(share)
+    return lambda: bench.put_back(operation, x.shape[1])
 
 
 def _works_narrow(operation: Operation, bench: Bench) -> bool:

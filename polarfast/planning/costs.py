@@ -13,11 +13,17 @@ from ..errors import ArgumentError
 from ..layers import gate_name, gated_modules
 from ..tracing.classes import Channels
 from ..tracing.graph import Macs, Ragged
+from .limits import Counts
 
 #: What a share may be a share of.
 COSTS = ("macs", "params", "latency")
 #: These in words.
 NAMES = {"macs": "MACs", "params": "parameters", "latency": "time"}
+
+
+def whole_steps(round_to: Counts, latency: "Latencies") -> Counts:
+    """What widths are to be multiples of: of the table's step, where nothing else was asked for."""
+    return latency.step if round_to == 1 else round_to
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ..scaling.factors import ScalingFactors
 from ..tracing.classes import Channels, Traced, trace_channels
 from ..tracing.meaning import inputs_of
 from . import remarks
-from .costs import Costs, Latencies, check_of
+from .costs import Costs, Latencies, check_of, whole_steps
 from .limits import Counts, Limits, Shares
 from .pruning_plan import LayerPlan, PruningPlan
 from .selection import LAST, Chooser, Selection
@@ -102,7 +102,7 @@ def plan(
     check_of(of, latency)
     if latency is not None:
         latency.check_inputs(example_inputs)
-        round_to = latency.step if round_to == 1 and of == "latency" else round_to
+        round_to = whole_steps(round_to, latency)
     limits = Limits.of(_sizes(scales), round_to, min_channels, max_share)
     aim = None if cut is None else Aim.given(cut, of, method, value, latency)
     method = method or ("valley" if aim is None else "percentile")
@@ -257,7 +257,7 @@ def reachable(
     """
     if latency is not None:
         latency.check_inputs(example_inputs)
-        round_to = latency.step if round_to == 1 else round_to
+        round_to = whole_steps(round_to, latency)
     limits = Limits.of(_sizes(scales), round_to, min_channels, max_share)
     check_fold(fold)
     chooser = _chooser(model, example_inputs, scales, fold, limits, latency)

@@ -21,7 +21,7 @@ from ..sharding import is_sharded, present_parameters, whole
 from ..tracing.classes import Channels, trace_channels
 from ..tracing.graph import PIN, ProjectionCall
 from ..tracing.meaning import inputs_of
-from .costs import Costs, Latencies, check_of
+from .costs import Costs, Latencies, check_of, whole_steps
 from .limits import Counts, Limits, Shares, bound_of
 from .plan import check_belongs
 from .selection import Chooser, Selection
@@ -54,7 +54,6 @@ class CutPredictor:
     Attributes:
         macs_before: multiply-accumulates of the whole network on the example inputs.
         model: the network, its wrappers left out.
-        round_to: γ name -> what its layer's width is a multiple of.
 
     Raises:
         ArgumentError, PlanError, TracingError: as in `plan`.
@@ -78,7 +77,7 @@ class CutPredictor:
         check_of(of, latency)
         if latency is not None:
             latency.check_inputs(example_inputs)
-            round_to = latency.step if round_to == 1 and of == "latency" else round_to
+            round_to = whole_steps(round_to, latency)
         check_fold(fold)
         check_any(scales)
         sizes = {name: gamma.numel() for name, gamma in scales.items()}
@@ -86,7 +85,7 @@ class CutPredictor:
         self.scales, self.method, self.value, self.fold = scales, method, value, fold
         self.model = unwrap(model)
         channels = trace_channels(
-            self.model, example_inputs, scales.residual, with_operations=of == "latency"
+            self.model, example_inputs, scales.residual, with_operations=latency is not None
         )
         check_belongs(self.model, channels, scales)
         check_method(method, value)  # and no γ: what they are now may be clamped before a look
@@ -100,9 +99,9 @@ class CutPredictor:
             fold=fold,
             limits=limits,
             of=of,
-            latency=latency if of == "latency" else None,
+            latency=latency,
         )
-        self.of, self.round_to = of, limits.round_to
+        self.of = of
         self.macs_before = self._counter.macs_before
         params: dict[str, Tensor] = dict(self.model.named_parameters())
         self._beta = {name: params[bias] for name, bias in self._counter.readers.items()}

@@ -65,9 +65,7 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, verify: bool = True) -
     examples = _examples(model, example_inputs)
     if verify:
         double = double_copy(model).eval()
-        report = compare_networks(
-            double, _fused(double, examples), examples, torch.float64, claimed=None
-        )
+        report = compare_networks(double, _fused(double, examples), examples, torch.float64)
         if not report.exact:
             raise VerificationError(
                 f"the fused network does not equal the model: {report}. This is a bug in polarfast;"
@@ -172,7 +170,7 @@ class _Uses(Operators):
         self._layers: Counter[str] = Counter()  # how often each runs
         self._norms: Counter[str] = Counter()  # how often tensors of each are read
         self._written: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        #: weight as a layer's operator takes it -> the layer, the operators, which argument it is
+        #: weight -> its layer ("": none that a norm can be folded into), whether it was transposed
         self._weights: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._of_norms: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         for name, module in model.named_modules():
@@ -180,7 +178,7 @@ class _Uses(Operators):
             if weight is not None and not isinstance(module, nn.modules.batchnorm._NormBase):
                 # Of two modules with one weight neither can change it.
                 shared = weight in self._weights
-                self._weights[weight] = name if _takes(module) and not shared else ""
+                self._weights[weight] = (name if _takes(module) and not shared else "", False)
             elif _goes(module):
                 for key in ("weight", "bias", "running_mean", "running_var"):
                     tensor = getattr(module, key)
@@ -201,20 +199,22 @@ class _Uses(Operators):
         out = func(*args, **kwargs)
         for tensor in tensors:
             if tensor in self._weights:
-                self._note(kind, self._weights[tensor], tensor, args, out)
+                self._note(kind, tensor, args, out)
         return out
 
-    def _note(self, kind: str, layer: str, weight: Tensor, args: Any, out: Any) -> None:
+    def _note(self, kind: str, weight: Tensor, args: Any, out: Any) -> None:
         """Note what was done with a layer's weight."""
-        last = kind in ("mm", "addmm") and weight is args[-1]
+        layer, transposed = self._weights[weight]
         if kind == "t":
-            self._weights[out] = f"t {layer}" if layer else ""
+            self._weights[out] = (layer, not transposed)
             return
-        linear, name = layer.startswith("t "), layer.removeprefix("t ")
-        fits = last if linear else kind == "convolution" and weight is args[1]
-        self._layers[name] += 1 if fits and name else 2
-        if fits and name:
-            self._written[out] = _Run(name, [])
+        if transposed:
+            fits = kind in ("mm", "addmm") and weight is args[-1]
+        else:
+            fits = kind == "convolution" and weight is args[1]
+        self._layers[layer] += 1 if fits else 2
+        if fits and layer:
+            self._written[out] = _Run(layer, [])
             self._runs.append(self._written[out])
 
     def read_by_others(self, tensors: list[Tensor]) -> None:

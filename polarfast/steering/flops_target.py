@@ -352,8 +352,7 @@ class FlopsTarget(Polarization):
             )
         border = _between(order, self._count)
         self.centers = tuple(
-            self._at_edge(name, gamma, min(border * units[name], self._limit(name, gamma)))
-            for name, gamma in steered.items()
+            min(border * units[name], self._limit(name, gamma)) for name, gamma in steered.items()
         )
 
     def _units(self, steered: Mapping[str, Tensor]) -> dict[str, float]:
@@ -369,17 +368,6 @@ class FlopsTarget(Polarization):
         if name not in self._staying or tied:
             return float("inf")
         return largest * (1 - 1e-6)
-
-    def _at_edge(self, name: str, gamma: Tensor, center: float) -> float:
-        """A center not above this one, so that a whole number of `round_to` factors stay: those
-        that the plan would keep in any case are left alone.
-        """
-        multiple = self.predictor.round_to[name]
-        stay = int((gamma > center).sum())
-        wanted = min(-(-stay // multiple) * multiple, gamma.numel())
-        if wanted == stay:
-            return center
-        return _between(gamma.sort().values, gamma.numel() - wanted)
 
     def _change_strength(
         self, scales: ScalingFactors, optimizer: Optimizer, scale: Tensor | None

@@ -233,7 +233,7 @@ def test_flops_target_aims_at_a_share_of_the_time(monkeypatch):
             pf.step(optimizer, scales, target)
         plan = pf.plan(model, x, scales, round_to=2)
         cut = 1 - table.latency(plan) / table.ms
-    assert cut == pytest.approx(target.live, abs=0.02) and abs(cut - 0.3) < 0.06
+    assert cut == pytest.approx(target.live, abs=1e-6) and abs(cut - 0.3) < 0.03
 
 
 class Tokens(nn.Module):

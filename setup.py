@@ -41,7 +41,9 @@ SANITIZE = os.environ.get("POLARFAST_SANITIZE", "")
 CHECKS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
 if SANITIZE:
     FLAGS += [*CHECKS, "-O1", "-g", "-fno-omit-frame-pointer"]
-SOURCES = ("schemas simd strides coefficients polarize valley gather put_back table module").split()
+SOURCES = (
+    "schemas simd strides coefficients polarize valley gather put_back table roster module"
+).split()
 
 
 class Build(cpp_extension.BuildExtension):

@@ -2,13 +2,16 @@
 
     OMP_NUM_THREADS=1 python benchmarks/bench_stepping.py
 
-The optimizer also holds 108 small parameters, as many as ResNet-50 has beside its γ. Times are CPU
-time of this process in µs, the least of 15 batches of 200 calls, the two calls in turns.
+The optimizer also holds 108 small parameters, as many as ResNet-50 has beside its γ, or none. Times
+are CPU time of this process in µs, medians of 150 pairs of batches of 20 calls, the two in turns;
+the ratio is the median over the pairs, with its quartiles.
 """
 
+import statistics
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,16 +40,29 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 }
 
 
-def microseconds(*functions: Callable[[], object], calls: int = 200) -> list[float]:
-    batches: list[list[float]] = [[] for _ in functions]
-    for _ in range(15):
-        for function, times in zip(functions, batches, strict=True):
+class Paired(NamedTuple):
+    """Medians in µs, and the ratio of second to first with its quartiles."""
+
+    first: float
+    second: float
+    ratio: float
+    low: float
+    high: float
+
+
+def paired(
+    first: Callable[[], object], second: Callable[[], object], calls: int = 20, pairs: int = 150
+) -> Paired:
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(pairs):
+        for function, found in zip((first, second), times, strict=True):
             function()
             start = time.process_time()
             for _ in range(calls):
                 function()
-            times.append((time.process_time() - start) / calls * 1e6)
-    return [min(times) for times in batches]
+            found.append((time.process_time() - start) / calls * 1e6)
+    low, ratio, high = statistics.quantiles((b / a for a, b in zip(*times, strict=True)), n=4)
+    return Paired(*map(statistics.median, times), ratio, low, high)
 
 
 def autograd_form(gammas: list[nn.Parameter], lam: float, t: float) -> None:
@@ -61,21 +77,37 @@ def autograd_form(gammas: list[nn.Parameter], lam: float, t: float) -> None:
 
 def main() -> None:
     assert len(WIDTHS) == 53 and sum(WIDTHS) == 26_560
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)  # γ drift over the edge between the two calls
     reg = pf.Polarization(lam=1e-4, t=1.2)
-    print(f"{'':26}{'optimizer.step':>16}{'pf.step':>10}{'difference':>12}   µs")
-    for name, make in OPTIMIZERS.items():
+    print(f"{'':28}{'optimizer.step':>16}{'pf.step':>10} µs   {'ratio':>8}")
+    cases = [(name, make, 108) for name, make in OPTIMIZERS.items()]
+    cases.append(("SGD fused=True, γ alone", OPTIMIZERS["SGD fused=True"], 0))
+    for name, make, count in cases:
         torch.manual_seed(0)
         gammas = [nn.Parameter(torch.rand(width)) for width in WIDTHS]
-        others = [nn.Parameter(torch.rand(8)) for _ in range(108)]
+        others = [nn.Parameter(torch.rand(8)) for _ in range(count)]
         for param in gammas + others:
             param.grad = 1e-3 * torch.randn_like(param)
         scales = pf.ScalingFactors({f"bn{i}.weight": g for i, g in enumerate(gammas)})
         optimizer = make(gammas + others)
-        plain, ours = microseconds(optimizer.step, lambda o=optimizer, s=scales: pf.step(o, s, reg))
-        print(f"{name:26}{plain:16.0f}{ours:10.0f}{ours - plain:+12.0f}")
-    (cost,) = microseconds(lambda: autograd_form(gammas, 1e-4, 1.2), calls=20)
-    print(f"{'autograd form of Eq. 2, its backward and the clamp':62}{cost:.0f}")
+
+        def ours(optimizer: Any = optimizer, scales: Any = scales) -> None:
+            pf.step(optimizer, scales, reg)
+
+        found = paired(optimizer.step, ours)
+        print(f"{name:28}{found.first:16.0f}{found.second:10.0f}      {spread(found)}")
+
+    def written_out() -> None:  # with the last case's optimizer, of γ alone
+        autograd_form(gammas, 1e-4, 1.2)
+        optimizer.step()
+
+    found = paired(ours, written_out, calls=3)
+    print(f"Eq. 2 by autograd, SGD and clamp ÷ pf.step, γ alone: {spread(found)}")
+
+
+def spread(found: Paired) -> str:
+    return f"{found.ratio:8.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-// polarfast._C: the pointer table and what a bug report needs. The ops on tensors register themselves (schemas.cpp).
+// polarfast._C: the pointer table, the roster, and what a bug report needs. The ops on tensors register themselves (schemas.cpp).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
@@ -7,10 +7,12 @@
 #include <string>
 #include <tuple>
 
+#include "roster.h"
 #include "simd.h"
 #include "table.h"
 
 namespace py = pybind11;
+using polarfast::Roster;
 using polarfast::ScaleRows;
 
 namespace {
@@ -97,4 +99,9 @@ PYBIND11_MODULE(_C, m) {
             polarfast::sgd_step(table.rows(), penalty_of(penalty), sgd_of(sgd, grad_scale));
           })
       .def("valley", &valley);
+
+  py::class_<Roster>(m, "Roster")
+      .def(py::init<py::tuple>())
+      .def("remember", &Roster::remember)
+      .def("same", &Roster::same);
 }

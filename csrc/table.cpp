@@ -2,55 +2,16 @@
 
 #include <limits>
 
+#include "tensors.h"
+
 namespace polarfast {
 
 namespace py = pybind11;
+using tensors::Members;
+using tensors::read;
+using tensors::view_of;
 
 namespace {
-
-py::object owned(PyObject* result) {
-  if (result == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-// torch.Tensor's own descriptors, called directly: no attribute look-up for each of some 400 reads a step.
-struct Members {
-  py::object grad, requires_grad, is_neg;
-  const dlpack::ExchangeApi* dlpack;
-
-  Members() {
-    const py::object tensor = py::module_::import("torch").attr("Tensor");
-    grad = tensor.attr("grad");
-    requires_grad = tensor.attr("requires_grad");
-    is_neg = tensor.attr("is_neg");
-    const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
-    dlpack = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (dlpack == nullptr) throw py::error_already_set();
-    if (dlpack->version.major != 1) throw py::import_error("polarfast: this torch has another version of DLPack");
-  }
-
-  static const Members& get() {
-    static const Members* members = new Members;  // never freed: the interpreter may be gone by then
-    return *members;
-  }
-};
-
-py::object read(const py::object& descriptor, PyObject* tensor) {
-  return owned(Py_TYPE(descriptor.ptr())
-                   ->tp_descr_get(descriptor.ptr(), tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor))));
-}
-
-py::object call(const py::object& method, PyObject* tensor) {
-  return owned(PyObject_Vectorcall(method.ptr(), &tensor, 1, nullptr));
-}
-
-// Where a tensor lies and what it is; false where torch has no such answer: a tensor without memory of its own (sparse,
-// wrapped, functional, meta), or no tensor at all.
-bool view_of(PyObject* tensor, dlpack::View* found) {
-  if (Members::get().dlpack->view_of(tensor, found) == 0) return true;
-  PyErr_Clear();
-  return false;
-}
 
 // The number of elements, for a contiguous tensor of at most `most`; else -1.
 int64_t contiguous_size(const dlpack::View& view, int64_t most) {
@@ -75,17 +36,12 @@ ScalarType scalar_type(const dlpack::DataType& dtype) {
   throw py::value_error("polarfast: scaling factors must be float32, float16, bfloat16 or float64");
 }
 
-// state[param]["momentum_buffer"], or null. Nothing is inserted, though optimizer.state is a defaultdict.
-PyObject* momentum_buffer(PyObject* state, PyObject* param) {
-  PyObject* own = PyDict_GetItemWithError(state, param);
-  if (own == nullptr || !PyDict_Check(own)) {
-    if (PyErr_Occurred()) throw py::error_already_set();
-    return nullptr;
-  }
+// own["momentum_buffer"], or nothing.
+py::object momentum_buffer(PyObject* own) {
   static PyObject* key = PyUnicode_InternFromString("momentum_buffer");
-  PyObject* buffer = PyDict_GetItemWithError(own, key);
+  PyObject* buffer = PyDict_Check(own) ? PyDict_GetItemWithError(own, key) : nullptr;
   if (buffer == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return buffer == Py_None ? nullptr : buffer;
+  return py::reinterpret_borrow<py::object>(buffer == Py_None ? nullptr : buffer);
 }
 
 }  // namespace
@@ -98,6 +54,7 @@ ScaleRows::ScaleRows(py::tuple params, std::vector<double> weights, std::vector<
   rows_.weights = std::move(weights);
   rows_.tilts = std::move(tilts);
   for (size_t l = 0; l < params_.size(); ++l) {
+    row_of_[PyTuple_GET_ITEM(params_.ptr(), l)] = l;
     dlpack::View view;
     const bool found = view_of(PyTuple_GET_ITEM(params_.ptr(), l), &view);
     if (found && l == 0) {
@@ -130,22 +87,31 @@ bool ScaleRows::usable(int64_t l, PyObject* tensor, void** now) const {
   const int64_t size = rows_.sizes[l];
   *now = static_cast<char*>(view.data) + view.byte_offset;
   return size >= 0 && view.dtype == dtype_ && view.device == device_ && contiguous_size(view, size) == size &&
-      (view.data != nullptr || size == 0) && call(Members::get().is_neg, tensor).ptr() == Py_False;
+      (view.data != nullptr || size == 0) && !tensors::negated(tensor);
 }
 
-bool ScaleRows::read_row(int64_t l, PyObject* momentum_of) {
+std::vector<py::object> ScaleRows::buffers(PyObject* state) const {
+  std::vector<py::object> found(rows_.count());
+  if (state == nullptr) return found;
+  // By going through it all: a look-up would hash a tensor, which is a function in Python.
+  PyObject *param = nullptr, *own = nullptr;
+  for (Py_ssize_t at = 0; PyDict_Next(state, &at, &param, &own);) {
+    const auto row = row_of_.find(param);
+    if (row != row_of_.end()) found[row->second] = momentum_buffer(own);
+  }
+  return found;
+}
+
+bool ScaleRows::read_row(int64_t l, PyObject* buffer) {
   const Members& members = Members::get();
   PyObject* param = PyTuple_GET_ITEM(params_.ptr(), l);
   void *gamma = nullptr, *grad_now = nullptr, *momentum_now = nullptr;
   if (!usable(l, param, &gamma)) return false;
-  if (read(members.requires_grad, param).ptr() == Py_True) {
+  if (tensors::is_set(members.requires_grad, param)) {
     const py::object grad = read(members.grad, param);
     if (!grad.is_none() && !usable(l, grad.ptr(), &grad_now)) return false;
   }
-  if (momentum_of != nullptr) {
-    PyObject* buffer = momentum_buffer(momentum_of, param);
-    if (buffer != nullptr && !usable(l, buffer, &momentum_now)) return false;
-  }
+  if (buffer != nullptr && !usable(l, buffer, &momentum_now)) return false;
   set(rows_.gammas[l], gamma);
   set(rows_.grads[l], grad_now);
   set(rows_.momenta[l], momentum_now);
@@ -155,9 +121,10 @@ bool ScaleRows::read_row(int64_t l, PyObject* momentum_of) {
 int64_t ScaleRows::refresh(const py::object& momentum_of) {
   PyObject* state = momentum_of.is_none() ? nullptr : momentum_of.ptr();
   if (state != nullptr && !PyDict_Check(state)) throw py::type_error("polarfast: momentum_of must be optimizer.state");
+  const std::vector<py::object> momenta = buffers(state);
   int64_t with_grad = 0;
   for (int64_t l = 0; l < rows_.count(); ++l) {
-    if (!read_row(l, state)) return -1 - l;
+    if (!read_row(l, momenta[l].ptr())) return -1 - l;
     if (rows_.grads[l] != nullptr) ++with_grad;
   }
   return with_grad;

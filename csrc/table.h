@@ -4,6 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <unordered_map>
+#include <vector>
+
 #include "dlpack.h"
 #include "rows.h"
 
@@ -47,10 +50,13 @@ class ScaleRows {
   // Whether a tensor can be row l as it is now, with its address in `now`. Nothing is remembered of it: the allocator
   // may put another tensor, of another size, where one was.
   bool usable(int64_t l, PyObject* tensor, void** now) const;
-  bool read_row(int64_t l, PyObject* momentum_of);
+  // state[γ]["momentum_buffer"] of each row, or nothing. Nothing is inserted, though optimizer.state is a defaultdict.
+  std::vector<pybind11::object> buffers(PyObject* state) const;
+  bool read_row(int64_t l, PyObject* buffer);
   void set(void*& address, void* now);
 
   pybind11::tuple params_;
+  std::unordered_map<PyObject*, int64_t> row_of_;
   dlpack::DataType dtype_{};
   dlpack::Device device_{};
   Rows rows_;

@@ -15,6 +15,7 @@ from ..errors import BuildError
 from ..sharding import is_sharded
 
 try:
+    from .._C import Roster as Roster
     from .._C import ScaleRows as ScaleRows
     from .._C import build_info as build_info
 except ImportError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 import warnings
 import weakref
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import ScalingFactorError, StepError
-from ..kernels import table_of
+from ..kernels import Roster, table_of
 from ..kernels.table import Table
 from ..layers import is_gate, lost_gates
 from ..sharding import is_sharded, whole
@@ -32,8 +31,9 @@ class Binding:
     Attributes:
         params: all γ, in order.
         sharded: whether they are DTensors.
-        trainable: those with `requires_grad`, as of the last `check_members`.
+        trainable, frozen: those with and without `requires_grad`, as of the last `check_members`.
         groups: indices of the optimizer's parameter groups that hold a trainable γ, as of then.
+        others: for each group that holds a γ, its index and the parameters that are none.
         drift: how far λ·∂R_s could move a γ under SGD, in all steps so far; None: not known, since
             the steps were those of an optimizer that scales gradients.
         last: the regularizer of the last step, if it is still there.
@@ -45,12 +45,14 @@ class Binding:
         self.sharded = any(map(is_sharded, self.params))
         _check_sizes(scales)
         self.trainable: list[Tensor] = []
+        self.frozen: list[Tensor] = []
         self.groups: list[int] = []
+        self.others: list[tuple[int, list[Tensor]]] = []
         self.drift: float | None = 0.0
         self._last: weakref.ref[Regularizer] | None = None
         self._others: Mapping[str, Tensor] = scales.others
         self._model = scales._model
-        self._seen: list[Any] = []  # by the last check: requires_grad of each γ, then the groups
+        self._roster = Roster(self.params)  # as of the last check
         self._table: Table | None = None
         self._looked_at: Table | None = None  # the table of thresholds, while there was no step
         self._table_from: tuple[object, object] = (None, None)  # the table's weights and groups
@@ -88,16 +90,10 @@ class Binding:
         Raises:
             ScalingFactorError: a trainable γ is in no parameter group.
         """
-        seen: list[Any] = [param.requires_grad for param in self.params]
-        for group in optimizer.param_groups:
-            seen += (None, *group["params"])
-        if len(seen) == len(self._seen) and all(map(operator.is_, seen, self._seen)):
+        if self._roster.same(optimizer.param_groups):
             return
-        group_of = {
-            id(param): i
-            for i, group in enumerate(optimizer.param_groups)
-            for param in group["params"]
-        }
+        groups = [group["params"] for group in optimizer.param_groups]
+        group_of = {id(param): i for i, params in enumerate(groups) for param in params}
         for name, param in zip(self.names, self.params, strict=True):
             if param.requires_grad and id(param) not in group_of:
                 raise ScalingFactorError(
@@ -109,8 +105,14 @@ class Binding:
                 )
         self._check_present()
         self.trainable = [param for param in self.params if param.requires_grad]
+        self.frozen = [param for param in self.params if not param.requires_grad]
         self.groups = sorted({group_of[id(param)] for param in self.trainable})
-        self._seen = seen
+        ours = {id(param) for param in self.params}
+        self.others = [
+            (i, [param for param in groups[i] if id(param) not in ours])
+            for i in sorted({group_of[key] for key in ours if key in group_of})
+        ]
+        self._roster.remember(optimizer.param_groups)
 
     def _check_present(self) -> None:
         """Raise StepError for γ that the network they were found in has lost."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -197,6 +196,7 @@ class _Work:
         self._options: dict[str, Any] | None = None  # SGD's, where the fused kernel moves the γ
         self._table: Table | None = None  # what the gradients of this step were read into
         self._replaced: list[tuple[Tensor, Tensor | None]] = []  # γ, the .grad that it had
+        self._withheld: list[tuple[dict[str, Any], list[Tensor]]] = []  # group, its parameters
 
     def run(self, optimizer: Optimizer, take: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`take(*args, **kwargs)`, a step of the optimizer: λ·∂R_s before it, the clamp after it.
@@ -312,12 +312,17 @@ class _Work:
         binding.note_step(reg, groups[0])
         if reg.centers is not None:
             table.centers = reg.centers
-        # An optimizer passes over parameters that have no gradient; a stale one moves a frozen γ.
-        for param in binding.params:
-            if (options or not param.requires_grad) and param.grad is not None:
-                self._replace_grad(param, None)
         if options:
+            # In one assignment a group, where taking each γ's gradient away costs more than the
+            # whole update of the γ.
+            for i, others in binding.others:
+                group = optimizer.param_groups[i]
+                self._withheld.append((group, group["params"]))
+                group["params"] = others
             return
+        for gamma in binding.frozen:  # which a stale gradient would move
+            if gamma.grad is not None:
+                self._replace_grad(gamma, None)
         maximize = _shared_maximize(groups)
         penalty = reg.penalty()
         lam = -penalty.lam if maximize else penalty.lam
@@ -327,21 +332,26 @@ class _Work:
         self, binding: Binding, groups: list[dict[str, Any]]
     ) -> dict[str, Any] | None:
         """The one set of arguments with which SGD would step every γ; None if there is none."""
-        if not self._may_fuse or binding.sharded:
+        if not self._may_fuse or binding.sharded or not groups:
             return None
-        if any(group["differentiable"] for group in groups):
-            return None
-        options = {key: group[key] for group in groups for key in _SGD_OPTIONS}
-        for group, (key, value) in itertools.product(groups, options.items()):
-            if isinstance(group[key], Tensor) or group[key] != value:
+        options = {key: groups[0][key] for key in _SGD_OPTIONS}
+        for group in groups:
+            values = [group[key] for key in _SGD_OPTIONS]
+            if group["differentiable"] or any(isinstance(value, Tensor) for value in values):
                 return None
-        return {**options, "first_step": True}
+            if values != list(options.values()):
+                return None
+        options["first_step"] = True
+        return options
 
     def _replace_grad(self, gamma: Tensor, grad: Tensor | None) -> None:
         self._replaced.append((gamma, gamma.grad))
         gamma.grad = grad
 
     def _put_back(self) -> None:
+        while self._withheld:
+            group, params = self._withheld.pop()
+            group["params"] = params
         while self._replaced:
             gamma, grad = self._replaced.pop()
             gamma.grad = grad
@@ -373,10 +383,8 @@ class _Work:
             return
         if options["first_step"] and options["momentum"] != 0:
             # Zeros, not empty: on a GPU this step may yet turn out to be skipped.
-            for gamma, grad in self._replaced:
-                if gamma.requires_grad:
-                    optimizer.state[gamma]["momentum_buffer"] = torch.zeros_like(gamma)
-                gamma.grad = grad
+            for gamma in Binding.of(self.scales).trainable:
+                optimizer.state[gamma]["momentum_buffer"] = torch.zeros_like(gamma)
             table.refresh(optimizer.state)
         reg = self.reg
         table.sgd_step_(

@@ -6,20 +6,27 @@ MACs; bfloat16 and channels_last, for every method alike.
 
     python benchmarks/bench_comparison.py tune  --root CIFAR10_AS_A_FOLDER
     python benchmarks/bench_comparison.py final --root CIFAR10_AS_A_FOLDER [--seeds 1 2 3]
+    python benchmarks/bench_comparison.py rates --root CIFAR10_AS_A_FOLDER
+    python benchmarks/bench_comparison.py reference --root CIFAR10_AS_A_FOLDER [--seeds 1 2 3]
     python benchmarks/bench_comparison.py table [--figure FILE.png]
 
 "tune" gives each rival that has something to choose four tries, one seed, and compares their
 fine-tuned accuracy on 5,000 training images that are held out; and polarization with three ways to
 compare γ of different layers, of which the one that ships is "mean". "final" takes the rivals'
 best ones, polarization as it ships, and seeds that "tune" did not see. Finished runs are lines of
-results/comparison.jsonl and are not run again, so that all of it (8 hours on one core) can be done
+results/comparison.jsonl and are not run again, so that all of it (10 hours on one core) can be done
 in parts. "table" prints what there is.
+
+"rates" fine-tunes at four learning rates, on the held-out images. "reference" is one setting in
+which the authors' own program was run: 1,000 training and 300 test images of each class, the first
+of each by name, ResNet-20, 20 + 6 epochs.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import statistics
 import time
@@ -56,6 +63,11 @@ TRIES: dict[str, tuple[Any, ...]] = {
     "network-slimming": (5e-4, 1e-3, 2e-3, 4e-3),
     "deephoyer": (2.5e-4, 5e-4, 1e-3, 2e-3),
 }
+
+
+RATED, RATES = ("polarization", "network-slimming", "deephoyer"), (0.005, 0.02, 0.05, 0.1)
+#: Of the reference setting: images of each class, epochs of training, share of MACs.
+REFERENCE_IMAGES, REFERENCE_EPOCHS, REFERENCE_CUT = {"train": 1000, "test": 300}, 20, 0.5
 
 
 def recipe(model: str, root: str, seed: int) -> Recipe:
@@ -190,6 +202,52 @@ def final(model: str, root: str, folder: Path, seed: int, methods: list[str]) ->
             shutil.rmtree(folder / f"final-{model}" / trial.name, ignore_errors=True)
 
 
+def rates(model: str, root: str, folder: Path) -> None:
+    """Each method's network, fine-tuned at each learning rate, on held-out training images."""
+    base = recipe(model, root, TUNED_SEED)
+    held = dataclasses.replace(base.data, validation=HELD_OUT)
+    test = load(dataclasses.replace(held, test_images=0), torch.device("cpu"))
+    place = folder / "rates" / model
+    for method in RATED:
+        lams = {} if method == "polarization" else {method: best(model, method)}
+        made = chains(dataclasses.replace(base, data=held), [method], [TUNED_AT], 1, lams)
+        (first,) = (trial for chain in made for trial in chain if DENSE not in trial.name)
+        keys = [{"stage": "rates", "model": model, "method": method, "lr": lr} for lr in RATES]
+        trained = None
+        for lr, key in zip(RATES, keys, strict=True) if not all(map(known, keys)) else ():
+            finetune = dataclasses.replace(first.recipe.finetune, lr=lr)
+            changed = dataclasses.replace(first.recipe, finetune=finetune)
+            trial = Trial(f"{first.name}-lr{lr:g}", changed, trained)
+            found = carry_out(trial, place, test)
+            trained = trained or trial.name
+            if not known(key):
+                record(key, found)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def reference(root: str, folder: Path, seed: int) -> None:
+    """The setting in which the authors' program was run, at one seed."""
+    images = folder / "reference" / "images"
+    for part, count in REFERENCE_IMAGES.items():
+        for of_class in sorted((Path(root) / part).iterdir()):
+            (images / part / of_class.name).mkdir(parents=True, exist_ok=True)
+            for image in sorted(of_class.iterdir())[:count]:
+                link = images / part / of_class.name / image.name
+                if not link.is_symlink():
+                    link.symlink_to(image.resolve())
+    base = recipe("resnet20", str(images), seed)
+    data = dataclasses.replace(base.data, train_images=0, test_images=0)
+    train = dataclasses.replace(base.train, epochs=REFERENCE_EPOCHS)
+    base = dataclasses.replace(base, data=data, train=train)
+    test = load(data, torch.device("cpu"))
+    for chain in chains(base, ["polarization"], [REFERENCE_CUT], 1, {}):
+        for trial in chain:
+            key = {**_key("resnet20", trial, seed), "stage": "reference"}
+            if not known(key):
+                record(key, carry_out(trial, folder / "reference", test))
+                shutil.rmtree(folder / "reference" / trial.name)
+
+
 def _key(model: str, trial: Trial, seed: int) -> dict[str, Any]:
     method = trial.name.rpartition("-seed")[0]
     asked = None
@@ -289,6 +347,31 @@ def table() -> None:
         if line["stage"] == "tune":
             tried, right = line["tried"], line["finetuned"]
             print(f"| {MODELS[line['model']]} | {line['method']} | {tried} | {right:.2f} |")
+    print("\n| network | method | " + " | ".join(f"lr {lr:g}" for lr in RATES) + " |")
+    print("|---|---|" + "---:|" * len(RATES))
+    rated = {
+        (line["model"], line["method"], line["lr"]): line["finetuned"]
+        for line in every
+        if line["stage"] == "rates"
+    }
+    for model, method in dict.fromkeys(key[:2] for key in rated):
+        cells = [f"{rated.get((model, method, lr), math.nan):.2f}" for lr in RATES]
+        print(f"| {MODELS[model]} | {METHODS[method]} | " + " | ".join(cells) + " |")
+    print("\n| reference setting | MACs cut % | right after % | fine-tuned % | seeds |")
+    print("|---|---:|---:|---:|---:|")
+    settled: dict[str, list[dict[str, Any]]] = {}
+    for line in every:
+        if line["stage"] == "reference":
+            settled.setdefault(line["method"], []).append(line)
+    for method, runs in settled.items():
+        cells = [
+            METHODS.get(method, DENSE),
+            spread([100 * run["cut"] for run in runs], 1),
+            spread([run["pruned"] for run in runs]) if method != DENSE else "",
+            spread([run["finetuned"] for run in runs]),
+            str(len(runs)),
+        ]
+        print("| " + " | ".join(cells) + " |")
     total = sum(line["seconds"] for line in every)
     print(f"\n{len(every)} runs, {total / 3600:.1f} hours; median {_median(every):.0f} s a run")
 
@@ -299,7 +382,7 @@ def _median(every: list[dict[str, Any]]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("stage", choices=("tune", "final", "table"))
+    parser.add_argument("stage", choices=("tune", "final", "rates", "reference", "table"))
     parser.add_argument("--root", default="data/cifar10", help="folder with train/ and test/")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
@@ -316,6 +399,14 @@ def main() -> None:
     if options.stage == "tune":
         for model in options.models:
             tune(model, options.root, options.folder)
+        return
+    if options.stage == "rates":
+        for model in options.models:
+            rates(model, options.root, options.folder)
+        return
+    if options.stage == "reference":
+        for seed in options.seeds:
+            reference(options.root, options.folder, seed)
         return
     for seed in options.seeds:
         for model in options.models:

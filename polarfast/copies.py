@@ -1,7 +1,7 @@
-"""Copies of a model in float64, whole or without its removed channels."""
+"""Copies of a model: as it is, in float64, or without its removed channels."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,32 @@ def tensors_of_model(model: nn.Module) -> dict[str, Tensor]:
                     seen.add(id(tensor))
                     found[f"{prefix}.{name}" if prefix else name] = tensor
     return params | buffers
+
+
+def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy. What the network has kept of a forward pass (`self.features = x`), which
+    `copy.deepcopy` refuses while there is a way back through it, is copied without that.
+
+    Args:
+        memo: id of an object -> what takes its place in the copy.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for tensor in _kept(vars(module).values(), set()):
+            memo.setdefault(id(tensor), tensor.detach().clone())
+    made: nn.Module = copy.deepcopy(model, memo)
+    return made
+
+
+def _kept(values: Iterable[Any], seen: set[int]) -> Iterator[Tensor]:
+    """Tensors with a way back through them, in containers, too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if not value.is_leaf:
+                yield value
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            yield from _kept(value.values() if isinstance(value, dict) else value, seen)
 
 
 def double_copy(model: nn.Module) -> nn.Module:
@@ -50,7 +76,7 @@ def doubled(model: nn.Module, hollow: Collection[str] = ()) -> tuple[nn.Module, 
         if isinstance(tensor, nn.Parameter):
             double = nn.Parameter(double, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = copies[name] = double
-    return copy.deepcopy(model, memo), copies
+    return copy_of(model, memo), copies
 
 
 def masked_copy(model: nn.Module, kept: dict[str, Tensor], zero_beta: bool) -> nn.Module:

@@ -1,6 +1,5 @@
 """What a bug report needs: a program that builds anew what failed, and fails in the same way."""
 
-import copy
 import json
 import platform
 import re
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .copies import copy_of
 from .documents import DIGEST
 from .inputs import Spec, call_model, convert, describe, first_of, tensors_of
 
@@ -136,7 +136,7 @@ def _left_out(model: nn.Module, room: int) -> str:
 def _network(model: nn.Module, example_inputs: Any) -> str | None:
     """Code that builds this network from torch's own layers; None where that does not work."""
     try:
-        own = copy.deepcopy(model).double().eval()
+        own = copy_of(model).double().eval()
         traced = fx.symbolic_trace(own)
         if len(traced.graph.nodes) > LIMIT // 30:  # characters that one takes at least
             return None

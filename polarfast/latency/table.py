@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..copies import copy_of
 from ..documents import (
     check_fields,
     list_of,
@@ -445,7 +445,7 @@ class _Deployed:
 
     def model(self, model: nn.Module) -> nn.Module:
         """A copy of a model as it is in use."""
-        own = copy.deepcopy(model).eval()
+        own = copy_of(model).eval()
         for _, module in list(gated_modules(own)):
             drop_gate(module)  # a slim model has none
         own = own.to(device=self.device, dtype=self.dtype)

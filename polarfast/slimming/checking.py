@@ -1,6 +1,5 @@
 """`slim`'s own check: the slim model is what the plan says, or an error says why not."""
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..copies import copy_of
 from ..errors import PlanError, PolarfastError, VerificationError
 from ..folding.replay import Fold
 from ..inputs import Inputs, convert, device_of
@@ -108,7 +108,7 @@ class _Failed:
 
     def _unrepeatable(self) -> str | None:
         """Whether the network goes by more than its input."""
-        model, x = copy.deepcopy(self.model).eval(), self._examples()[0]
+        model, x = copy_of(self.model).eval(), self._examples()[0]
         first, second = (outputs_of(model, x)[0] for _ in range(2))
         same = [t.shape for t in first] == [t.shape for t in second]
         if same and all(map(torch.allclose, first, second)):
@@ -142,7 +142,7 @@ class _Failed:
             for name, module in self.model.named_modules()
             if module._forward_hooks or module._forward_pre_hooks
         ]
-        model, slim = copy.deepcopy(self.model), copy.deepcopy(self.slim)
+        model, slim = copy_of(self.model), copy_of(self.slim)
         for module in (*model.modules(), *slim.modules()):
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
@@ -177,7 +177,7 @@ class _Failed:
         if hasattr(self.model, "polarfast_info"):  # the way back leads to the first original
             return None
         info: Any = self.slim.polarfast_info
-        full = copy.deepcopy(self.model)
+        full = copy_of(self.model)
         try:
             info.origin.write_back(self.slim, full)
         except (PlanError, KeyError):  # it has biases that the original lacks, or no gates

@@ -1,6 +1,5 @@
 """`fuse`: normalizations folded into the layers before them, for inference."""
 
-import copy
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..copies import double_copy
+from ..copies import copy_of, double_copy
 from ..errors import ArgumentError, PlanError, VerificationError
 from ..inputs import (
     Inputs,
@@ -95,7 +94,7 @@ def _examples(model: nn.Module, given: Any) -> Inputs:
 
 
 def _fused(model: nn.Module, examples: Inputs) -> nn.Module:
-    own = copy.deepcopy(model).eval()
+    own = copy_of(model).eval()
     for _, module in list(gated_modules(own)):
         assert isinstance(module, nn.Module)
         for tensor in (module.weight, module.bias):
@@ -144,7 +143,7 @@ def _pairs(model: nn.Module, examples: Inputs) -> list[tuple[str, str]]:
     """Names of layers, and of the norms that alone read what they write, whatever the example."""
     found: list[list[tuple[str, str]]] = []
     for inputs in examples.each(device=device_of(model), dtype=dtype_of(model), seed=0):
-        network = copy.deepcopy(model)  # a run may change it
+        network = copy_of(model)  # a run may change it
         uses = _Uses(network)
         with plain_eager(), uses:
             out = call_model(network, inputs)

@@ -1,6 +1,5 @@
 """`slim`: a new, smaller, dense model from a plan."""
 
-import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..copies import double_copy, tensors_of_model
+from ..copies import copy_of, double_copy, tensors_of_model
 from ..documents import check_fields, mapping_of, one_of, optional, parse_json, text
 from ..errors import ArgumentError, PlanError
 from ..folding.fold import FOLDS, check_fold, fold_constants, new_biases
@@ -278,7 +277,7 @@ class _Blueprint:
             if isinstance(original, nn.Parameter):
                 cut = nn.Parameter(cut, requires_grad=original.requires_grad)
             memo[id(original)] = cut
-        small = copy.deepcopy(model, memo)
+        small = copy_of(model, memo)
         for _, module in list(gated_modules(small)):
             drop_gate(module)
         new = _new_tensors(tensors, self.channels, self.layout, edits, self.info.fold)

@@ -107,10 +107,10 @@ class Workers:
         lone.rank, lone.world = 0, 1
         return lone
 
-    def close(self) -> None:
-        """Leave the process group."""
+    def close(self, failed: bool = False) -> None:
+        """Leave the process group, `failed` if it is with an error that the others may not have."""
         if self._pulse is not None:
-            self._pulse.close()
+            self._pulse.close(failed)
         if self._owner:
             dist.destroy_process_group()
 

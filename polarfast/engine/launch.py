@@ -19,6 +19,7 @@ from ..profiling import device_name, median_latencies
 from . import figures
 from .distributed import Workers
 from .folder import Checkpoints, write_text
+from .interrupts import Interrupted
 from .lock import locked
 from .recipe import PHASES, Recipe, differing_settings, recipe_from_dict, to_yaml
 from .results import BATCHES, Pair, Results, results_table
@@ -55,6 +56,7 @@ def launch(
     """
     torch.set_num_threads(recipe.hardware.threads)
     workers = Workers(recipe.hardware)
+    failed = False
     try:
         with locked(folder, workers):
             state = find_state(folder, recipe, must=resume, again=again)
@@ -68,8 +70,13 @@ def launch(
                 warnings.simplefilter("ignore", UserWarning)  # the first process says it
                 run.execute(until=phases[-1])
             return None
+    except Interrupted:  # by all of them
+        raise
+    except BaseException:
+        failed = True
+        raise
     finally:
-        workers.close()
+        workers.close(failed)
 
 
 def find_state(

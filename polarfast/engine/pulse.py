@@ -13,6 +13,9 @@ import torch.distributed as dist
 _log = logging.getLogger(__name__)
 
 BEAT = 5.0  # seconds between two signs of life
+#: Beats that the others have for their own end where a process ended with an error: it may be an
+#: error of all, and each says its own.
+GRACE = 6
 ANSWER = timedelta(seconds=30)  # for the store
 _LOST = "lost"
 
@@ -38,16 +41,22 @@ class Pulse:
         now = time.monotonic()
         self._heard: dict[int, tuple[int, float]] = {n: (-1, now) for n in watched if n != rank}
         self._told: set[int] = set()
+        self._failed: set[int] = set()
         self._end = threading.Event()
         # Two threads: where the first process is stopped, the store never answers.
         for work in (self._talk, self._watch):
             threading.Thread(target=work, name="pulse", daemon=True).start()
 
-    def close(self) -> None:
-        """Stop watching, and being watched."""
+    def close(self, failed: bool = False) -> None:
+        """Stop watching, and being watched.
+
+        Args:
+            failed: this process ends with an error; the others, which may wait for it in a
+                collective, are to end, too.
+        """
         self._end.set()
         with contextlib.suppress(RuntimeError):
-            self._store.set(str(self._rank), "done")
+            self._store.set(str(self._rank), "failed" if failed else "done")
 
     def _talk(self) -> None:
         beats = 0
@@ -75,28 +84,35 @@ class Pulse:
         if not self._store.check([str(rank)]):
             return
         said = self._store.get(str(rank))
+        if said == b"failed":
+            self._failed.add(rank)
+            return
         count = sys.maxsize if said == b"done" else int(said)
         if count != self._heard[rank][0] or count == sys.maxsize:
             self._heard[rank] = count, time.monotonic()
             self._told.discard(rank)
 
     def _judge(self, rank: int, silent: float) -> None:
-        if silent > self._patience:
-            lost = (
+        if rank in self._failed and silent > GRACE * BEAT:
+            self._give_up(f"process {rank} ended with an error: see what it printed")
+        elif silent > self._patience:
+            self._give_up(
                 f"process {rank} has not been heard from for {silent / 60:.1f} minutes "
                 "(hardware.patience_minutes): it is stopped, or its machine is gone. The same "
                 "command goes on from the last checkpoint"
             )
-            if self._rank == 0:
-                with contextlib.suppress(RuntimeError):
-                    self._store.set(_LOST, lost)
-            self._leave(lost)
         elif silent > self._patience / 4 and rank not in self._told:
             self._told.add(rank)
             _log.warning(
                 "process %d has not been heard from for %.0f s; the run ends after %.0f s",
                 *(rank, silent, self._patience),
             )
+
+    def _give_up(self, why: str) -> None:
+        if self._rank == 0:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(_LOST, why)
+        self._leave(why)
 
     @staticmethod
     def _leave(why: str) -> None:

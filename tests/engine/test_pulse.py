@@ -1,5 +1,6 @@
 """A process that is stopped but lives does not hold the others for long, and is named."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -7,12 +8,17 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
+from rich.console import Console
 from support.engine import PATIENCE, TINY, launched, start_ranks
 
+from polarfast.engine import launch as launching
 from polarfast.engine import pulse
 from polarfast.engine.folder import Checkpoints
+from polarfast.engine.interrupts import Interrupted
 from polarfast.engine.recipe import Hardware
 
 pytestmark = [
@@ -75,3 +81,47 @@ def test_all_that_stood_still_go_on(tmp_path: Path) -> None:
         for process in processes:
             process.kill()
             process.join()
+
+
+@pytest.mark.parametrize("failed", [False, True])
+@pytest.mark.parametrize("gone", [0, 1])
+def test_whoever_ends_with_an_error_ends_the_others(
+    monkeypatch: pytest.MonkeyPatch, gone: int, failed: bool
+) -> None:
+    """A launcher other than torchrun, as srun, lets the others wait in their collective."""
+    left: dict[int, str] = {}
+    monkeypatch.setattr(pulse, "BEAT", 0.05)
+    store = dist.HashStore()
+    pulses = []
+    for rank in range(3):
+        pulses.append(pulse.Pulse(store, rank, 3, 60.0))
+        vars(pulses[-1])["_leave"] = partial(left.setdefault, rank)
+    try:
+        pulses[gone].close(failed)
+        deadline = time.monotonic() + (10.0 if failed else 1.0)
+        while len(left) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        for each in pulses:
+            each.close()
+    others = {0, 1, 2} - {gone}
+    assert set(left) == (others if failed else set())
+    assert all(f"process {gone} ended with an error" in why for why in left.values())
+
+
+@pytest.mark.parametrize("error", [None, Interrupted(signal.SIGTERM), OSError(28, "full")])
+def test_a_run_says_how_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    said: list[bool] = []
+    monkeypatch.setattr(launching.Workers, "close", lambda self, failed: said.append(failed))
+
+    def ends(*args: Any, **kwargs: Any) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(launching, "_check_order", ends)
+    monkeypatch.setattr(launching, "_execute_and_show", ends)
+    with contextlib.nullcontext() if error is None else pytest.raises(type(error)):
+        launching.launch(TINY, tmp_path / "run", Console(quiet=True))
+    assert said == [isinstance(error, OSError)]

@@ -83,8 +83,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# What takes time and what saves it: docs/benchmarks.md, in a quarter of an hour on a machine that does nothing else.
 bench: $(STAMP)
-	for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python -m pip install --quiet --no-deps torch-pruning
+	$(BIN)/python benchmarks/speed_page.py --write docs/benchmarks.md
 
 clean:
 	rm -rf $(VENV) .venv-abi .venv-zoo build dist *.egg-info polarfast/_C*.so

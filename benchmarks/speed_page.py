@@ -26,7 +26,7 @@ HEAD = """# What it costs, and what it saves
 Written by `make bench`; no figure here is typed in. Measured on {where}, one thread; torch {torch},
 Python {python}; {date}.
 
-On other pages: [which networks are right](models.md), [accuracy beside other methods](comparison.md),
+Elsewhere: [which networks are right](models.md), [accuracy beside other methods](comparison.md),
 [how close to the share asked for](flops-target.md).
 """
 
@@ -45,8 +45,8 @@ SECTIONS = (
     Section(
         "stepping",
         "A training step",
-        "`pf.step(optimizer, scales, reg)` in place of `optimizer.step()`: penalty, update and clamp "
-        "of all γ of a ResNet-50, with torch's optimizers. The ratio is ours ÷ theirs.",
+        "`pf.step(optimizer, scales, reg)` in place of `optimizer.step()`: penalty, update and clamp"
+        " of all γ of a ResNet-50, with torch's optimizers. The ratio is ours ÷ theirs.",
     ),
     Section("ops", "The operators", "Each beside what one would write with torch's operators."),
     Section(

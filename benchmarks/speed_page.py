@@ -45,7 +45,7 @@ SECTIONS = (
     Section(
         "stepping",
         "A training step",
-        "`pf.step(optimizer, scales, reg)` in place of `optimizer.step()`: penalty, update and clamp"
+        "`pf.step(optimizer, scales, reg)` in place of `optimizer.step()`: penalty, update, clamp"
         " of all γ of a ResNet-50, with torch's optimizers. The ratio is ours ÷ theirs.",
     ),
     Section("ops", "The operators", "Each beside what one would write with torch's operators."),

@@ -48,6 +48,15 @@ py::bytearray zeros(int64_t bytes) {
   return py::reinterpret_steal<py::bytearray>(made);
 }
 
+// The addresses of all γ, gradients and momentum buffers, to memory for 3·L numbers: a list of them for Python takes
+// longer to make than all else that is sent to a device.
+void write_addresses(const ScaleRows& table, int64_t memory) {
+  auto* next = reinterpret_cast<int64_t*>(memory);
+  for (const auto* row : {&table.rows().gammas, &table.rows().grads, &table.rows().momenta}) {
+    for (void* address : *row) *next++ = reinterpret_cast<int64_t>(address);
+  }
+}
+
 // The addresses and what lies there are read in one call, hence of one moment: other threads of Python wait for it. How
 // many rows could be used; if that is all of them, their summary and counts.
 std::tuple<int64_t, py::bytearray, py::bytearray> valley(const ScaleRows& table) {
@@ -74,16 +83,7 @@ PYBIND11_MODULE(_C, m) {
       .def("without_momentum", &ScaleRows::without_momentum)
       .def("buffered", &ScaleRows::buffered)
       .def_property_readonly("version", &ScaleRows::version)
-      .def_property_readonly(
-          "addresses",
-          [](const ScaleRows& table) {
-            std::vector<std::vector<int64_t>> found;
-            for (const auto* row : {&table.rows().gammas, &table.rows().grads, &table.rows().momenta}) {
-              std::vector<int64_t>& numbers = found.emplace_back();
-              for (void* address : *row) numbers.push_back(reinterpret_cast<int64_t>(address));
-            }
-            return found;
-          })
+      .def("write_addresses", &write_addresses)
       .def("gammas", &ScaleRows::gammas)
       .def("follow", &ScaleRows::follow)
       .def("set_centers", &ScaleRows::set_centers)

@@ -2,8 +2,9 @@
 
 Launches of a step: one for the global mean of up to FLAT_SIZE factors, three beyond (row sums, row
 signs, update); one for what stays within a row. Nothing is copied to the GPU but addresses that
-have changed, and nothing is waited for, so a step can be captured in a CUDA graph, where the
-numbers handed over here stay as they were.
+have changed (where gradients are set to None, those of nearly every step), and nothing is waited
+for, so a step can be captured in a CUDA graph, where the numbers handed over here stay as they
+were.
 """
 
 from __future__ import annotations
@@ -73,8 +74,10 @@ class TritonTable(ScaleTable):
         weights: Sequence[float] | None = None,
         tilts: Sequence[float] | None = None,
     ) -> None:
-        self._version = -1  # of the addresses that the device has
-        self._looked_at: tuple[list[int], _Uploaded] | None = None  # by `valley`
+        # What the device has of a step, and of `valley`: which addresses, sent on which stream.
+        self._sent: tuple[int, int] | None = None
+        self._addresses: _Uploaded
+        self._looked_at: tuple[list[int], int, _Uploaded] | None = None
         self._captured: dict[int, _Uploaded] = {}
         super().__init__(names, params, weights, tilts)
         sizes = torch.tensor(self._numels, dtype=torch.int64, device="cpu")
@@ -99,11 +102,17 @@ class TritonTable(ScaleTable):
         self._send()
 
     def _send(self) -> None:
-        """Addresses that have changed, to the device."""
-        if self._version != self._rows.version:
-            found_at = torch.tensor(self._rows.addresses, dtype=torch.int64, device="cpu")
-            self._addresses = self._upload(found_at)
-            self._version = self._rows.version
+        """Addresses that have changed, to the device; on another stream than before, all of them,
+        as nothing orders that one after the copy.
+        """
+        wanted = (self._rows.version, self._stream())
+        if self._sent != wanted:
+            if self._sent is not None:
+                self._hold_if_captured(self._addresses)  # nothing is freed in a capture
+            host = torch.empty((3, len(self.params)), dtype=torch.int64, device="cpu")
+            self._rows.write_addresses(host.data_ptr())
+            self._addresses = self._upload(host)
+            self._sent = None if self._capturing() else wanted  # a captured copy has not run yet
         self._hold_if_captured(self._addresses)
 
     def add_subgradient_(self, penalty: Penalty, grad_scale: Tensor | None = None) -> None:
@@ -152,12 +161,13 @@ class TritonTable(ScaleTable):
 
     def _gamma_addresses(self) -> Tensor:
         """On the device, apart from those that a step has read; copied only where they changed."""
-        found = self._gammas()
+        found, stream = self._gammas(), self._stream()
         held = self._looked_at  # read once: another thread may look too
-        if held is None or held[0] != found:
-            held = self._looked_at = (found, self._upload(torch.tensor([found], device="cpu")))
-        self._hold_if_captured(held[1])
-        return held[1].device
+        if held is None or held[:2] != (found, stream):
+            sent = self._upload(torch.tensor([found], device="cpu"))
+            held = self._looked_at = (found, stream, sent)
+        self._hold_if_captured(held[2])
+        return held[2].device
 
     def _polarize(
         self,
@@ -243,8 +253,17 @@ class TritonTable(ScaleTable):
         Its kernels read the addresses of now, filled by the copy from the host if that is in the
         graph too. Later addresses go to new memory; the old memory must stay.
         """
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if self._capturing():
             self._captured[addresses.device.data_ptr()] = addresses
+
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _stream(self) -> int:
+        """The current stream of the device that holds the γ."""
+        if self.device.type != "cuda":
+            return 0
+        return torch.cuda.current_stream(self.device).cuda_stream
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Triton launches on the current device, which need not be the one that holds the γ."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, StepError
 from ..inputs import misplaced, unwrap
 from ..kernels.table import Kind
 from ..planning.costs import NAMES, Latencies
@@ -19,6 +19,7 @@ from ..planning.thresholds import as_factors, thresholds
 from ..scaling.factors import ScalingFactors
 from ..sharding import Part, is_sharded, local, present_parameters, whole
 from ..slimming.slim import SlimInfo, info_of
+from ..stepping.binding import is_capturing
 from ..stepping.regularizers import Polarization
 from .pace import groups_of, rate_of, scales_gradients, strength_for
 
@@ -218,6 +219,12 @@ class FlopsTarget(Polarization):
             raise ArgumentError(
                 "FlopsTarget has its own center of each layer and no layer weights: leave weights= "
                 "None and per_layer False, or use Polarization"
+            )
+        if is_capturing():
+            raise StepError(
+                "FlopsTarget looks at γ every few steps and changes λ and its centers, which a "
+                "CUDA graph would repeat as they are now: capture forward and backward alone, and "
+                "take pf.step after each replay"
             )
         if scales is not self._steered:
             self._steer(scales)

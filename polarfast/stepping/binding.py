@@ -166,7 +166,7 @@ class Binding:
         wanted = (reg.upper, reg.clamp)
         if reg.upper is None or wanted == self._warned_for:
             return
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             return  # counting needs a synchronization
         self._warned_for = wanted
         clamped = dict(zip(self.names, self.params, strict=True))
@@ -176,6 +176,11 @@ class Binding:
         outside = {name: count for name, count in outside.items() if count}
         if outside and _is_first_process():  # all have counted: that may be collective
             warnings.warn(_first_clamp(outside, tuple(clamped), reg.upper), stacklevel=2)
+
+
+def is_capturing() -> bool:
+    """Whether what is launched now goes into a CUDA graph and does not run."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _first_clamp(outside: Mapping[str, int], clamped: Sequence[str], upper: float) -> str:

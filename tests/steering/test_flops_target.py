@@ -328,3 +328,16 @@ def test_arguments_are_checked():
     ]:  # fmt: skip
         with pytest.raises(pf.ArgumentError, match=name):
             pf.FlopsTarget(model, X, scales, **{"cut": 0.3, name: value})
+
+
+def test_a_step_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be repeated with λ and centers as they were, and nobody would look at γ again."""
+    model, scales = make()
+    reg, optimizer = pf.FlopsTarget(model, X, scales, 0.3, steps=60), sgd(model)
+    model(IMAGES[:8]).sum().backward()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    before = [gamma.clone() for gamma in scales.values()]
+    with pytest.raises(pf.StepError, match="after each replay"):
+        pf.step(optimizer, scales, reg)
+    assert all(map(torch.equal, before, scales.values()))

@@ -178,6 +178,30 @@ def test_launches_and_copies(op, kind, per_layer, sizes):
     assert not [name for name in events if name.startswith("Mem")]
 
 
+def test_moved_gradients_cost_one_copy(sizes):
+    """As `zero_grad(set_to_none=True)` moves them, and nothing waits for it."""
+    factors = Factors(sizes, "cuda")
+
+    def step():
+        factors.table.refresh(factors.state)
+        factors.table.sgd_step_(Penalty(L1, 0.1), SGD)
+
+    def move():
+        for param in factors.params:
+            param.grad = param.grad.clone()
+
+    step()
+    move()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    move()
+    copies = [name for name in device_events(step) if name.startswith("Memcpy")]
+    assert len(copies) == 1 and "HtoD" in copies[0], copies
+
+
 @pytest.mark.parametrize("kind", [POLARIZATION, L1])
 def test_graph_capture_and_replay(kind, sizes):
     """Four replays of a captured step are four eager steps, to the bit."""
@@ -196,4 +220,7 @@ def test_graph_capture_and_replay(kind, sizes):
         step(captured)
     for _ in range(4):
         graph.replay()
+    assert torch.equal(captured.values(), eager.values())
+    for factors in (eager, captured):  # what was captured is not taken as sent
+        step(factors)
     assert torch.equal(captured.values(), eager.values())

@@ -22,8 +22,6 @@ except ImportError:
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
     sys.exit(f"polarfast: torch {torch.__version__} is too old; install torch >= 2.10.")
 
-STABLE_ABI = "0x020a000000000000"  # 2.10: nothing newer is used, whatever torch this is built with
-
 # No debug information. Nothing that depends on this machine's processor (csrc/simd.h), and no fused
 # multiply-add, so that all processors give the same bits. Trapping math would keep comparisons from
 # being vectorized.
@@ -74,7 +72,6 @@ setup(
             include_dirs=cpp_extension.include_paths(),
             library_dirs=cpp_extension.library_paths(),
             libraries=["torch_cpu"],
-            define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
             extra_compile_args=FLAGS,
             extra_link_args=CHECKS,
             language="c++",

@@ -2,6 +2,8 @@
 //
 // Every weight is seen as [out][middle][in][inner] in memory: contiguous tensors have middle = 1 and inner = the kernel
 // positions; channels_last ones have middle = the kernel positions and inner = 1.
+#include "torch_target.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -1,6 +1,9 @@
 // polarfast._C: the pointer table, the roster, and what a bug report needs. The ops on tensors register themselves (schemas.cpp).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include "torch_target.h"
+
 #include <torch/headeronly/version.h>
 
 #include <optional>

@@ -3,6 +3,8 @@
 //
 // A contiguous tensor is seen as rows of one channel's positions, a channels_last one as rows of one position's
 // channels.
+#include "torch_target.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -2,6 +2,8 @@
 // thresholds work on, and the element types that all kernels know.
 #pragma once
 
+#include "torch_target.h"
+
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>

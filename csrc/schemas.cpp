@@ -1,4 +1,6 @@
 // What the ops look like to the dispatcher. Each kernel file registers its own implementation.
+#include "torch_target.h"
+
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(polarfast, m) {

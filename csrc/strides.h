@@ -1,6 +1,8 @@
 // Memory formats of CPU tensors of any dtype.
 #pragma once
 
+#include "torch_target.h"
+
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -158,47 +158,8 @@ class Inputs:
         for example in range(len(self.specs)):
             yield self.make(device=device, dtype=dtype, seed=seed, example=example)
 
-    def at_other_sizes(self) -> "list[Inputs]":
-        """The same at another height and width, large enough for a border to differ from what is
-        inside: odd at every halving, and for networks that do not run there a multiple; none where
-        there is nothing to change.
-        """
-        found = [self._resized(_odd), self._resized(_multiple)]
-        return [inputs for inputs in found if inputs.specs != self.specs]
 
-    def _resized(self, larger: Callable[[int, int], int]) -> "Inputs":
-        """As many places along each dimension as `larger` says, given how many there are and over
-        how many dimensions; at most two samples, where nothing has a meaning for each.
-        """
-        mine = [part for spec in self.specs for part in _parts(spec)]
-        few = not any(part.get("given") for part in mine)
-
-        def resized(part: Spec) -> Spec:
-            shape = part["shape"]
-            if part.get("given") or len(shape) < 3:
-                return part
-            space = len(shape) - 2
-            places = [size if size == 1 else larger(size, space) for size in shape[2:]]
-            return {**part, "shape": [min(shape[0], 2) if few else shape[0], shape[1], *places]}
-
-        return replace(self, specs=tuple(_map_parts(spec, resized) for spec in self.specs))
-
-
-def _odd(size: int, space: int) -> int:
-    """A larger size that ends in binary ones, and so stays odd when it is halved: five of them in
-    images, three in volumes, which would take too much memory.
-    """
-    ones = 31 if space < 3 else 7
-    times = 4 if size <= 2 * ones else 2 if size <= 4 * ones else 1
-    found = ((times if space < 3 else min(times, 2)) * size) | ones
-    return found if found > size else found + ones + 1
-
-
-def _multiple(size: int, space: int) -> int:
-    return size * (3 if size < 64 and space < 3 else 2)
-
-
-def _map_parts(spec: Spec, function: Callable[[Spec], Spec]) -> Spec:
+def map_parts(spec: Spec, function: Callable[[Spec], Spec]) -> Spec:
     """A description with `function` of each tensor's."""
     if "shape" in spec:
         return function(spec)
@@ -206,11 +167,11 @@ def _map_parts(spec: Spec, function: Callable[[Spec], Spec]) -> Spec:
         return spec
     key, parts = next(iter(spec.items()))
     if isinstance(parts, dict):
-        return {key: {name: _map_parts(part, function) for name, part in parts.items()}}
-    return {key: [_map_parts(part, function) for part in parts]}
+        return {key: {name: map_parts(part, function) for name, part in parts.items()}}
+    return {key: [map_parts(part, function) for part in parts]}
 
 
-def _parts(spec: Spec) -> list[Spec]:
+def parts_of(spec: Spec) -> list[Spec]:
     """The descriptions of the tensors, in order."""
     found: list[Spec] = []
 
@@ -218,13 +179,13 @@ def _parts(spec: Spec) -> list[Spec]:
         found.append(part)
         return part
 
-    _map_parts(spec, note)
+    map_parts(spec, note)
     return found
 
 
 def with_meaning(spec: Spec) -> frozenset[int]:
     """Numbers of the floating point tensors whose values have a meaning, by their description."""
-    parts = enumerate(_parts(spec))
+    parts = enumerate(parts_of(spec))
     return frozenset(n for n, part in parts if part.get("given") and "float" in part["dtype"])
 
 
@@ -268,7 +229,7 @@ def generate(
         if part.get("given"):
             kept = dtype if own.is_floating_point else own
             if example is not None:
-                return example.detach().to(device, kept)
+                return _tiled(example.detach(), part["shape"]).to(device, kept)
             if low == high:
                 return torch.full(part["shape"], low, device=device, dtype=kept)
             raise PlanError(
@@ -301,6 +262,15 @@ def generate(
         return make(spec)
     except (KeyError, TypeError, AttributeError) as error:
         raise PlanError(f"the plan's description of the inputs is damaged: {error}") from error
+
+
+def _tiled(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Repeated or cut off to a shape of as many dimensions."""
+    for dim, size in enumerate(shape):
+        if tensor.shape[dim] != size:
+            places = torch.arange(size, device=tensor.device) % tensor.shape[dim]
+            tensor = tensor.index_select(dim, places)
+    return tensor
 
 
 def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:

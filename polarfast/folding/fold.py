@@ -22,12 +22,15 @@ from ..layers import CONVS, TRANSPOSED, plain_type
 from ..tracing.classes import Channels
 from ..tracing.graph import ProjectionCall
 from .carriers import Carriers
-from .replay import DEPENDS, Field, Fold, ReaderFold, Runs, shift_of
+from .replay import COUNTED, DEPENDS, Field, Fold, ReaderFold, Runs, Varied, shift_of
+from .sizes import more_samples, other_sizes
 
 #: What may become of the constants: the first is what `plan` and `slim` do unless told otherwise.
 FOLDS = ("exact", "bias", "none")
 #: Seeds of two runs: what differs between them depends on the input.
 FIRST, SECOND = 1, 2
+#: So often are the network's decisions tossed until it runs.
+TOSSES = 4
 
 
 def fold_constants(
@@ -65,7 +68,7 @@ def fold_constants(
             continue
         call = channels.graph.projections[i]
         reader = result.readers[i] = ReaderFold(call.weight, sinks.name(i))
-        problem = DEPENDS if i in look.depends else seen.problem()
+        problem = look.uncarried(i) or seen.problem()
         if problem is None and i in look.sized:
             problem = "is another constant"
         if problem is None and (call.padded or call.transposed):
@@ -194,7 +197,7 @@ class Masked:
         wanted: dict[int, Tensor],
         seed: int,
         inputs: Inputs | None = None,
-        varied: bool = False,
+        varied: Varied | None = None,
     ) -> dict[int, Field]:
         """What readers see on random inputs; none if the network does not run without weights.
 
@@ -222,6 +225,7 @@ class _Look:
         fields: by index into `graph.projections`; own: the same at the size of the example, which
             may show less.
         depends: readers that see something that depends on the input.
+        counted: readers that see another constant where there are more samples.
         sized: readers that see another constant where the input is of another size.
         real: readers that were looked at in the whole network.
     """
@@ -230,19 +234,18 @@ class _Look:
         self.masked, self.wanted = masked, wanted
         self.own = own = masked.see(masked.hollow, wanted, FIRST)
         # At the size of the example a border may be all there is, or not there at all.
-        self._inputs: Inputs | None = None
-        self.fields = own
-        for larger in masked.inputs.at_other_sizes() if own else ():
-            fields = masked.see(masked.hollow, wanted, FIRST, larger)
-            if fields.keys() == own.keys():  # else it does not run there
-                self._inputs, self.fields = larger, fields
+        self._inputs: dict[int, Inputs] = {}  # other ones, by reader
+        self.fields = dict(own)
+        for group in other_sizes(masked.inputs) if own else ():
+            if any([self._note(other) for other in group]):
                 break
-        again = self._again() if self.fields else {}
-        self.real = {
+        agains = self._agains() if own else [{}]
+        shown = {
             i
-            for i in wanted
-            if i not in self.fields or i not in again or self.fields[i].differs_from(again[i])
+            for i, field in own.items()
+            if any(i in again and field.differs_from(again[i]) for again in agains)
         }
+        self.real = shown | {i for i in wanted if i not in own or i not in agains[0]}
         self.sized = {
             i
             for i, field in self.fields.items()
@@ -251,16 +254,26 @@ class _Look:
             and field.differs_from(own[i])
             and field.problem() is None
         }
+        more = masked.see(masked.hollow, wanted, FIRST, more_samples(masked.inputs)) if own else {}
+        self.counted = {
+            i for i, f in more.items() if i in own and i not in self.real and f.differs_from(own[i])
+        }
         self.depends: set[int] = set()
         if self.real:
             unsure = {i: wanted[i] for i in self.real}
             first, second = (masked.see(masked.whole, unsure, seed) for seed in (FIRST, SECOND))
             # A gate may hardly move on two inputs, and still follow whatever is before it.
-            moved = {i for i in self.real & self.fields.keys() & again.keys() if first[i].largest}
+            moved = {i for i in shown if first[i].largest}
             self.fields = {i: f for i, f in self.fields.items() if i not in unsure} | first
             self.depends = moved | {
                 i for i in first if i not in second or first[i].differs_from(second[i])
             }
+
+    def uncarried(self, index: int) -> str | None:
+        """Why nothing can stand for what a reader sees, if so."""
+        if index in self.depends:
+            return DEPENDS
+        return COUNTED if index in self.counted else None
 
     def here(self, index: int) -> Field:
         """What a reader sees at the size of the example: what is folded where one value must do."""
@@ -281,35 +294,69 @@ class _Look:
             return f"{problem} {ELSEWHERE}"
         return _note(problem, self.here(index), channels, left)
 
-    def _again(self) -> dict[int, Field]:
-        """A second look, in which all that may differ does."""
-        masked = self.masked
-        found = masked.see(masked.hollow, self.wanted, SECOND, self._inputs, varied=True)
-        return found or masked.see(masked.hollow, self.wanted, SECOND, self._inputs)
+    def _note(self, other: Inputs) -> bool:
+        """Look at other inputs, and keep what shows more; whether the network runs on them."""
+        fields = self.masked.see(self.masked.hollow, self.wanted, FIRST, other)
+        if fields.keys() != self.own.keys():
+            return False
+        for i, field in fields.items():
+            own, before = self.own[i], self.fields[i]
+            places = field.problem() is not None
+            larger = i in self._inputs and before.problem() is None
+            if (
+                i not in self._inputs
+                or (places and before.problem() is None)
+                or (larger and field.differs_from(own) and not before.differs_from(own))
+            ):
+                self.fields[i], self._inputs[i] = field, other
+        return True
+
+    def _agains(self) -> list[dict[int, Field]]:
+        """Second looks, in which all that may differ does; the first one is there in any case."""
+
+        def see(varied: Varied | None, seed: int = SECOND) -> dict[int, Field]:
+            return self.masked.see(self.masked.hollow, self.wanted, seed, varied=varied)
+
+        looks = [see(Varied.KEPT) or see(None)]
+        flipped = see(Varied.FLIPPED)
+        for seed in () if flipped else range(SECOND, SECOND + TOSSES):
+            flipped = flipped or see(Varied.TOSSED, seed)
+        return [*looks, flipped, see(Varied.LESS)]
 
     @property
     def seen(self) -> "_Fields":
         """What readers see in removed channels."""
-        both = self._inputs is not None
-        here = {i: f for i, f in self.own.items() if both and i not in self.real}
+        here = {i: f for i, f in self.own.items() if i in self._inputs and i not in self.real}
         return _Fields(self.fields, here)
 
     def unit(self, carriers: Carriers, indices: Iterable[int]) -> "_Fields":
         """What these readers see in constant channels."""
         left = {i: self.wanted[i] for i in indices}
         found = _Fields({}, {})
-        for runs in ("hollow", "whole"):
-            mine = {i: gone for i, gone in left.items() if runs == "whole" or i not in self.real}
-            if mine:
-                chosen: Runs = getattr(self.masked, runs)
-                with carriers.shown(chosen.tensors):
-                    if runs == "hollow" and self._inputs is not None:
-                        found.large.update(self.masked.see(chosen, mine, FIRST, self._inputs))
-                        found.here.update(self.masked.see(chosen, mine, FIRST))
+        hollow = {i: gone for i, gone in left.items() if i not in self.real}
+        if hollow:
+            runs = self.masked.hollow
+            with carriers.shown(runs.tensors):
+                here = self.masked.see(runs, hollow, FIRST)
+                for other in _each_once(self._inputs.get(i) for i in hollow):
+                    mine = {i: g for i, g in hollow.items() if self._inputs.get(i) is other}
+                    if other is None:
+                        found.large.update({i: f for i, f in here.items() if i in mine})
                     else:
-                        found.large.update(self.masked.see(chosen, mine, FIRST))
-                left = {i: gone for i, gone in left.items() if i not in found.large}
+                        found.large.update(self.masked.see(runs, mine, FIRST, other))
+                        found.here.update({i: f for i, f in here.items() if i in mine})
+        real = {i: gone for i, gone in left.items() if i not in found.large}
+        if real:
+            with carriers.shown(self.masked.whole.tensors):
+                found.large.update(self.masked.see(self.masked.whole, real, FIRST))
+                for i in real:
+                    found.here.pop(i, None)
         return found
+
+
+def _each_once(found: Iterable[Inputs | None]) -> list[Inputs | None]:
+    """By identity."""
+    return list({id(each): each for each in found}.values())
 
 
 @dataclass
@@ -348,7 +395,10 @@ def _carry(
     """
     channels = carriers.channels
     several = {i for i in pending if len(sinks.calls_of_weight(i)) > 1}  # one weight, several uses
-    seen, unit = look.seen, look.unit(carriers, pending.keys() - look.depends - several)
+    seen, unit = (
+        look.seen,
+        look.unit(carriers, {i for i in pending if look.uncarried(i) is None} - several),
+    )
     for i, problem in pending.items():
         call, positions, reader = channels.graph.projections[i], look.wanted[i], result.readers[i]
         here = look.here(i)

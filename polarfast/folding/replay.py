@@ -7,6 +7,7 @@ Each convolution and linear layer is met as the call that it is in the traced gr
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..tracing.projections import convolution_fits, convolution_shape
 #: largest value: float64 rounding.
 TOLERANCE = 1e-11
 DEPENDS, DIFFERS = "depends on the input", "differs from place to place"
+COUNTED = "depends on how many samples there are"
 
 
 @dataclass
@@ -181,6 +183,10 @@ def shift_of(
 PROJECTIONS = {"convolution": (0, 1), "addmm": (1, 2), "mm": (0, 1)}
 #: Operators that look values up by whole numbers.
 LOOKUPS = frozenset("embedding index index_select gather".split())
+#: Operators whose result may be the same for all inputs near an example, and not for others.
+LEVELS = frozenset(
+    "sign sgn heaviside ceil floor round trunc clamp clamp_min clamp_max hardtanh relu".split()
+)
 #: Other views of a weight, or copies of one.
 VIEWS = frozenset("t transpose permute view _unsafe_view unsqueeze expand detach alias".split())
 COPIES = frozenset(("clone", "_to_copy"))
@@ -279,6 +285,15 @@ class _Reads(_Projections):
         return x
 
 
+class Varied(Enum):
+    """How a run without weights may differ from what the inputs ask for, past all projections:
+    masks from lengths, look-ups and the like are drawn; single decisions (`if x.mean() > 5`) are
+    KEPT, FLIPPED or TOSSED; LESS: kept, and whole numbers among the inputs are smaller.
+    """
+
+    KEPT, FLIPPED, TOSSED, LESS = range(4)
+
+
 class Unfit(Exception):
     """A network that does not run without its weights."""
 
@@ -293,8 +308,7 @@ class _Hollow(_Reads):
         tensors, calls, wanted: as in `_Reads`; of a model with zeros for the projections' weights.
         hollow: names of the weights that are not there.
         seed: of the numbers drawn.
-        varied: what follows from the inputs past all projections, as masks from lengths and
-            switches from means, is drawn, too.
+        varied: how what follows from the inputs past all projections is drawn, too.
     """
 
     def __init__(
@@ -304,7 +318,7 @@ class _Hollow(_Reads):
         wanted: dict[int, Tensor],
         hollow: set[str],
         seed: int,
-        varied: bool = False,
+        varied: Varied | None = None,
     ) -> None:
         super().__init__(tensors, calls, wanted)
         self.varied, self.raw = varied, WeakIdKeyDictionary()
@@ -317,10 +331,12 @@ class _Hollow(_Reads):
         def raw(tensor: Tensor) -> Tensor:
             if tensor.dtype == torch.bool:
                 tensor = self.draws.coins(tensor)
+            elif self.varied == Varied.LESS and not tensor.is_floating_point():
+                tensor = self.draws.up_to(tensor)
             self.raw[tensor] = True
             return tensor
 
-        return map_tensors(inputs, raw) if self.varied else inputs
+        return inputs if self.varied is None else map_tensors(inputs, raw)
 
     def _vary(self, name: str, args: Any, out: Any) -> Any:
         """The result of an operator on the inputs, drawn where it decides something or is looked
@@ -330,7 +346,9 @@ class _Hollow(_Reads):
         if not numbers or not isinstance(out, Tensor):
             return out
         if out.dtype == torch.bool and any(number.dtype != torch.bool for number in numbers):
-            out = self.draws.coins(out)
+            out = self._decided(out)
+        elif out.is_floating_point() and name in LEVELS:
+            out = out * self.draws.shares(out)
         elif out.is_floating_point() and any(not n.is_floating_point() for n in numbers):
             if name in LOOKUPS:
                 out = self.draws.take(list(out.shape), out.device)
@@ -339,10 +357,16 @@ class _Hollow(_Reads):
         self.raw[out] = True
         return out
 
+    def _decided(self, out: Tensor) -> Tensor:
+        """A comparison's result, drawn; one number alone is a decision."""
+        if out.numel() != 1 or self.varied == Varied.TOSSED:
+            return self.draws.coins(out)
+        return ~out if self.varied == Varied.FLIPPED else out
+
     def other(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.hollow.isdisjoint(_addresses(args, kwargs)):
             out = super().other(name, func, args, kwargs)
-            return self._vary(name, args, out) if self.varied else out
+            return out if self.varied is None else self._vary(name, args, out)
         if name in VIEWS:
             return func(*args, **kwargs)
         if name in COPIES:
@@ -372,6 +396,21 @@ class _Draws:
     def share(self) -> float:
         """A number in [0, 1)."""
         return float(torch.rand((), generator=self.generator))
+
+    def shares(self, like: Tensor) -> Tensor:
+        """Numbers in [0.5, 1)."""
+        return (0.5 + 0.5 * torch.rand(like.shape, generator=self.generator)).to(like)
+
+    def up_to(self, most: Tensor) -> Tensor:
+        """Whole numbers from 1 to each of these, or from 0 where none is above 1, as in a mask; what
+        is not positive stays.
+        """
+        if not bool((most > 1).any()):
+            return most * self.coins(most)
+        drawn = torch.rand(most.shape, generator=self.generator, dtype=torch.float64).to(
+            most.device
+        )
+        return torch.where(most > 0, 1 + (drawn * most).to(most.dtype).clamp(max=most - 1), most)
 
     def coins(self, like: Tensor) -> Tensor:
         """Random truth values."""
@@ -482,7 +521,7 @@ class Runs:
     hollow: set[str] = field(default_factory=set)
 
     def fields(
-        self, inputs: Any, wanted: dict[int, Tensor], seed: int, varied: bool = False
+        self, inputs: Any, wanted: dict[int, Tensor], seed: int, varied: Varied | None = None
     ) -> dict[int, Field] | None:
         """For each call index in `wanted`, what the call reads in those input channels; None where
         a model does not run without its weights.
@@ -509,7 +548,7 @@ class Runs:
         return reads.fields
 
     def _drawn(
-        self, inputs: Any, wanted: dict[int, Tensor], seed: int, varied: bool
+        self, inputs: Any, wanted: dict[int, Tensor], seed: int, varied: Varied | None
     ) -> dict[int, Field] | None:
         reads = _Hollow(self.tensors, self.calls, wanted, self.hollow, seed, varied)
         inputs = reads.start(inputs)

@@ -106,6 +106,9 @@ def _describe(inputs: Any, meaning: frozenset[int], numbers: Iterator[int]) -> S
     )
 
 
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What to run a network on: inputs like the examples, and of the examples themselves whatever
@@ -141,6 +144,12 @@ class Inputs:
                     "inputs of one example are a tuple"
                 )
         return cls(specs, examples)
+
+    @property
+    def whole_numbers(self) -> bool:
+        """Whether some of them are."""
+        parts = parts_of(self.specs[0])
+        return any(getattr(torch, part["dtype"]) in _WHOLE for part in parts)
 
     def make(self, *, device: torch.device, dtype: torch.dtype, seed: int, example: int = 0) -> Any:
         """Inputs to run on: what has a meaning as in one of the examples, the rest random, in its

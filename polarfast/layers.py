@@ -232,6 +232,10 @@ def _is_affine(norm: nn.modules.batchnorm._BatchNorm, input: Tensor) -> bool:
     return takes_kernel(input)
 
 
+#: The buffer of a `PutBack` that says where its channels go.
+PUT_BACK_INDEX = "put_back_index"
+
+
 class PutBack(Variant):
     """A normalization of the kept channels whose output has the full width again ("expand").
 
@@ -366,6 +370,11 @@ def _only_normalizes(module: nn.Module, plain: type[nn.Module]) -> bool:
             return torch.equal(plain.forward(inner, input), wanted)
     except Exception:  # it is the user's code; what fails here, does something else
         return False
+
+
+def puts_back(module: nn.Module) -> bool:
+    """Whether a module puts channels back already: a slim model's."""
+    return isinstance(module, PutBack)
 
 
 def can_put_back(module: nn.Module) -> bool:

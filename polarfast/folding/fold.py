@@ -317,11 +317,17 @@ class _Look:
         def see(varied: Varied | None, seed: int = SECOND) -> dict[int, Field]:
             return self.masked.see(self.masked.hollow, self.wanted, seed, varied=varied)
 
-        looks = [see(Varied.KEPT) or see(None)]
-        flipped = see(Varied.FLIPPED)
-        for seed in () if flipped else range(SECOND, SECOND + TOSSES):
-            flipped = flipped or see(Varied.TOSSED, seed)
-        return [*looks, flipped, see(Varied.LESS)]
+        looks = [see(Varied.KEPT)]
+        decided = self.masked.hollow.decided
+        looks[0] = looks[0] or see(None)
+        if decided:
+            flipped = see(Varied.FLIPPED)
+            for seed in () if flipped else range(SECOND, SECOND + TOSSES):
+                flipped = flipped or see(Varied.TOSSED, seed)
+            looks.append(flipped)
+        if self.masked.inputs.whole_numbers:
+            looks.append(see(Varied.LESS))
+        return looks
 
     @property
     def seen(self) -> "_Fields":

@@ -322,6 +322,7 @@ class _Hollow(_Reads):
     ) -> None:
         super().__init__(tensors, calls, wanted)
         self.varied, self.raw = varied, WeakIdKeyDictionary()
+        self.decided = False  # whether the network decided something by one number
         self.hollow = {address for address, name in self.names.items() if name in hollow}
         self.draws = _Draws(seed)
 
@@ -359,7 +360,10 @@ class _Hollow(_Reads):
 
     def _decided(self, out: Tensor) -> Tensor:
         """A comparison's result, drawn; one number alone is a decision."""
-        if out.numel() != 1 or self.varied == Varied.TOSSED:
+        if out.numel() != 1:
+            return self.draws.coins(out)
+        self.decided = True
+        if self.varied == Varied.TOSSED:
             return self.draws.coins(out)
         return ~out if self.varied == Varied.FLIPPED else out
 
@@ -402,9 +406,7 @@ class _Draws:
         return (0.5 + 0.5 * torch.rand(like.shape, generator=self.generator)).to(like)
 
     def up_to(self, most: Tensor) -> Tensor:
-        """Whole numbers from 1 to each of these, or from 0 where none is above 1, as in a mask; what
-        is not positive stays.
-        """
+        """Whole numbers from 1 to each of these, or from 0 if none is above 1, as in a mask."""
         if not bool((most > 1).any()):
             return most * self.coins(most)
         drawn = torch.rand(most.shape, generator=self.generator, dtype=torch.float64).to(
@@ -513,12 +515,14 @@ class Runs:
         model, tensors: the copy, and its parameters and buffers by name.
         calls: `graph.projections`.
         hollow: names of weights that are not there, but zeros of their shapes.
+        decided: whether the last varied run has decided something by the inputs.
     """
 
     model: nn.Module
     tensors: dict[str, Tensor]
     calls: list[ProjectionCall]
     hollow: set[str] = field(default_factory=set)
+    decided: bool = False
 
     def fields(
         self, inputs: Any, wanted: dict[int, Tensor], seed: int, varied: Varied | None = None
@@ -559,4 +563,6 @@ class Runs:
             # Its code may well want other numbers than random ones (an index, a box): then the
             # whole network runs, and any error that is one shows.
             return None
+        finally:
+            self.decided = reads.decided
         return reads.fields

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from ..folding.carriers import carriers
 from ..folding.fold import check_fold
 from ..folding.replay import Fold
-from ..folding.visibility import UNKNOWN, VISIBLE, Answers, leaks, ranges, visibility
+from ..folding.visibility import HIDDEN, UNKNOWN, VISIBLE, Answers, leaks, ranges, visibility
 from ..inputs import Inputs, unwrap
 from ..scaling.factors import ScalingFactors
 from ..sharding import is_sharded, present_parameters, whole
@@ -189,9 +190,20 @@ class CutPredictor:
         self._beta_now = {name: betas[bias] for name, bias in self._counter.readers.items()}
         return magnitudes(gammas if scores is None else self.scales, scores)
 
-    def cut_of(self, compared: Mapping[str, Tensor]) -> float:
-        """As `cut`, from what `look` found."""
-        return self._compare(compared, thresholds(as_factors(compared), self.method, self.value))
+    @property
+    def guesses(self) -> bool:
+        """Whether a rough prediction may be another one than that which takes milliseconds more."""
+        return self._counter.guesses
+
+    def cut_of(self, compared: Mapping[str, Tensor], roughly: bool = False) -> float:
+        """As `cut`, from what `look` found.
+
+        Args:
+            roughly: where only a pass through the network tells whether removed channels leave a
+                constant behind (coupled channels), guess it from the signs of β.
+        """
+        limits = thresholds(as_factors(compared), self.method, self.value)
+        return self._compare(compared, limits, roughly)
 
     def count_for(
         self,
@@ -202,7 +214,8 @@ class CutPredictor:
         held: Mapping[str, float | None] = MappingProxyType({}),
         order: Tensor | None = None,
     ) -> int:
-        """How many of the weakest channels must go for the share of MACs closest to `cut`.
+        """How many of the weakest channels must go for the share of MACs closest to `cut`, roughly
+        (as in `cut_of`).
 
         Args:
             cut: share of MACs.
@@ -228,10 +241,13 @@ class CutPredictor:
         return low if abs(share(low) - cut) == best else high
 
     def _shares(
-        self, compared: Mapping[str, Tensor], order: Tensor, held: Mapping[str, float | None]
+        self,
+        compared: Mapping[str, Tensor],
+        order: Tensor,
+        held: Mapping[str, float | None],
     ) -> Callable[[int], float]:
-        """The share of MACs cut as a function of how many of the weakest channels go."""
-        moment = Moment(self.scales, self._beta_now, held, compared)
+        """The share of MACs cut as a function of how many of the weakest channels go, roughly."""
+        moment = Moment(self.scales, self._beta_now, held, compared, roughly=True)
 
         @functools.cache
         def share(count: int) -> float:
@@ -264,8 +280,13 @@ class CutPredictor:
         """Rows of the layers that cannot be emptied, even if all others stay whole."""
         return {row for row in range(len(self._names)) if self._counter.stays(row)}
 
-    def _compare(self, compared: Mapping[str, Tensor], limits: Mapping[str, float | None]) -> float:
-        return self._counter.share(Moment(self.scales, self._beta_now, limits, compared))
+    def _compare(
+        self,
+        compared: Mapping[str, Tensor],
+        limits: Mapping[str, float | None],
+        roughly: bool = False,
+    ) -> float:
+        return self._counter.share(Moment(self.scales, self._beta_now, limits, compared, roughly))
 
 
 def _plain(gamma: Tensor) -> bool:
@@ -283,6 +304,8 @@ class Moment:
         limits: name -> threshold; None removes nothing.
         compared: what is compared with the thresholds: name -> float [C] on the CPU; None for γ as
             they are, none of them negative.
+        roughly: where constant channels take a pass through the network, as of coupled channels,
+            guess them from the signs of β.
         joined: what was put together from these, but for the limits, for moments made from this one
             with other limits (`replace(moment, limits=...)`).
     """
@@ -291,6 +314,7 @@ class Moment:
     betas: Mapping[str, Tensor]
     limits: Mapping[str, float | None]
     compared: Mapping[str, Tensor] | None = None
+    roughly: bool = False
     joined: dict[object, Tensor] = field(default_factory=dict)
 
     def magnitudes(self) -> Mapping[str, Tensor]:
@@ -339,6 +363,7 @@ class CutCounter:
     Attributes:
         macs_before: multiply-accumulates of the whole network on the inputs.
         quick: whether MACs can be looked up at all.
+        guesses: whether a rough prediction may be another one.
         readers: γ name -> name of its β, for layers that may need a constant channel.
     """
 
@@ -371,11 +396,13 @@ class CutCounter:
         self.macs_before = costs.macs(everything)
         self._shared = shares_channels(channels, self._names) or bool(channels.balanced)
         limited = not limits.none or min(self._sizes) < 2
+        self.guesses = self._shared and bool(self.readers)
         self._widths = Widths(channels, self._names)
         self.quick = of == "macs" and self._widths.known and not (self._shared or limited)
         # Emptied layers, strongest first -> what follows; holds for good.
         self._regimes: dict[tuple[int, ...], _Regime | None] = {}
         self._tables: dict[tuple[_Regime, torch.device], tuple[Tensor, Tensor]] = {}
+        self._folds: dict[bytes, frozenset[int]] = {}
 
     def share(self, moment: Moment) -> float:
         """The share of MACs cut."""
@@ -503,26 +530,59 @@ class CutCounter:
         choice, folded = self._chooser.choose(
             moment.magnitudes(),
             moment.limits,
-            lambda choice: self._constants(choice, moment.betas),
+            lambda choice: self._constants(choice, moment),
         )
         return 1.0 - self._cost(choice.staying(folded.constant)) / (self._before or 1.0)
 
-    def _constants(self, choice: Selection, betas: Mapping[str, Tensor]) -> Fold:
+    def _constants(self, choice: Selection, moment: Moment) -> Fold:
         """What `fold_constants` would find, of which the constant channels are enough here."""
         reading = self._reading(choice.alive())
-        constant = set()
+        constant, sets = set(), set()
+        known = b""
         for name in self._seen.readers:
             labels = choice.layers[name]
             gone = ~choice.stays[labels]
             if not bool(gone.any()):
                 continue
             answers = torch.tensor(self._seen.answers(name, reading), device="cpu")
-            found = answers[ranges(betas[name].detach().cpu())[gone]]
-            if self._shared or (bool((found == UNKNOWN).any()) and VISIBLE not in found):
+            found = answers[ranges(moment.betas[name].detach().cpu())[gone]]
+            known += bytes(found.tolist())
+            if self._shared:
+                shows = labels[gone][found != HIDDEN]
+                sets |= set(self._sets[shows].tolist()) - {-1}
+            elif bool((found == UNKNOWN).any()) and VISIBLE not in found:
                 return self._chooser.constants(choice)
-            if VISIBLE in found:
+            elif VISIBLE in found:
                 constant.add(int(labels[gone].min()))
-        return Fold(constant=constant)
+        if not self._shared:
+            return Fold(constant=constant)
+        if moment.roughly:
+            gone = ~choice.stays
+            firsts = [((self._sets == each) & gone).nonzero()[0] for each in sets]
+            return Fold(constant={int(first) for first in firsts})
+        return self._folded(choice, known)
+
+    def _folded(self, choice: Selection, known: bytes) -> Fold:
+        """Constant channels by a pass through the network, kept for the same removed channels and
+        the same answers of their β.
+        """
+        if UNKNOWN in known:  # it goes by the values of β
+            return self._chooser.constants(choice)
+        key = choice.stays.numpy().tobytes() + known
+        found = self._folds.get(key)
+        if found is None:
+            if len(self._folds) >= LARGEST:
+                self._folds.clear()
+            found = self._folds[key] = frozenset(self._chooser.constants(choice).constant)
+        return Fold(constant=set(found))
+
+    @functools.cached_property
+    def _sets(self) -> Tensor:
+        """int64 [graph.count]: the set of classes that one constant channel can stand for; −1."""
+        found = torch.full((self._channels.graph.count,), -1, dtype=torch.long, device="cpu")
+        for label, carrier in carriers(self._channels, self._channels.graph.mask()).items():
+            found[label] = carrier
+        return found
 
     def _reading(self, alive: Tensor) -> set[int]:
         calls = enumerate(self._channels.graph.projections)

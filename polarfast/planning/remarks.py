@@ -23,7 +23,8 @@ def on_thresholds(plan: PruningPlan, scales: ScalingFactors) -> list[str]:
     last = Binding.of(scales).last
     found = [text] if last is not None and (text := last.remark()) else []
     sizes = {name: gamma.detach().abs().float().cpu() for name, gamma in scales.items()}
-    if plan.flops_reduction < LITTLE:
+    shrunk = last is not None and last.shrunk  # what was at 0 has gone already
+    if plan.flops_reduction < LITTLE and not shrunk:
         channels = sum(layer.channels for layer in plan.layers.values())
         gone = channels - sum(kept.numel() for kept in plan.kept.values())
         smallest = {name: float(each.min()) for name, each in sizes.items()}

@@ -200,7 +200,9 @@ def refuse_other_width(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 def _warn_of(plan: PruningPlan, model: nn.Module) -> None:
     """Say it where nothing is cut, and where γ are no longer those that the plan was made from."""
-    if all(plan.kept[name].numel() == layer.channels for name, layer in plan.layers.items()):
+    slim_already = hasattr(model, "polarfast_info")
+    whole = all(plan.kept[name].numel() == layer.channels for name, layer in plan.layers.items())
+    if whole and not slim_already:
         warnings.warn(
             "pf.slim: the plan removes no channel, so this is a copy of the model: print(plan) "
             "says why",
@@ -379,10 +381,16 @@ def _new_tensors(
         norm = channels.calls[weight]
         alive = layout.alive[norm.inputs]
         gamma, prefix = tensors[weight], weight.rpartition(".")[0]
+        alive = alive.to(gamma.device)
         constant = torch.zeros_like(gamma)
         if fold != "none" and norm.bias is not None and norm.gate is None:
-            constant = torch.where(alive.to(gamma.device), constant, tensors[norm.bias].detach())
-        new[f"{prefix}.put_back_index"] = alive.nonzero().flatten().to(gamma.device)
+            constant = torch.where(alive, constant, tensors[norm.bias].detach())
+        index = alive.nonzero().flatten()
+        places = tensors.get(f"{prefix}.put_back_index")
+        if places is not None:  # the model is slim already: among what was put back before
+            among = tensors[f"{prefix}.put_back_constant"].detach()
+            constant, index = among.index_copy(0, places, constant), places[index]
+        new[f"{prefix}.put_back_index"] = index.clone()
         new[f"{prefix}.put_back_constant"] = constant.detach().clone()
     return new
 

@@ -13,7 +13,7 @@ from ..copies import tensors_of_model
 from ..documents import check_fields, list_of, mapping_of, one_of, optional, short, truth, whole
 from ..errors import PlanError
 from ..kernels.gather import gather_channels
-from ..layers import SILENT, put_back_type
+from ..layers import SILENT, PutBack, put_back_type
 from ..tracing.classes import Channels
 from ..tracing.graph import ProjectionCall
 
@@ -321,10 +321,11 @@ def _write_norm(
     if isinstance(module, nn.modules.batchnorm._NormBase):
         change.attributes = {"num_features": kept}
     if boundary:
-        change.put_back = ids.numel()
+        before = module.put_back_constant if isinstance(module, PutBack) else ids
+        change.put_back = before.numel()
         prefix = name.rpartition(".")[0]
         structure.shapes[f"{prefix}.put_back_index"] = [kept]
-        structure.shapes[f"{prefix}.put_back_constant"] = [ids.numel()]
+        structure.shapes[f"{prefix}.put_back_constant"] = [before.numel()]
     else:
         change.silent = kept == 0
 

@@ -35,6 +35,8 @@ FALL, LONGEST_FALL = 0.08, 0.4
 AT_ZERO, ARRIVED = 0.01, 0.001
 #: What the live cut may lack, or the choice of before miss, before something is done about it.
 CLOSE = 0.003
+#: Where a prediction takes passes through the network, they are taken at one in so many looks.
+PASSES = 5
 #: From this part of the training on, it is said where the share is out of reach.
 EARLY = 0.15
 #: What the training may miss at its end before a warning says so.
@@ -146,6 +148,7 @@ class FlopsTarget(Polarization):
         self._estimate = 0.0  # λ at first; 0: not known yet
         self._count = 0  # factors to go
         self._before: Tensor | None = None  # their factors at the last look, one after the other
+        self._off = 0.0  # by how much rough predictions are
         self._fall = FALL * self._horizon  # steps in which a factor is to fall to 0
         self._speed = 0.0  # by which factors that are to go have fallen a step, since then
         self._way = 0.0  # that they have to go, on average
@@ -199,6 +202,10 @@ class FlopsTarget(Polarization):
         others = {name: params[name] for name in self._others if params[name].numel()}
         return ScalingFactors(factors, others=others, residual=pruned.residual, model=slim)
 
+    @property
+    def shrunk(self) -> bool:
+        return self._followed is not None
+
     def due(self, step: int) -> float:
         """The share of MACs that is to be cut after so many steps."""
         part = (step / self._horizon - FIRST) / (LAST - FIRST)
@@ -230,7 +237,7 @@ class FlopsTarget(Polarization):
             self._steer(scales)
         last = self._step + 1 == self._steps
         if self._step % self._every == 0 or last:
-            self._look(scales, optimizer, scale)
+            self._look(scales, optimizer, scale, last)
             self._looked = self._step
             self._warn(scales, optimizer, last)
         self._step += 1
@@ -263,12 +270,13 @@ class FlopsTarget(Polarization):
         scales: ScalingFactors,
         optimizer: Optimizer,
         scale: Tensor | None,
+        last: bool,
     ) -> None:
         """Set the centers and λ from the γ of the moment."""
         self.keep_up()
         compared = self.predictor.look()
         steered = {name: compared[name] for name in scales}
-        self.live = self.predictor.cut_of(compared)
+        self.live = self._live(compared, last)
         flat = torch.cat(list(steered.values()))
         if self._before is not None:
             moved = (self._before - flat)[self._below_centers(steered) & (flat > ARRIVED)]
@@ -339,6 +347,17 @@ class FlopsTarget(Polarization):
         centers = self.centers or (-1.0,) * len(steered)
         return torch.cat([v <= c for v, c in zip(steered.values(), centers, strict=True)])
 
+    def _live(self, compared: Mapping[str, Tensor], last: bool) -> float:
+        """The share that a plan would cut. Where that takes passes through the network (coupled
+        channels), these are taken now and then, and rough predictions are set right by them.
+        """
+        if not self.predictor.guesses:
+            return self.predictor.cut_of(compared)
+        rough = self.predictor.cut_of(compared, roughly=True)
+        if last or self._step // self._every % PASSES == 0:
+            self._off = rough - self.predictor.cut_of(compared)
+        return rough - self._off
+
     def _choose(self, compared: Mapping[str, Tensor], steered: Mapping[str, Tensor]) -> None:
         """Set the centers such that what is below them cuts the share that will soon be due."""
         units = self._units(steered)
@@ -355,7 +374,7 @@ class FlopsTarget(Polarization):
             self._count = 0
         else:
             self._count = self.predictor.count_for(
-                due, {**compared, **ranked}, self._count, CLOSE, held, order
+                due + self._off, {**compared, **ranked}, self._count, CLOSE, held, order
             )
         border = _between(order, self._count)
         self.centers = tuple(
@@ -538,6 +557,7 @@ class FlopsTarget(Polarization):
             "lam": self.lam,
             "estimate": self._estimate,
             "live": self.live,
+            "off": self._off,
             "count": self._count,
             "centers": list(self.centers or ()),
             "before": [] if self._before is None else self._before.tolist(),
@@ -565,6 +585,7 @@ class FlopsTarget(Polarization):
                 )
         self._step, self.lam, self._estimate = state["step"], state["lam"], state["estimate"]
         self.live, self._count, self._speed = state["live"], state["count"], state["speed"]
+        self._off = state["off"]
         self.centers = tuple(state["centers"]) or None
         self._before = torch.tensor(state["before"], device="cpu") if state["before"] else None
         self._way, self._up, self._fall = state["way"], state["up"], state["fall"]

@@ -198,6 +198,11 @@ class Regularizer:
     def settle(self, scales: "ScalingFactors") -> None:
         """Called at the end of each training step, after the clamp."""
 
+    @property
+    def shrunk(self) -> bool:
+        """Whether channels at 0 have been taken out of the network that trains."""
+        return False
+
     def remark(self) -> str | None:
         """What whoever plans a pruning now should know about the training; None: nothing."""
         return None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import can_put_back
+from ..layers import can_put_back, puts_back
 from ..sharding import refuse_sharded
 from .dryrun import trace
 from .graph import PIN, Addition, Graph, Macs, Match, NormCall, ProjectionCall, Ragged
@@ -47,10 +47,15 @@ def trace_channels(
     """
     refuse_sharded(model)
 
-    def putting_back(name: str) -> bool:
-        return can_put_back(model.get_submodule(name.rpartition(".")[0]))
+    def norm(scale: str) -> nn.Module:
+        return model.get_submodule(scale.rpartition(".")[0])
 
-    return Channels(trace(model, example_inputs, with_operations), residual, putting_back)
+    return Channels(
+        trace(model, example_inputs, with_operations),
+        residual,
+        lambda scale: can_put_back(norm(scale)),
+        lambda scale: puts_back(norm(scale)),
+    )
 
 
 class Channels:
@@ -64,7 +69,8 @@ class Channels:
 
     Attributes:
         graph, residual: what this was made from.
-        boundaries: γ of norms whose output is put back to full width ("expand", "expand-all").
+        boundaries: γ of norms whose output is put back to full width ("expand", "expand-all", and
+            in a slim model made so).
         label: int64 [graph.count], the class of each id; PIN: must stay.
         layers: γ name -> class of each of its channels, int64 [C]; the norms that take part, in
             order of execution.
@@ -72,7 +78,13 @@ class Channels:
             `pinned_macs`.
     """
 
-    def __init__(self, graph: Graph, residual: str, can_put_back: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        residual: str,
+        can_put_back: Callable[[str], bool],
+        puts_back: Callable[[str], bool],
+    ) -> None:
         self.graph, self.residual = graph, residual
         self._raw = graph.labels()
         self.calls: dict[str, NormCall] = {}
@@ -81,9 +93,9 @@ class Channels:
                 self.calls.setdefault(call.scale, call)
         self._alone = {name for name, call in self.calls.items() if self._reads_alone(name, call)}
         self._meeting, self._branches = self._sort_additions()
-        self.boundaries = (
-            self._find_boundaries(can_put_back) if residual in PUTTING_BACK else frozenset()
-        )
+        self.boundaries = frozenset(filter(puts_back, self._alone))
+        if residual in PUTTING_BACK:
+            self.boundaries |= self._find_boundaries(can_put_back)
         self.label = self._classes()
         #: class labels [P, m]: as many must stay in each row
         self.balanced = self._find_balanced()

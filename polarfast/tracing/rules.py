@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..inputs import tensors_in
+from ..layers import PUT_BACK_INDEX
 from .graph import PIN, along, compact, varying_dims
 from .recorder import ParameterView, Recorder, Value, pinned_ids
 
@@ -272,6 +273,19 @@ def copy_into(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> N
     rec.put(out, into.ids, [into, value])
 
 
+def put_back(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
+    """Channels at their places among constants, as a slim model's norms put them back: the result
+    keeps its width whatever goes of what is put back, whose constants take the empty places.
+    """
+    into, dim, index, kept = args
+    places, value = rec.view(index), rec.value(kept)
+    ours = places is not None and places.name.rpartition(".")[2] == PUT_BACK_INDEX
+    if not ours or dim != 1 or value is None or rec.value(into) is not None:
+        opaque(rec, func, args, out)
+        return
+    rec.put_pinned(out, [value])
+
+
 def as_pairs(rec: Recorder, func: Any, args: tuple[Any, ...], out: Tensor) -> None:
     """Complex numbers as a last dimension of their two parts, and back."""
     value = rec.values[args[0]]
@@ -302,6 +316,7 @@ OTHERS: dict[str, Callable[[Recorder, Any, tuple[Any, ...], Any], None]] = {
     "max_unpool2d": unpool,
     "max_unpool3d": unpool,
     "copy": copy_into,
+    "index_copy": put_back,
     "view_as_real": as_pairs,
     "view_as_complex": as_pairs,
     "glu": gated_half,

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import PlanError
+
 
 def tensors_of_model(model: nn.Module) -> dict[str, Tensor]:
     """All parameters, then all buffers, by name: those of `named_parameters` and `named_buffers`
@@ -30,13 +32,37 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
     Args:
         memo: id of an object -> what takes its place in the copy.
+
+    Raises:
+        PlanError: the model holds something that cannot be copied; the message names it.
     """
     memo = {} if memo is None else memo
     for module in model.modules():
         for tensor in _kept(vars(module).values(), set()):
             memo.setdefault(id(tensor), tensor.detach().clone())
-    made: nn.Module = copy.deepcopy(model, memo)
+    try:
+        made: nn.Module = copy.deepcopy(model, memo)
+    except TypeError as error:
+        raise PlanError(_uncopied(model, error)) from error
     return made
+
+
+def _uncopied(model: nn.Module, error: TypeError) -> str:
+    """Names what keeps a model from being copied."""
+    ours = {"_parameters", "_buffers", "_modules"}
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in ours:
+                continue
+            try:
+                copy.deepcopy(value)
+            except Exception:  # whatever it is
+                return (
+                    f"{prefix}{'.' * bool(prefix)}{name} is a {type(value).__name__}, which cannot "
+                    "be copied with the model, and polarfast works on copies: take it off the "
+                    f"model (or give it a __deepcopy__) while channels are removed ({error})"
+                )
+    return f"the model cannot be copied, and polarfast works on copies: {error}"
 
 
 def _kept(values: Iterable[Any], seen: set[int]) -> Iterator[Tensor]:

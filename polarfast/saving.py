@@ -65,6 +65,11 @@ def save(slim: nn.Module, plan: PruningPlan, path: str | os.PathLike[str]) -> No
                 else ": save it with torch.save(model.state_dict(), …)"
             )
         )
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise ArgumentError(
+            f"path={os.fspath(path)!r}: there is no folder '{folder}'; make it first"
+        )
     data = {
         "format": FORMAT,
         "version": VERSION,

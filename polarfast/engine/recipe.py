@@ -94,7 +94,7 @@ class Sparsity:
             those with gates, under FSDP2, and where a removed channel's constant does not fold.
     """
 
-    lam: float
+    lam: float = 0.0
     t: float = 1.2
     regularizer: Literal["polarization", "flops-target", "l1", "deephoyer", "none"] = "polarization"
     upper: float | None = 1.0
@@ -108,6 +108,11 @@ class Sparsity:
     shrink: bool = True
 
     def __post_init__(self) -> None:
+        if self.lam == 0 and self.regularizer not in ("flops-target", "none"):
+            raise ArgumentError(
+                f"sparsity.lam: '{self.regularizer}' needs its strength λ, above 0; 'flops-target' "
+                "finds its own"
+            )
         if not self.lam >= 0:
             raise ArgumentError(f"sparsity.lam={self.lam}: must not be negative")
         if self.upper is not None and not self.upper > 0:
@@ -410,7 +415,8 @@ def _build(kind: Any, values: dict[str, Any], prefix: str) -> Any:
     }
     missing = sorted(required - set(values))
     if missing:
-        raise ArgumentError(f"recipe: '{prefix}{missing[0]}' is missing")
+        each = ", ".join(f"'{prefix}{name}'" for name in missing)
+        raise ArgumentError(f"recipe: {each} {'is' if len(missing) == 1 else 'are'} missing")
     converted = {k: _convert(hints[k], v, prefix + k) for k, v in values.items()}
     try:
         return kind(**converted)

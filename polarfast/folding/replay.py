@@ -5,6 +5,7 @@ Each convolution and linear layer is met as the call that it is in the traced gr
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -498,12 +499,13 @@ def run_double(model: nn.Module, inputs: Any) -> Any:
     try:
         with plain_eager(), StaysDouble():
             return call_model(model, inputs)
-    except RuntimeError as error:
-        if "dtype" not in str(error) and "same type" not in str(error):
+    except (RuntimeError, AssertionError, TypeError, ValueError, LookupError) as error:
+        if isinstance(error, RuntimeError) and not re.search("dtype|same type", str(error)):
             raise
         raise PlanError(
-            f"the network cannot run in float64, in which removed channels are worked out: {error}."
-            " Let its code take the dtype from its input (torch.zeros(…, dtype=x.dtype))"
+            "the network cannot run in float64, in which removed channels are worked out: "
+            f"{str(error) or type(error).__name__}. Let its code take the dtype from its input "
+            "(torch.zeros(…, dtype=x.dtype)), and check inputs outside of the network"
         ) from error
 
 

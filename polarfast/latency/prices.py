@@ -1,5 +1,6 @@
 """What a network takes when some channel classes go, from the times of its operators."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -119,8 +120,9 @@ class Prices:
 def _timed(times: Mapping[str, Found], operation: Operation) -> Found:
     if operation.key not in times:
         raise PlanError(
-            f"the latency table has no time for {operation.key}, which this network runs: measure "
-            "it with this network and inputs of these sizes (pf.LatencyTable.measure)"
+            "the latency table is of another network, or of another size of inputs: it has no time "
+            f"for {json.loads(operation.key)[0]} as this network runs it. Measure this one with "
+            "inputs of these sizes (pf.LatencyTable.measure)"
         )
     return times[operation.key]
 

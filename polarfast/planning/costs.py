@@ -2,6 +2,7 @@
 layer, for `CutPredictor`.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -61,13 +62,17 @@ class PlanLatency:
         return None if cut is None else (1.0 - self.cut) / (1.0 - cut) - 1.0
 
     def __str__(self) -> str:
-        line = f"{self.before:.3g} → {self.after:.3g} ms  (−{self.cut:.1%}) predicted"
+        line = f"{self.before:.3g} → {self.after:.3g} ms  ({_change(self.cut)}) predicted"
         if self.cut_measured is not None:
             line += (
-                f"; {self.measured_before:.3g} → {self.measured:.3g} ms (−{self.cut_measured:.1%}) "
-                f"measured, prediction {self.error:+.1%} off"
+                f"; {self.measured_before:.3g} → {self.measured:.3g} ms "
+                f"({_change(self.cut_measured)}) measured, prediction {self.error:+.1%} off"
             )
         return f"{line}; {self.setting}" if self.setting else line
+
+
+def _change(cut: float) -> str:
+    return f"−{cut:.1%}" if cut >= 0 else f"+{-cut:.1%}"
 
 
 class Latencies(Protocol):
@@ -92,6 +97,10 @@ class Latencies(Protocol):
 
 def check_of(of: str, latency: Latencies | None) -> None:
     """Raise ArgumentError unless `of` is a cost, and a latency table is there iff it is needed."""
+    if isinstance(latency, str | os.PathLike):
+        raise ArgumentError(
+            f"latency={os.fspath(latency)!r}: pass the table, pf.LatencyTable.load of that file"
+        )
     if of not in COSTS:
         raise ArgumentError(f"of={of!r}: choose one of {', '.join(map(repr, COSTS))}")
     if of == "latency" and latency is None:

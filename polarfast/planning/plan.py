@@ -99,6 +99,7 @@ def plan(
         ScalingFactorError: there are no scaling factors.
         TracingError: the model does not run on the example inputs.
     """
+    check_scales("pf.plan", scales)
     check_of(of, latency)
     if latency is not None:
         latency.check_inputs(example_inputs)
@@ -255,6 +256,7 @@ def reachable(
     Raises:
         ArgumentError, PlanError, ScalingFactorError, TracingError: as in `plan`.
     """
+    check_scales("pf.reachable", scales)
     if latency is not None:
         latency.check_inputs(example_inputs)
         round_to = whole_steps(round_to, latency)
@@ -303,6 +305,15 @@ def mac_weights(
     least, most = min(saved.values()), max(saved.values())
     span = (high - low) / max(most - least, 1)
     return {name: high - span * (most - macs) for name, macs in saved.items()}
+
+
+def check_scales(call: str, scales: object) -> None:
+    """Raise ArgumentError for what are no scaling factors, as where arguments change places."""
+    if not isinstance(scales, ScalingFactors):
+        raise ArgumentError(
+            f"{call}(model, example_inputs, scales) was given a {type(scales).__name__} as scales: "
+            "pass what pf.scaling_factors or pf.add_gates returned, after the example inputs"
+        )
 
 
 def _sizes(scales: ScalingFactors) -> dict[str, int]:

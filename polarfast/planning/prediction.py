@@ -24,7 +24,7 @@ from ..tracing.graph import PIN, ProjectionCall
 from ..tracing.meaning import inputs_of
 from .costs import Costs, Latencies, check_of, whole_steps
 from .limits import Counts, Limits, Shares, bound_of
-from .plan import check_belongs
+from .plan import check_belongs, check_scales
 from .selection import Chooser, Selection
 from .thresholds import as_factors, check_any, check_method, magnitudes, thresholds, valleys
 
@@ -75,6 +75,7 @@ class CutPredictor:
         of: str = "macs",
         latency: Latencies | None = None,
     ) -> None:
+        check_scales("pf.CutPredictor", scales)
         check_of(of, latency)
         if latency is not None:
             latency.check_inputs(example_inputs)

@@ -21,6 +21,15 @@ ROUNDING = 1e-12
 LOOKS = 48
 
 
+def _more_layers(of: str, residual: str) -> str:
+    """What else might help."""
+    others = {"keep": "'expand' or 'couple'", "couple": "'expand'"}.get(residual, "'couple'")
+    advice = f"try another residual mode in scaling_factors ({others}; it is '{residual}')"
+    if of == "latency" and residual.startswith("expand"):
+        advice += ": putting channels back takes time, which 'keep' and 'couple' do not"
+    return advice
+
+
 @dataclass(frozen=True)
 class Reach:
     """Shares that can be cut: the smallest and the largest.
@@ -29,6 +38,7 @@ class Reach:
         macs: of the multiply-accumulates.
         params: of the parameters.
         latency: of the time, where a latency table was given.
+        residual: the mode that they hold for.
         pinned: as `ScalingFactors.pinned_macs`.
         binding: limit that binds, as given -> the largest shares without it, of MACs and of
             parameters, and of the time where that counts.
@@ -39,6 +49,7 @@ class Reach:
     binding: dict[str, tuple[float, ...]]
     pinned: dict[str, float] = field(default_factory=dict)
     latency: tuple[float, float] | None = None
+    residual: str = "keep"
 
     def refusal(self, cut: float, of: str = "macs") -> PlanError:
         """Says that this share is out of reach, and what is not."""
@@ -46,7 +57,7 @@ class Reach:
         costly = [item for item in self.pinned.items() if item[1] >= WORTH_SAYING][:2]
         return PlanError(
             f"cut={cut:g} of the {what} is out of reach: {self}. Ask for less, ease a limit, or "
-            "let more layers take part (residual='expand' or 'couple' in scaling_factors)"
+            + _more_layers(of, self.residual)
             + "".join(f"; {share:.1%} of the MACs stay for: {why}" for why, share in costly)
         )
 
@@ -147,7 +158,8 @@ def reach(chooser: Chooser, ranking: Ranking, latency: Latencies | None = None) 
             binding[f"{name}={value}{whose}"] = tuple(shares.values())
     pinned = chooser.channels.pinned_macs
     times = (0.0, most["latency"]) if "latency" in most else None
-    return Reach((0.0, most["macs"]), (0.0, most["params"]), binding, pinned, times)
+    residual = chooser.channels.residual
+    return Reach((0.0, most["macs"]), (0.0, most["params"]), binding, pinned, times, residual)
 
 
 class _Trials:

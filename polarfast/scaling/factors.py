@@ -268,7 +268,12 @@ def init_scales(scales: Mapping[str, nn.Parameter], value: float = 0.5) -> None:
     Raises:
         ArgumentError: `value` is not a finite number >= 0.
     """
-    if not 0.0 <= value < float("inf"):
+    if not isinstance(scales, Mapping):
+        raise ArgumentError(
+            f"pf.init_scales(scales, value) was given a {type(scales).__name__} as scales: pass "
+            "what pf.scaling_factors returned"
+        )
+    if not isinstance(value, int | float) or not 0.0 <= value < float("inf"):
         raise ArgumentError(
             f"value={value!r}: scaling factors start from a finite number >= 0 (0.5 in the paper)"
         )

@@ -131,6 +131,11 @@ def slim(
             tensor of another shape than its parameter's, as Adafactor's).
         VerificationError: the slim model does not equal what it claims; nothing was changed.
     """
+    if not isinstance(model, nn.Module) or not isinstance(plan, PruningPlan):
+        raise ArgumentError(
+            f"pf.slim(model, plan) was given a {type(model).__name__} and a {type(plan).__name__}: "
+            "the model comes first, then its plan"
+        )
     fold = plan.fold if fold is None else fold
     check_fold(fold)
     model = unwrap(model)

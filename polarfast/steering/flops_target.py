@@ -14,6 +14,7 @@ from ..errors import ArgumentError, StepError
 from ..inputs import misplaced, unwrap
 from ..kernels.table import Kind
 from ..planning.costs import NAMES, Latencies
+from ..planning.plan import check_scales
 from ..planning.prediction import CutPredictor
 from ..planning.thresholds import as_factors, thresholds
 from ..scaling.factors import ScalingFactors
@@ -121,6 +122,7 @@ class FlopsTarget(Polarization):
         of: str = "macs",
         latency: Latencies | None = None,
     ) -> None:
+        check_scales("pf.FlopsTarget", scales)
         _check(cut, steps, every)
         super().__init__(0.0, 1.0, upper, clamp=clamp)
         self.kind = Kind.CENTERED
@@ -461,7 +463,9 @@ class FlopsTarget(Polarization):
                 "longer, or take pf.plan(..., cut=)"
             )
         rate = max(float(group["lr"]) for group in groups)
-        longer = "Train longer" if left else "Go on with this same FlopsTarget for more steps"
+        longer = "Train longer"
+        if not left:
+            longer = "Go on with this same FlopsTarget for more steps, at a larger learning rate"
         lower = (
             ""
             if self._up < 0.6

@@ -100,7 +100,9 @@ class Binding:
                     f"{name!r} requires a gradient but is in no parameter group of this "
                     f"{type(optimizer).__name__}: build the optimizer from model.parameters() "
                     "after the model is complete, add_param_group it, or freeze it; if the model's "
-                    "parameters were replaced (fully_shard), take scales.rebind(model)"
+                    "parameters were replaced (fully_shard), take scales.rebind(model); if pf.slim "
+                    "or pf.shrink has given the optimizer another network, call handle.remove() "
+                    "before, and step with that one's scaling factors or with optimizer.step()"
                     f"{lost_gates(self.names)}"
                 )
         self._check_present()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +17,12 @@ from ..errors import ArgumentError, StepError
 from ..kernels.table import SgdStep, Table
 from ..sharding import local
 from .binding import Binding
+from .regularizers import Regularizer
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
 
     from ..scaling.factors import ScalingFactors
-    from .regularizers import Regularizer
 
 #: The steps on their way, in all threads; changed under the lock.
 _UNDERWAY: list[_Work] = []
@@ -73,7 +73,7 @@ def step(
     """
     if torch.compiler.is_dynamo_compiling():  # a clean graph break: nothing below is traced
         return torch.compiler.disable(step)(optimizer, scales, reg, scaler, closure)
-    _check_optimizer(optimizer, scales)
+    _check_arguments(optimizer, scales, reg)
     scaling = scaler is not None and scaler.is_enabled()
     if closure is not None and scaling:
         raise ArgumentError(
@@ -115,7 +115,7 @@ def attach(optimizer: Optimizer, scales: ScalingFactors, reg: Regularizer) -> At
         StepError: one of these γ is already attached to this optimizer, or it is LBFGS.
         ArgumentError: `optimizer` is a trainer's wrapper of an optimizer, or none at all.
     """
-    _check_optimizer(optimizer, scales)
+    _check_arguments(optimizer, scales, reg)
     return Attachment(optimizer, _Work(scales, reg, may_fuse=False))
 
 
@@ -417,11 +417,17 @@ def _attached(optimizer: Optimizer) -> list[_Work]:
     return [owner for owner in owners if isinstance(owner, _Work)]
 
 
-def _check_optimizer(optimizer: Optimizer, scales: ScalingFactors) -> None:
+def _check_arguments(optimizer: Optimizer, scales: ScalingFactors, reg: Regularizer) -> None:
     if not isinstance(optimizer, Optimizer) or "_optimizer_step_pre_hooks" not in vars(optimizer):
         raise ArgumentError(
             f"optimizer is a {type(optimizer).__name__}, which has none of an optimizer's parts: "
             "pass the torch.optim.Optimizer that it wraps"
+        )
+    if not isinstance(scales, Mapping) or not isinstance(reg, Regularizer):
+        raise ArgumentError(
+            "pf.step(optimizer, scales, reg) and pf.attach were given a "
+            f"{type(scales).__name__} as scales and a {type(reg).__name__} as reg: scales are what "
+            "pf.scaling_factors returned, reg is a pf.Polarization, pf.FlopsTarget or the like"
         )
     if isinstance(optimizer, LBFGS):
         raise StepError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import TracingError
 from ..layers import can_put_back, puts_back
 from ..sharding import refuse_sharded
 from .dryrun import trace
@@ -46,6 +47,12 @@ def trace_channels(
         TracingError: as in `trace`.
     """
     refuse_sharded(model)
+    lazy = [n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise TracingError(
+            f"{lazy[0]} has no size yet (a lazy layer): run the model once on an example, or take "
+            "a layer that never runs off it, before its channels are looked at"
+        )
 
     def norm(scale: str) -> nn.Module:
         return model.get_submodule(scale.rpartition(".")[0])

@@ -256,7 +256,11 @@ def _unrun(model: nn.Module, recorder: Recorder) -> list[str]:
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
     """Put back train/eval modes, buffers (their objects and their values) and random state."""
-    stores = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    stores = [
+        (module._buffers, dict(module._buffers))
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # whose buffers nobody replaces
+    ]
     tensors = tensors_of_model(model).values()
     buffers = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
     values = [(buffer, buffer.detach().clone()) for buffer in buffers]

@@ -1,5 +1,6 @@
 """What a run will cost, found out without running it: steps, memory, time."""
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,9 @@ def _model_table(model: nn.Module, scales: pf.ScalingFactors, plan: pf.PruningPl
     for name, gamma in scales.items():
         table.add_row(name, f"{gamma.numel():,}")
     table.add_section()
-    others = f"{len(scales)} layers ({len(scales.pinned)} others stay)"
+    others = (
+        f"{len(scales)} layers ({len(scales.pinned)} more stay{'s' * (len(scales.pinned) == 1)})"
+    )
     table.add_row(others, f"{scales.numel():,}")
     macs = plan.macs_before / plan.inputs["shape"][0]
     table.caption = f"{macs / 1e6:,.2f} M MACs an image, {plan.params_before:,} parameters"
@@ -165,5 +168,7 @@ def _cost_table(cost: Estimate, run: Run) -> Table:
     table.add_row("weights, gradients, optimizer", f"{cost.state_bytes / 2**20:,.0f} MiB a process")
     table.add_row("activations", f"{cost.activation_bytes / 2**20:,.0f} MiB a process")
     table.add_row("speed", f"{cost.images_per_second:,.0f} images/s")
-    table.add_row("time", f"about {cost.hours(recipe, data):,.2f} h, both stages")
+    hours = cost.hours(recipe, data)
+    spelled = f"{hours:,.1f} h" if hours >= 1 else f"{math.ceil(60 * hours)} min"
+    table.add_row("time", f"about {spelled}, both stages")
     return table

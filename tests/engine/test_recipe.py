@@ -139,6 +139,16 @@ def test_a_width_is_trained_from_scratch() -> None:
         recipe_from_dict(values)
 
 
+def test_a_few_settings_are_enough() -> None:
+    """As docs/engine.md has them."""
+    text = (Path(__file__).parents[2] / "docs" / "engine.md").read_text(encoding="utf-8")
+    written = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert written
+    for each in written:
+        recipe = recipe_from_dict(yaml.safe_load(each))
+        assert recipe.sparsity.regularizer == "flops-target" and recipe.sparsity.cut == 0.5
+
+
 def test_missing_setting() -> None:
     values = load_recipe("demo").to_dict()
     del values["train"]["lr"]

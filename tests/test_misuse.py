@@ -1,0 +1,108 @@
+"""What goes wrong in the first hour: arguments that change places, and models that hold something
+that cannot be worked with. Each is an error of ours that says what to do.
+"""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import polarfast as pf
+
+X = torch.randn(2, 3, 8, 8)
+
+
+def network(act: nn.Module | None = None) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), act or nn.ReLU(), nn.Conv2d(8, 8, 3),
+        nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def slimmed(model: nn.Module) -> nn.Module:
+    scales = pf.scaling_factors(model, X)
+    with torch.no_grad():
+        for gamma in scales.values():
+            gamma[::2] = 0
+    return pf.slim(model, pf.plan(model, X, scales, "fixed", value=0.0))
+
+
+MISPLACED: dict[str, tuple[Callable[..., Any], str]] = {
+    "plan": (lambda m, s, r, o: pf.plan(m, s, X), "pf.plan.*Tensor as scales"),
+    "reachable": (lambda m, s, r, o: pf.reachable(m, s, X), "pf.reachable.*Tensor as scales"),
+    "predictor": (lambda m, s, r, o: pf.CutPredictor(m, s, X), "pf.CutPredictor.*Tensor"),
+    "target": (lambda m, s, r, o: pf.FlopsTarget(m, s, X), "pf.FlopsTarget.*Tensor as scales"),
+    "step": (lambda m, s, r, o: pf.step(o, r, s), "a Polarization as scales"),
+    "attach": (lambda m, s, r, o: pf.attach(o, r, s), "a Polarization as scales"),
+    "slim": (lambda m, s, r, o: pf.slim(m, s), "a Sequential and a ScalingFactors"),
+    "slim of a plan": (lambda m, s, r, o: pf.slim(pf.plan(m, X, s), m), "a PruningPlan and a Seq"),
+    "init": (lambda m, s, r, o: pf.init_scales(m, 0.5), "given a Sequential as scales"),
+    "init by scales": (lambda m, s, r, o: pf.init_scales(0.5, s), "given a float as scales"),
+    "a path": (
+        lambda m, s, r, o: pf.plan(m, X, s, cut=0.3, of="latency", latency="t.json"),
+        "pf.LatencyTable.load",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", MISPLACED)
+def test_arguments_that_change_places(name: str) -> None:
+    call, message = MISPLACED[name]
+    model = network()
+    scales, reg = pf.scaling_factors(model, X), pf.Polarization(1e-4, 1.2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(pf.ArgumentError, match=message):
+        call(model, scales, reg, optimizer)
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    model = network()
+    model[2].lock = threading.Lock()
+    with pytest.raises(pf.PlanError, match=r"^2\.lock is a lock"):
+        slimmed(model)
+
+
+def test_lazy_layers_are_named() -> None:
+    with pytest.raises(pf.TracingError, match=r"3\.weight has no size yet \(a lazy layer\)"):
+        pf.scaling_factors(nn.Sequential(*network()[:3], nn.LazyConv2d(8, 3)), X)
+
+
+class Particular(nn.Module):
+    """Takes float32 alone."""
+
+    def __init__(self, by_assertion: bool) -> None:
+        super().__init__()
+        self.net, self.by_assertion = network(), by_assertion
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by_assertion:
+            assert x.dtype == torch.float32
+        elif x.dtype != torch.float32:
+            raise TypeError("images must be float32")
+        return self.net(x)
+
+
+@pytest.mark.parametrize("by_assertion", [False, True])
+def test_networks_that_check_their_dtype(by_assertion: bool) -> None:
+    why = "assert" if by_assertion else "images must be float32"
+    with pytest.raises(pf.PlanError, match=f"cannot run in float64.*{why}"):
+        slimmed(Particular(by_assertion))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scripted_parts() -> None:
+    slim = slimmed(network(torch.jit.script(nn.Hardswish())))
+    assert slim[0].out_channels < 8
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    model = network()
+    plan = pf.plan(model, X, pf.scaling_factors(model, X), cut=0.3)
+    with pytest.raises(pf.ArgumentError, match="no folder"):
+        pf.save(pf.slim(model, plan), plan, tmp_path / "none" / "slim.pt")
+    assert not (tmp_path / "none").exists()

@@ -124,6 +124,14 @@ class FlopsTarget(Polarization):
     ) -> None:
         check_scales("pf.FlopsTarget", scales)
         _check(cut, steps, every)
+        frozen = [name for name, gamma in scales.items() if not gamma.requires_grad]
+        if frozen:
+            warnings.warn(
+                f"FlopsTarget: {len(frozen)} of {len(scales)} layers have frozen γ "
+                f"(requires_grad=False; {', '.join(frozen[:3])}), which no step moves: unfreeze "
+                "them, or leave them out with scales.select(...)",
+                stacklevel=2,
+            )
         super().__init__(0.0, 1.0, upper, clamp=clamp)
         self.kind = Kind.CENTERED
         self.cut, self.live = float(cut), 0.0

@@ -341,3 +341,11 @@ def test_a_step_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(pf.StepError, match="after each replay"):
         pf.step(optimizer, scales, reg)
     assert all(map(torch.equal, before, scales.values()))
+
+
+def test_frozen_factors_are_named() -> None:
+    model, scales = make()
+    name = next(iter(scales))
+    scales[name].requires_grad_(False)
+    with pytest.warns(UserWarning, match=rf"1 of {len(scales)} layers have frozen γ .*{name}"):
+        pf.FlopsTarget(model, X, scales, 0.3, steps=60)

@@ -19,8 +19,8 @@ def test_planning_and_slimming(residual):
     zero(scales)
     with Allocations() as planning:
         plan = pf.plan(model, x, scales)
-    # Its runs are in float64, at a second and larger size too.
-    assert planning.peak <= 6 * forward.peak + 2**22
+    # Its runs are in float64, at larger sizes and of one more sample too.
+    assert planning.peak <= 10 * forward.peak + 2**22
     assert planning.now <= 2**21  # what the plan keeps
     with Allocations() as slimming:
         slim = pf.slim(model, plan, verify=False)

@@ -5,7 +5,6 @@ Each convolution and linear layer is met as the call that it is in the traced gr
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -499,14 +498,18 @@ def run_double(model: nn.Module, inputs: Any) -> Any:
     try:
         with plain_eager(), StaysDouble():
             return call_model(model, inputs)
-    except (RuntimeError, AssertionError, TypeError, ValueError, LookupError) as error:
-        if isinstance(error, RuntimeError) and not re.search("dtype|same type", str(error)):
+    except RuntimeError as error:
+        if "dtype" not in str(error) and "same type" not in str(error):
             raise
-        raise PlanError(
-            "the network cannot run in float64, in which removed channels are worked out: "
-            f"{str(error) or type(error).__name__}. Let its code take the dtype from its input "
-            "(torch.zeros(…, dtype=x.dtype)), and check inputs outside of the network"
-        ) from error
+        raise PlanError(_not_in_double(error)) from error
+
+
+def _not_in_double(error: Exception) -> str:
+    return (
+        "the network cannot run in float64, in which removed channels are worked out: "
+        f"{str(error) or type(error).__name__}. Let its code take the dtype from its input "
+        "(torch.zeros(…, dtype=x.dtype)), and check inputs outside of the network"
+    )
 
 
 @dataclass
@@ -543,7 +546,10 @@ class Runs:
             with seeded(seed, device_of(self.model)):
                 return self._drawn(inputs, wanted, seed, varied)
         with seeded(seed, device_of(self.model)), _Reads(self.tensors, self.calls, wanted) as reads:
-            run_double(self.model, inputs)
+            try:
+                run_double(self.model, inputs)
+            except (AssertionError, LookupError, TypeError, ValueError) as error:
+                raise PlanError(_not_in_double(error)) from error
         for index, seen in reads.fields.items():
             if not math.isfinite(seen.largest):
                 raise PlanError(

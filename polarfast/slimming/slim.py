@@ -131,7 +131,7 @@ def slim(
             tensor of another shape than its parameter's, as Adafactor's).
         VerificationError: the slim model does not equal what it claims; nothing was changed.
     """
-    if not isinstance(model, nn.Module) or not isinstance(plan, PruningPlan):
+    if isinstance(model, PruningPlan) or not isinstance(plan, PruningPlan):
         raise ArgumentError(
             f"pf.slim(model, plan) was given a {type(model).__name__} and a {type(plan).__name__}: "
             "the model comes first, then its plan"

@@ -148,10 +148,9 @@ def _model_table(model: nn.Module, scales: pf.ScalingFactors, plan: pf.PruningPl
     for name, gamma in scales.items():
         table.add_row(name, f"{gamma.numel():,}")
     table.add_section()
-    others = (
-        f"{len(scales)} layers ({len(scales.pinned)} more stay{'s' * (len(scales.pinned) == 1)})"
-    )
-    table.add_row(others, f"{scales.numel():,}")
+    left = len(scales.pinned)
+    stay = "1 other stays" if left == 1 else f"{left} others stay"
+    table.add_row(f"{len(scales)} layers ({stay})", f"{scales.numel():,}")
     macs = plan.macs_before / plan.inputs["shape"][0]
     table.caption = f"{macs / 1e6:,.2f} M MACs an image, {plan.params_before:,} parameters"
     return table

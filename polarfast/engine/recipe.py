@@ -70,6 +70,10 @@ class Stage:
                 raise ArgumentError(f"rates[{epoch}]={rate}: epochs from 1, rates above 0")
 
 
+#: Regularizers for which a recipe need not say how strong.
+FINDING_LAM = ("flops-target", "none")
+
+
 @dataclass(frozen=True)
 class Sparsity:
     """What acts on the scaling factors (paper, Eq. 2).
@@ -108,11 +112,6 @@ class Sparsity:
     shrink: bool = True
 
     def __post_init__(self) -> None:
-        if self.lam == 0 and self.regularizer not in ("flops-target", "none"):
-            raise ArgumentError(
-                f"sparsity.lam: '{self.regularizer}' needs its strength λ, above 0; 'flops-target' "
-                "finds its own"
-            )
         if not self.lam >= 0:
             raise ArgumentError(f"sparsity.lam={self.lam}: must not be negative")
         if self.upper is not None and not self.upper > 0:
@@ -386,7 +385,13 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     Raises:
         ArgumentError: a key is unknown or missing, or a value has the wrong type.
     """
-    return _build(Recipe, values, "")
+    found: Recipe = _build(Recipe, values, "")
+    if found.sparsity.regularizer not in FINDING_LAM and "lam" not in values["sparsity"]:
+        raise ArgumentError(
+            f"recipe: 'sparsity.lam' is missing: '{found.sparsity.regularizer}' needs its strength "
+            "λ ('flops-target' finds its own)"
+        )
+    return found
 
 
 def differing_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

@@ -74,7 +74,7 @@ def compare(name: str, model: nn.Module, x: Tensor) -> None:
     widths = [size // 2 for size in counter._sizes]
     stays = torch.rand(counter._channels.graph.count) < 0.5
     times = milliseconds({"by widths": lambda: counter._widths.macs(widths)}, 50)
-    times |= milliseconds({"by classes": lambda: counter._costs.macs(stays)}, 50)
+    times |= milliseconds({"by classes": lambda: counter._cost(stays)}, 50)
     show(f"{name}, MACs alone", times)
 
 

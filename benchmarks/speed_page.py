@@ -117,11 +117,14 @@ def main() -> None:
         python=platform.python_version(),
         date=datetime.date.today().isoformat(),
     )
-    page = "\n".join([head, *(run(s) for s in SECTIONS if s.name in options.only)])
+    page = [head]
+    for section in SECTIONS:
+        if section.name in options.only:
+            page.append(run(section))
+            if options.write is not None:  # what there is so far
+                options.write.write_text("\n".join(page), encoding="utf-8")
     if options.write is None:
-        print(page)
-    else:
-        options.write.write_text(page, encoding="utf-8")
+        print("\n".join(page))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# What takes time and what saves it: docs/benchmarks.md, in a quarter of an hour on a machine that does nothing else.
+# What takes time and what saves it: docs/benchmarks.md, in ten minutes on a machine that does nothing else.
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps torch-pruning
 	$(BIN)/python benchmarks/speed_page.py --write docs/benchmarks.md

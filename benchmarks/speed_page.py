@@ -3,7 +3,7 @@
     python benchmarks/speed_page.py [--write docs/benchmarks.md] [--only stepping ...]
 
 Each runs in a process of its own with one thread, and what it prints goes on the page as it is.
-About a quarter of an hour on a machine that does nothing else; otherwise only ratios mean much.
+About ten minutes on a machine that does nothing else; otherwise only ratios mean much.
 """
 
 import argparse

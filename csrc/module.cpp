@@ -1,4 +1,5 @@
-// polarfast._C: the pointer table, the roster, and what a bug report needs. The ops on tensors register themselves (schemas.cpp).
+// polarfast._C: the pointer table, the roster, and what a bug report needs. The ops on tensors register themselves
+// (schemas.cpp).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

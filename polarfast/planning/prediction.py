@@ -242,10 +242,7 @@ class CutPredictor:
         return low if abs(share(low) - cut) == best else high
 
     def _shares(
-        self,
-        compared: Mapping[str, Tensor],
-        order: Tensor,
-        held: Mapping[str, float | None],
+        self, compared: Mapping[str, Tensor], order: Tensor, held: Mapping[str, float | None]
     ) -> Callable[[int], float]:
         """The share of MACs cut as a function of how many of the weakest channels go, roughly."""
         moment = Moment(self.scales, self._beta_now, held, compared, roughly=True)
@@ -403,7 +400,6 @@ class CutCounter:
         # Emptied layers, strongest first -> what follows; holds for good.
         self._regimes: dict[tuple[int, ...], _Regime | None] = {}
         self._tables: dict[tuple[_Regime, torch.device], tuple[Tensor, Tensor]] = {}
-        self._folds: dict[bytes, frozenset[int]] = {}
 
     def share(self, moment: Moment) -> float:
         """The share of MACs cut."""
@@ -538,8 +534,8 @@ class CutCounter:
     def _constants(self, choice: Selection, moment: Moment) -> Fold:
         """What `fold_constants` would find, of which the constant channels are enough here."""
         reading = self._reading(choice.alive())
-        constant, sets = set(), set()
-        known = b""
+        constant: set[int] = set()
+        sets: set[int] = set()
         for name in self._seen.readers:
             labels = choice.layers[name]
             gone = ~choice.stays[labels]
@@ -547,35 +543,15 @@ class CutCounter:
                 continue
             answers = torch.tensor(self._seen.answers(name, reading), device="cpu")
             found = answers[ranges(moment.betas[name].detach().cpu())[gone]]
-            known += bytes(found.tolist())
-            if self._shared:
-                shows = labels[gone][found != HIDDEN]
-                sets |= set(self._sets[shows].tolist()) - {-1}
-            elif bool((found == UNKNOWN).any()) and VISIBLE not in found:
+            if self._shared and moment.roughly:
+                sets |= set(self._sets[labels[gone][found != HIDDEN]].tolist()) - {-1}
+            elif self._shared or (bool((found == UNKNOWN).any()) and VISIBLE not in found):
                 return self._chooser.constants(choice)
             elif VISIBLE in found:
                 constant.add(int(labels[gone].min()))
-        if not self._shared:
-            return Fold(constant=constant)
-        if moment.roughly:
-            gone = ~choice.stays
-            firsts = [((self._sets == each) & gone).nonzero()[0] for each in sets]
-            return Fold(constant={int(first) for first in firsts})
-        return self._folded(choice, known)
-
-    def _folded(self, choice: Selection, known: bytes) -> Fold:
-        """Constant channels by a pass through the network, kept for the same removed channels and
-        the same answers of their β.
-        """
-        if UNKNOWN in known:  # it goes by the values of β
-            return self._chooser.constants(choice)
-        key = choice.stays.numpy().tobytes() + known
-        found = self._folds.get(key)
-        if found is None:
-            if len(self._folds) >= LARGEST:
-                self._folds.clear()
-            found = self._folds[key] = frozenset(self._chooser.constants(choice).constant)
-        return Fold(constant=set(found))
+        for each in sets:  # one channel stands for all of a set
+            constant.add(int(((self._sets == each) & ~choice.stays).nonzero()[0]))
+        return Fold(constant=constant)
 
     @functools.cached_property
     def _sets(self) -> Tensor:

@@ -62,11 +62,9 @@ def test_a_slim_model_is_slimmed_again(residual: str, fold: str) -> None:
         module.num_features for module in twice.modules() if isinstance(module, nn.BatchNorm2d)
     ]
     assert all(width in (4, 5) for width in widths[1:])  # 12 → 8 → 4, and a constant channel
-    info = twice.polarfast_info
-    info.origin.write_back(twice, first)
-    again = pruned(first, x, "expand-all", 1_000, fold) if fold == "none" else first
-    if fold == "exact":
-        torch.testing.assert_close(again.eval()(x), twice(x), rtol=1e-4, atol=1e-5)
+    if fold == "exact":  # the first network then computes the same
+        twice.polarfast_info.origin.write_back(twice, first)
+        torch.testing.assert_close(first(x), twice(x), rtol=1e-4, atol=1e-5)
 
 
 def test_files_and_training(tmp_path) -> None:

@@ -10,6 +10,7 @@ from support.nets import Residual, chain, conv_bn
 from torch import nn
 
 import polarfast as pf
+from polarfast.planning import selection
 
 torch.manual_seed(0)
 IMAGES = torch.randn(4, 3, 8, 8).repeat(64, 1, 1, 1) + 0.5 * torch.randn(256, 3, 8, 8)
@@ -349,3 +350,26 @@ def test_frozen_factors_are_named() -> None:
     scales[name].requires_grad_(False)
     with pytest.warns(UserWarning, match=rf"1 of {len(scales)} layers have frozen γ .*{name}"):
         pf.FlopsTarget(model, X, scales, 0.3, steps=60)
+
+
+def test_coupled_channels_take_few_passes_and_end_where_the_plan_does(monkeypatch) -> None:
+    """What stays behind of coupled channels only a run of the network tells: at some looks."""
+    passes, run = [0], selection.fold_constants
+
+    def counting(*args, **kwargs):
+        passes[0] += 1
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(selection, "fold_constants", counting)
+    model, scales = make(residual="couple")
+    optimizer = sgd(model)
+    reg = pf.FlopsTarget(model, X, scales, 0.4, steps=150)
+    passes[0] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        train(model, lambda: pf.step(optimizer, scales, reg), optimizer, 150)
+        looks = 150 // reg._every + 1
+        assert 2 <= passes[0] <= 2 * (looks // 5 + 2)  # a choice may settle in two
+        plan = pf.plan(model, X, scales)
+    assert plan.flops_reduction == pytest.approx(reg.live, abs=0.01)
+    assert plan.flops_reduction == pytest.approx(0.4, abs=0.05)

@@ -17,6 +17,7 @@ from .distributed import Workers
 _log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+POLL_SECONDS = 0.2
 #: Folders that this process has: the system's lock is between processes.
 _HELD: set[Path] = set()
 #: What file systems without locks answer.
@@ -24,7 +25,7 @@ _NONE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def locked(folder: Path, workers: Workers | None = None) -> Iterator[None]:
+def locked(folder: Path, workers: Workers | None = None, patience: float = 0.0) -> Iterator[None]:
     """Inside the block no other process that asks for this folder gets it.
 
     The operating system's lock on a file in the folder: it ends with its process, however that
@@ -33,6 +34,7 @@ def locked(folder: Path, workers: Workers | None = None) -> Iterator[None]:
     Args:
         folder: made if it is not there, and removed again if it is left empty.
         workers: of a run of several processes: the first one locks for all.
+        patience: seconds to wait for another process that has it.
 
     Raises:
         ArgumentError: another process works in the folder; the message says which. Or the folder
@@ -47,7 +49,7 @@ def locked(folder: Path, workers: Workers | None = None) -> Iterator[None]:
                     f"'{folder}' is in use by this process, in another thread or further out: name "
                     "another folder with --out"
                 )
-            descriptor = _take(folder)
+            descriptor = _take(folder, time.monotonic() + patience)
             _HELD.add(mine)
         except ArgumentError as error:
             problem = str(error)
@@ -63,7 +65,7 @@ def locked(folder: Path, workers: Workers | None = None) -> Iterator[None]:
             _let_go(folder, descriptor)
 
 
-def _take(folder: Path) -> int:
+def _take(folder: Path, deadline: float) -> int:
     """An open file that is this process's alone."""
     path = folder / LOCK
     while True:
@@ -80,6 +82,9 @@ def _take(folder: Path) -> int:
         except OSError as error:
             holder = _holder(descriptor)
             os.close(descriptor)
+            if error.errno not in _NONE and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+                continue
             if error.errno not in _NONE:
                 raise ArgumentError(
                     f"'{folder}' is in use by {holder}: wait until it ends, stop it, or name "

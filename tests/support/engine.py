@@ -152,9 +152,9 @@ def _server() -> Any:
     return context
 
 
-def start(target: Callable[..., None], *arguments: Any) -> Any:
-    """A process of its own."""
-    process = _server().Process(target=target, args=arguments, daemon=True)
+def start(target: Callable[..., None], *arguments: Any, daemon: bool = True) -> Any:
+    """A process of its own; a daemon starts none itself, and ends with the tests."""
+    process = _server().Process(target=target, args=arguments, daemon=daemon)
     process.start()
     return process
 

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from ..recipe import Recipe
 from ..run import DONE
 
 POLL_SECONDS = 0.2
+#: How long a trial may take to stop whose campaign was killed: a step and a checkpoint.
+STOP_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -101,10 +105,14 @@ def _run_chain(chain: Sequence[Trial], folder: Path) -> None:
     """The work of one process."""
     # Trials side by side must not look for each other through torchrun's environment.
     os.environ.pop("RANK", None)
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
     for trial in chain:
-        if done(folder, trial):
-            continue
         path = folder / trial.name
+        # Trials of a campaign that was killed stop as by a signal, which takes its time.
+        with locked(path, patience=STOP_SECONDS):
+            finished = done(folder, trial)
+        if finished:
+            continue
         path.mkdir(parents=True, exist_ok=True)
         if trial.trained is not None:
             adopt_training(folder / trial.trained, path, trial.recipe)
@@ -115,6 +123,14 @@ def _run_chain(chain: Sequence[Trial], folder: Path) -> None:
             except (PolarfastError, Interrupted) as stop:
                 console.print(str(stop), markup=False, highlight=False, soft_wrap=True)
                 raise SystemExit(1) from stop
+
+
+def _stop_with_parent() -> None:
+    """Waits until the campaign is gone: killed, it stops nobody itself."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        signal.raise_signal(signal.SIGTERM)
 
 
 def adopt_training(source: Path, target: Path, recipe: Recipe) -> None:

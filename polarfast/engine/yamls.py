@@ -143,6 +143,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> Any:
         if not isinstance(key_node, yaml.ScalarNode):
             raise _wrong(key_node, "a key is no plain word or number")
         key = loader.construct_object(key_node)
+        if key == "<<" and key_node.style is None:
+            raise _wrong(key_node, "'<<' merged settings in YAML 1.1: write them out here")
         if key in values:
             raise _wrong(key_node, f"the key {short(key)} is there twice")
         values[key] = loader.construct_object(value_node)

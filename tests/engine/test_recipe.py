@@ -238,6 +238,7 @@ def test_numbers_that_no_machine_can_do(name: str, value: int) -> None:
 
 
 YAML = {
+    "<<: {lam: 1.0}": r"line \d+: '<<' merged settings in YAML 1.1: write them out here",
     "lam: 3.0e-05\n  lam: 1": r"line \d+: the key 'lam' is there twice",
     "lam: 010": "lam=10.0",  # ten, as YAML 1.2 has it; YAML 1.1: eight
     "lam: 1:30:00": r"line \d+: sparsity.lam='1:30:00' must be of type float",

@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-SANITIZE := address,undefined
+SANITIZE ?= address,undefined
 CALLS ?= 20000
 
 .PHONY: install demo demo-quick test test-fast test-faults test-abi test-zoo sanitize lint bench clean
@@ -63,17 +63,25 @@ test-zoo: .venv-zoo/.packages
 
 # The extension with every access checked: the tests of the ops, then calls that nobody should make (all of this ends at
 # the first finding). Python is not built with a sanitizer, so the runtimes come first into the process; torch is not, so
-# that what it keeps for good counts as no leak.
-RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))
-SANITIZED = env LD_PRELOAD="$(RUNTIMES)" PYTHONPATH=$(CURDIR)/build/$(SANITIZE)/lib:$(CURDIR)/tests PYTHONMALLOC=malloc \
+# that what it keeps for good counts as no leak.  make sanitize SANITIZE=thread: what threads do at once, instead.
+ifeq ($(SANITIZE),thread)
+RUNTIMES = tsan stdc++
+SANITIZED_TESTS = tests/kernels/test_together.py tests/stepping/test_threads.py
+else
+RUNTIMES = asan ubsan stdc++
+SANITIZED_TESTS = tests/kernels tests/stepping/test_threads.py
+endif
+# At addresses that are not drawn at random, which the runtime for threads needs.
+SANITIZED = setarch -R env LD_PRELOAD="$(foreach name,$(RUNTIMES),$(shell g++ -print-file-name=lib$(name).so))" \
+	PYTHONPATH=$(CURDIR)/build/$(SANITIZE)/lib:$(CURDIR)/tests PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python
+	TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 $(CURDIR)/$(BIN)/python
 
 sanitize: $(STAMP)
 	POLARFAST_SANITIZE=$(SANITIZE) $(BIN)/python setup.py -q build --build-base build/$(SANITIZE) \
 		--build-lib build/$(SANITIZE)/lib
 	cd build/$(SANITIZE)/lib && $(SANITIZED) -m pytest -q -p no:xdist -p no:cacheprovider -c $(CURDIR)/pyproject.toml \
-		--rootdir $(CURDIR) $(CURDIR)/tests/kernels $(CURDIR)/tests/stepping/test_threads.py \
+		--rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(SANITIZED_TESTS)) \
 		-k "not triton and not compile and not export and not instruction"
 	cd build/$(SANITIZE)/lib && $(SANITIZED) -m support.hostile $(CALLS) 2> stderr.txt || \
 		{ grep -v '^frame #' stderr.txt | tail -40; exit 1; }

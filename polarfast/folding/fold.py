@@ -61,7 +61,7 @@ def fold_constants(
     masked = Masked(model, channels, kept, inputs, mode == "none")
     sinks = Sinks(model, channels)
     look = _Look(masked, wanted)
-    result.lasting = not look.real
+    result.lasting = not look.real and not masked.hollow.filled
     pending: dict[int, str] = {}
     for i, seen in look.fields.items():
         if seen.largest == 0 and i not in look.depends:
@@ -177,19 +177,20 @@ class Masked:
     @cached_property
     def whole(self) -> Runs:
         """The network itself."""
-        runs = self._copy(set())
+        runs = self._copy({})
         runs.model.double()  # layers that keep tensors of other kinds convert them there
         return runs
 
     @cached_property
     def hollow(self) -> Runs:
         """The network without the weights of its projections, and so whatever these are."""
-        return self._copy(self._graph.projection_weights())
+        tensors = tensors_of_model(self._model)
+        return self._copy({name: tensors[name] for name in self._graph.projection_weights()})
 
-    def _copy(self, hollow: set[str]) -> Runs:
-        copied, tensors = doubled(self._model, hollow)
+    def _copy(self, weights: dict[str, Tensor]) -> Runs:
+        copied, tensors = doubled(self._model, weights)
         mask(tensors, self._kept, self._zero_beta)
-        return Runs(copied.eval(), tensors, self._graph.projections, hollow)
+        return Runs(copied.eval(), tensors, self._graph.projections, weights)
 
     def see(
         self,
@@ -262,10 +263,9 @@ class _Look:
         if self.real:
             unsure = {i: wanted[i] for i in self.real}
             first, second = (masked.see(masked.whole, unsure, seed) for seed in (FIRST, SECOND))
-            # A gate may hardly move on two inputs, and still follow whatever is before it.
-            moved = {i for i in shown if first[i].largest}
+            # A gate may not move on two inputs, and still follow whatever is before it.
             self.fields = {i: f for i, f in self.fields.items() if i not in unsure} | first
-            self.depends = moved | {
+            self.depends = shown | {
                 i for i in first if i not in second or first[i].differs_from(second[i])
             }
 

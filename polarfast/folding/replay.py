@@ -5,7 +5,7 @@ Each convolution and linear layer is met as the call that it is in the traced gr
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -295,7 +295,15 @@ class Varied(Enum):
 
 
 class Unfit(Exception):
-    """A network that does not run without its weights."""
+    """A network that does not run without its weights.
+
+    Attributes:
+        names: of the weights that it asked for; none where it lacks something else.
+    """
+
+    def __init__(self, why: str, names: frozenset[str] = frozenset()) -> None:
+        super().__init__(why)
+        self.names = names
 
 
 class _Hollow(_Reads):
@@ -322,6 +330,7 @@ class _Hollow(_Reads):
     ) -> None:
         super().__init__(tensors, calls, wanted)
         self.varied, self.raw = varied, WeakIdKeyDictionary()
+        self.drawn = WeakIdKeyDictionary()
         self.decided = False  # whether the network decided something by one number
         self.hollow = {address for address, name in self.names.items() if name in hollow}
         self.draws = _Draws(seed)
@@ -368,14 +377,19 @@ class _Hollow(_Reads):
         return ~out if self.varied == Varied.FLIPPED else out
 
     def other(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self.hollow.isdisjoint(_addresses(args, kwargs)):
+        hollow = self.hollow & _addresses(args, kwargs)
+        if "batch_norm" in name and args[0] in self.drawn and args[3] is not None:
+            # As if its statistics were those of what was drawn: then its outputs are spread like real
+            # ones, and a gate behind it opens and closes.
+            args = (*args[:3], torch.zeros_like(args[3]), torch.ones_like(args[4]), *args[5:])
+        if not hollow:
             out = super().other(name, func, args, kwargs)
             return out if self.varied is None else self._vary(name, args, out)
         if name in VIEWS:
             return func(*args, **kwargs)
         if name in COPIES:
             return args[0].detach()
-        raise Unfit(f"{func} reads a weight")
+        raise Unfit(f"{func} reads a weight", frozenset(self.names[each] for each in hollow))
 
     def project(self, index: int, func: Any, args: Any) -> Tensor:
         x, weight = (args[i] for i in PROJECTIONS[func.overloadpacket.__name__])
@@ -384,7 +398,9 @@ class _Hollow(_Reads):
         if weight.data_ptr() not in self.hollow:
             return super().project(index, func, args)
         shape = convolution_shape(args) if func.overloadpacket.__name__ == "convolution" else None
-        return self.draws.take(shape or [x.shape[0], weight.shape[1]], x.device)
+        drawn = self.draws.take(shape or [x.shape[0], weight.shape[1]], x.device)
+        self.drawn[drawn] = True
+        return drawn
 
 
 class _Draws:
@@ -456,7 +472,6 @@ _ANY = (
     LookupError,
     RuntimeError,
     TypeError,
-    Unfit,
     ValueError,
 )
 
@@ -519,15 +534,18 @@ class Runs:
     Attributes:
         model, tensors: the copy, and its parameters and buffers by name.
         calls: `graph.projections`.
-        hollow: names of weights that are not there, but zeros of their shapes.
+        weights: those that are not there, but zeros of their shapes; where something else than a
+            convolution or a linear layer reads one, it is put in its place.
         decided: whether the last varied run has decided something by the inputs.
+        filled: whether a weight was put in its place.
     """
 
     model: nn.Module
     tensors: dict[str, Tensor]
     calls: list[ProjectionCall]
-    hollow: set[str] = field(default_factory=set)
+    weights: dict[str, Tensor] = field(default_factory=dict)
     decided: bool = False
+    filled: bool = False
 
     def fields(
         self, inputs: Any, wanted: dict[int, Tensor], seed: int, varied: Varied | None = None
@@ -542,9 +560,14 @@ class Runs:
         Raises:
             PlanError: what a whole model reads is not finite.
         """
-        if self.hollow:
-            with seeded(seed, device_of(self.model)):
-                return self._drawn(inputs, wanted, seed, varied)
+        while self.weights:
+            try:
+                with seeded(seed, device_of(self.model)):
+                    return self._drawn(inputs, wanted, seed, varied)
+            except Unfit as unfit:
+                if not unfit.names:
+                    return None
+                self._fill(unfit.names)
         with seeded(seed, device_of(self.model)), _Reads(self.tensors, self.calls, wanted) as reads:
             try:
                 run_double(self.model, inputs)
@@ -562,11 +585,13 @@ class Runs:
     def _drawn(
         self, inputs: Any, wanted: dict[int, Tensor], seed: int, varied: Varied | None
     ) -> dict[int, Field] | None:
-        reads = _Hollow(self.tensors, self.calls, wanted, self.hollow, seed, varied)
+        reads = _Hollow(self.tensors, self.calls, wanted, set(self.weights), seed, varied)
         inputs = reads.start(inputs)
         try:
             with reads, plain_eager():
                 call_model(self.model, inputs)
+        except Unfit:
+            raise
         except _ANY:
             # Its code may well want other numbers than random ones (an index, a box): then the
             # whole network runs, and any error that is one shows.
@@ -574,3 +599,8 @@ class Runs:
         finally:
             self.decided = reads.decided
         return reads.fields
+
+    def _fill(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.tensors[name].data = self.weights.pop(name).detach().double()
+        self.filled = True

@@ -81,6 +81,63 @@ class Small(UNet):
         return super().forward(x)
 
 
+class Penalized(UNet):
+    """The network computes a penalty on its last weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.penalty = (self.out.weight**2).sum()
+        return super().forward(x)
+
+
+class BackAgain(UNet):
+    """One weight there and, transposed, back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(8, 8, bias=False)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        top = self.top(x)
+        deep = self.up(self.down(F.max_pool2d(top, self.pool)))
+        deep = F.interpolate(deep, scale_factor=self.pool)
+        lack = (0, top.shape[3] - deep.shape[3], 0, top.shape[2] - deep.shape[2])
+        joined = self.join(torch.cat([top, F.pad(deep, lack)], 1)).mean((2, 3))
+        return F.linear(self.norm(self.out(joined)).relu(), self.out.weight.t())
+
+
+class Difference(nn.Conv2d):
+    """A central difference convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        center = F.conv2d(x, self.weight.sum((2, 3), keepdim=True))
+        return super().forward(x) - 0.7 * center
+
+
+class Differences(UNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.top = nn.Sequential(Difference(3, 8, 3, 1, 1, bias=False), *cbr(3, 8)[1:])
+
+
+class Gated(nn.Module):
+    """A hard gate behind a norm whose inputs are large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.out = cbr(3, 16), cbr(16, 12, 1), nn.Linear(12, 4)
+        self.gate = cbr(3, 1)[:2]
+
+    def spread(self, by: float) -> nn.Module:
+        self.gate[0].weight.data.mul_(by)
+        self.gate[1].running_var.fill_(by**2)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        opened = (self.gate(x) > 0.9).to(x.dtype)
+        return self.out(self.second(self.first(x) * opened).mean((2, 3)))
+
+
 def uniform(*sizes: int) -> Tensor:
     return torch.randint(0, 256, sizes, dtype=torch.uint8)
 
@@ -155,6 +212,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any]] = {
         (RANDN(2, 3, 9, 11), torch.zeros(2, 9, 11).bool()),
     ),
     "at most 64": (Small, RANDN(2, 3, 32, 32), RANDN(2, 3, 33, 35)),
+    "a weight penalty": (Penalized, RANDN(2, 3, 8, 8), RANDN(2, 3, 9, 11)),
+    "back again": (BackAgain, RANDN(2, 3, 8, 8), RANDN(2, 3, 9, 11)),
+    "differences": (Differences, RANDN(2, 3, 8, 8), RANDN(2, 3, 9, 11)),
+    "a gate behind a wide norm": (lambda: Gated().spread(100), IMAGES, 3 * RANDN(2, 3, 12, 12)),
+    "a gate behind a narrow norm": (lambda: Gated().spread(1e-3), IMAGES, 3 * RANDN(2, 3, 12, 12)),
     "a bag": (Bag, RANDN(2, 3, 8, 8), RANDN(5, 3, 8, 8)),
     "logsumexp over time": (
         lambda: Sequence(lambda y: y.logsumexp(2, True)), RANDN(2, 12, 8), RANDN(2, 30, 8),

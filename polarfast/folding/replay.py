@@ -379,8 +379,8 @@ class _Hollow(_Reads):
     def other(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         hollow = self.hollow & _addresses(args, kwargs)
         if "batch_norm" in name and args[0] in self.drawn and args[3] is not None:
-            # As if its statistics were those of what was drawn: then its outputs are spread like real
-            # ones, and a gate behind it opens and closes.
+            # As if its statistics were those of what was drawn: then its outputs are spread like
+            # real ones, and a gate behind it opens and closes.
             args = (*args[:3], torch.zeros_like(args[3]), torch.ones_like(args[4]), *args[5:])
         if not hollow:
             out = super().other(name, func, args, kwargs)

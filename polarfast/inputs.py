@@ -5,9 +5,12 @@ back.
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from inspect import getclosurevars
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -147,9 +150,10 @@ class Inputs:
 
     @property
     def whole_numbers(self) -> bool:
-        """Whether some of them are."""
+        """Whether some of them are; or whole numbers of Python's in a list, as lengths."""
         parts = parts_of(self.specs[0])
-        return any(getattr(torch, part["dtype"]) in _WHOLE for part in parts)
+        whole = any(getattr(torch, part["dtype"]) in _WHOLE for part in parts)
+        return whole or any(map(_lists_numbers, self.examples))
 
     def make(self, *, device: torch.device, dtype: torch.dtype, seed: int, example: int = 0) -> Any:
         """Inputs to run on: what has a meaning as in one of the examples, the rest random, in its
@@ -292,6 +296,25 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
         items = [map_tensors(item, function) for item in tree]
         return items if isinstance(tree, list) else tuple(items)
     return tree
+
+
+def map_numbers(tree: Any, function: Callable[[int], int]) -> Any:
+    """The same structure, with `function` of each number in a list or tuple of whole numbers."""
+    if isinstance(tree, Mapping):
+        return {key: map_numbers(item, function) for key, item in tree.items()}
+    if not isinstance(tree, (tuple, list)):
+        return tree
+    if tree and all(type(item) is int for item in tree):
+        items = [function(item) for item in tree]
+    else:
+        items = [map_numbers(item, function) for item in tree]
+    return items if isinstance(tree, list) else tuple(items)
+
+
+def _lists_numbers(tree: Any) -> bool:
+    found: list[int] = []
+    map_numbers(tree, lambda number: found.append(number) or number)  # type: ignore[func-returns-value]
+    return bool(found)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -465,7 +488,9 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    """All tensors in a structure: containers, dataclasses and other objects with attributes."""
+    """All tensors in a structure: containers, dataclasses, other objects with attributes, and what
+    functions keep from where they were made.
+    """
     found: list[Tensor] = []
     seen: set[int] = set()
 
@@ -473,20 +498,29 @@ def tensors_of(tree: Any) -> list[Tensor]:
         if isinstance(part, Tensor):
             found.append(part)
             return
-        if part is None or isinstance(part, (str, bytes, bool, int, float)) or id(part) in seen:
+        plain = part is None or isinstance(part, (str, bytes, bool, int, float, range))
+        if plain or id(part) in seen:
             return
         seen.add(id(part))
-        if isinstance(part, Mapping):
-            children = list(part.values())
-        elif isinstance(part, (tuple, list, set, frozenset)):
-            children = list(part)
-        else:
-            children = list(getattr(part, "__dict__", {}).values())
-        for child in children:
+        for child in _children(part):
             walk(child)
 
     walk(tree)
     return found
+
+
+def _children(part: Any) -> list[Any]:
+    if isinstance(part, Mapping):
+        return list(part.values())
+    if isinstance(part, (Sequence, Set)):
+        return list(part)
+    if isinstance(part, FunctionType):
+        return list(getclosurevars(part).nonlocals.values())
+    if isinstance(part, partial):
+        return [part.func, *part.args, *part.keywords.values()]
+    slots = (name for kind in type(part).__mro__ for name in getattr(kind, "__slots__", ()))
+    inside = [getattr(part, name, None) for name in slots if name != "__dict__"]
+    return [*inside, *getattr(part, "__dict__", {}).values()]
 
 
 @contextmanager

@@ -318,14 +318,15 @@ class _Look:
             return self.masked.see(self.masked.hollow, self.wanted, seed, varied=varied)
 
         looks = [see(Varied.KEPT)]
-        decided = self.masked.hollow.decided
+        hollow = self.masked.hollow
+        decided, less = hollow.decided, hollow.read_numbers or self.masked.inputs.whole_numbers
         looks[0] = looks[0] or see(None)
         if decided:
             flipped = see(Varied.FLIPPED)
             for seed in () if flipped else range(SECOND, SECOND + TOSSES):
                 flipped = flipped or see(Varied.TOSSED, seed)
             looks.append(flipped)
-        if self.masked.inputs.whole_numbers:
+        if less:
             looks.append(see(Varied.LESS))
         return looks
 

@@ -16,7 +16,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..copies import tensors_of_model
 from ..errors import PlanError
-from ..inputs import Operators, call_model, device_of, map_tensors, plain_eager, seeded, tensors_in
+from ..inputs import (
+    Operators,
+    call_model,
+    device_of,
+    map_numbers,
+    map_tensors,
+    plain_eager,
+    seeded,
+    tensors_in,
+)
 from ..kernels.gather import gather_channels
 from ..tracing.graph import ProjectionCall
 from ..tracing.projections import convolution_fits, convolution_shape
@@ -288,7 +297,9 @@ class _Reads(_Projections):
 class Varied(Enum):
     """How a run without weights may differ from what the inputs ask for, past all projections:
     masks from lengths, look-ups and the like are drawn; single decisions (`if x.mean() > 5`) are
-    KEPT, FLIPPED or TOSSED; LESS: kept, and whole numbers among the inputs are smaller.
+    KEPT, FLIPPED or TOSSED; LESS: kept, and whole numbers among the inputs are smaller. Numbers
+    that Python reads (`x.mean().item()`) become large where FLIPPED or TOSSED, far below zero with
+    LESS.
     """
 
     KEPT, FLIPPED, TOSSED, LESS = range(4)
@@ -332,6 +343,7 @@ class _Hollow(_Reads):
         self.varied, self.raw = varied, WeakIdKeyDictionary()
         self.drawn = WeakIdKeyDictionary()
         self.decided = False  # whether the network decided something by one number
+        self.read_numbers = False  # whether its code read one
         self.hollow = {address for address, name in self.names.items() if name in hollow}
         self.draws = _Draws(seed)
 
@@ -346,13 +358,19 @@ class _Hollow(_Reads):
             self.raw[tensor] = True
             return tensor
 
-        return inputs if self.varied is None else map_tensors(inputs, raw)
+        if self.varied is None:
+            return inputs
+        if self.varied == Varied.LESS:
+            inputs = map_numbers(inputs, self.draws.below)
+        return map_tensors(inputs, raw)
 
     def _vary(self, name: str, args: Any, out: Any) -> Any:
         """The result of an operator on the inputs, drawn where it decides something or is looked
         up.
         """
         numbers = [tensor for tensor in tensors_in(args) if tensor in self.raw]
+        if numbers and type(out) is float:
+            return self._read_by_python(out)
         if not numbers or not isinstance(out, Tensor):
             return out
         if out.dtype == torch.bool and any(number.dtype != torch.bool for number in numbers):
@@ -366,6 +384,12 @@ class _Hollow(_Reads):
                 out = out * (0.5 + 0.5 * self.draws.share())
         self.raw[out] = True
         return out
+
+    def _read_by_python(self, number: float) -> float:
+        """What the network's code gets in place of a number: it may be held against anything."""
+        self.decided = self.read_numbers = True
+        far = 1000 * (1 + abs(number))
+        return {Varied.KEPT: number, Varied.LESS: -far}.get(self.varied, far)  # type: ignore[arg-type]
 
     def _decided(self, out: Tensor) -> Tensor:
         """A comparison's result, drawn; one number alone is a decision."""
@@ -382,6 +406,9 @@ class _Hollow(_Reads):
             # As if its statistics were those of what was drawn: then its outputs are spread like
             # real ones, and a gate behind it opens and closes.
             args = (*args[:3], torch.zeros_like(args[3]), torch.ones_like(args[4]), *args[5:])
+        if self.varied is not None and name.startswith("grid_sampler") and args[1] in self.raw:
+            outside_too = self.draws.take(list(args[1].shape), args[1].device)
+            args = (args[0], outside_too, *args[2:])
         if not hollow:
             out = super().other(name, func, args, kwargs)
             return out if self.varied is None else self._vary(name, args, out)
@@ -429,6 +456,10 @@ class _Draws:
             most.device
         )
         return torch.where(most > 0, 1 + (drawn * most).to(most.dtype).clamp(max=most - 1), most)
+
+    def below(self, most: int) -> int:
+        """A whole number from 1 to below this, if there is one."""
+        return min(most, 1 + int(self.share() * (most - 1)))
 
     def coins(self, like: Tensor) -> Tensor:
         """Random truth values."""
@@ -537,6 +568,7 @@ class Runs:
         weights: those that are not there, but zeros of their shapes; where something else than a
             convolution or a linear layer reads one, it is put in its place.
         decided: whether the last varied run has decided something by the inputs.
+        read_numbers: whether the network's code has read a number of the inputs then.
         filled: whether a weight was put in its place.
     """
 
@@ -545,6 +577,7 @@ class Runs:
     calls: list[ProjectionCall]
     weights: dict[str, Tensor] = field(default_factory=dict)
     decided: bool = False
+    read_numbers: bool = False
     filled: bool = False
 
     def fields(
@@ -597,7 +630,7 @@ class Runs:
             # whole network runs, and any error that is one shows.
             return None
         finally:
-            self.decided = reads.decided
+            self.decided, self.read_numbers = reads.decided, reads.read_numbers
         return reads.fields
 
     def _fill(self, names: Iterable[str]) -> None:

@@ -246,6 +246,20 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any]] = {
     "if, unlike the example": (
         lambda: Head(lambda y, x: y * 2 if x.mean() > 5 else y), IMAGES, IMAGES + 9,
     ),
+    "a number read, larger": (
+        lambda: Head(lambda y, x: y * 2 if x.mean().item() > 5 else y), IMAGES, IMAGES + 9,
+    ),
+    "a number read, smaller": (
+        lambda: Head(lambda y, x: y * 2 if round(float(x.mean())) < 0 else y), IMAGES, IMAGES - 9,
+    ),
+    "a grid": (
+        lambda: Head(lambda y, x, grid: F.grid_sample(y, grid, align_corners=False)),
+        (IMAGES, 0.8 * torch.rand(2, 6, 6, 2) - 0.4),
+        (IMAGES, 4 * torch.rand(2, 6, 6, 2) - 2),
+    ),
+    "lengths as a list": (
+        lambda: Sequence(row_by_row), (X, [30, 30, 30, 30]), (X, [30, 22, 15, 7]),
+    ),
     "diffusion step": (
         lambda: Head(lambda y, x, t: y * torch.cos(t * 0.01).view(-1, 1, 1, 1)),
         (IMAGES, torch.tensor([3, 3])),
@@ -267,6 +281,8 @@ def test_exact_or_named(name: str) -> None:
     def doubled(inputs: Any) -> Any:
         if isinstance(inputs, tuple):
             return tuple(map(doubled, inputs))
+        if not isinstance(inputs, Tensor):
+            return inputs
         return inputs.double() if inputs.is_floating_point() else inputs
 
     example, other = doubled(example), doubled(other)

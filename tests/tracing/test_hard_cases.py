@@ -1,6 +1,9 @@
 """Networks, and ways to use them, in which other pruners or earlier versions of this one failed."""
 
 import copy
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -109,14 +112,30 @@ def test_buffers_that_forward_replaces_are_put_back():
     assert model.calls is before and float(before) == 0
 
 
-def test_outputs_in_objects_are_outputs():
-    class Out:
-        def __init__(self, features: Tensor) -> None:
-            self.features = features
+class Out:
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
 
+
+@dataclass(slots=True)
+class Slots:
+    features: Tensor
+
+
+KINDS = {
+    "object": Out,
+    "slots": Slots,
+    "deque": lambda features: deque([features]),
+    "function": lambda features: lambda: features,
+    "partial": lambda features: partial(torch.add, features),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_in_objects_are_outputs(kind):
     def forward(net, x):
         features = net.a(x)
-        return net.end(net.free(features)), Out(features)
+        return net.end(net.free(features)), KINDS[kind](features)
 
     net = Net(forward, a=body(), free=body(8, 6), end=nn.Sequential(*tail(6)))
     scales = pf.scaling_factors(net, X.float())

@@ -15,8 +15,14 @@ from ..inputs import Inputs, Spec, map_parts, parts_of
 #: are rounded down and up, the others first up once or twice and then down.
 OFFSETS = ((0, 2, -2), (-2, -6, 0))
 #: Of an input of so many dimensions, those that may be places: (N, C, …), (N, …, C), (C, …), and of
-#: videos each frame's places, or the frames.
-PLACES = {3: ((2,), (1, 2), (1,)), 4: ((2, 3), (1, 2)), 5: ((2, 3, 4), (3, 4), (1,))}
+#: videos each frame's places, or the frames. Waveforms are (N, T), features (N, C).
+PLACES: dict[int, tuple[tuple[int, ...], ...]] = {
+    1: ((),),
+    2: ((), (1,)),
+    3: ((2,), (1, 2), (1,)),
+    4: ((2, 3), (1, 2)),
+    5: ((2, 3, 4), (3, 4), (1,)),
+}
 #: New size, given the size, over how many dimensions, and which of these it is.
 Resize = Callable[[int, int, int], int]
 
@@ -41,7 +47,7 @@ def more_samples(inputs: Inputs) -> Inputs:
     """One more of whatever has as many as the first input."""
 
     def with_more(spec: Spec) -> Spec:
-        first = next((part["shape"][0] for part in parts_of(spec) if part["shape"]), None)
+        first = _samples(spec)
 
         def more(part: Spec) -> Spec:
             shape = part["shape"]
@@ -53,6 +59,11 @@ def more_samples(inputs: Inputs) -> Inputs:
     return replace(inputs, specs=tuple(map(with_more, inputs.specs)))
 
 
+def _samples(spec: Spec) -> int | None:
+    """How many there are, by the first input."""
+    return next((part["shape"][0] for part in parts_of(spec) if part["shape"]), None)
+
+
 def _resized(inputs: Inputs, resize: Resize, choice: int) -> Inputs:
     """As many places along each dimension as `resize` says; at most two samples, where nothing has
     a meaning for each.
@@ -62,6 +73,7 @@ def _resized(inputs: Inputs, resize: Resize, choice: int) -> Inputs:
 
 def _resized_spec(spec: Spec, resize: Resize, choice: int) -> Spec:
     few = not any(part.get("given") for part in parts_of(spec))
+    samples = _samples(spec)
     from_end: dict[tuple[int, int], int] = {}  # (dimension from the end, size) -> new size
     sizes: dict[int, set[int]] = {}
 
@@ -75,7 +87,7 @@ def _resized_spec(spec: Spec, resize: Resize, choice: int) -> Spec:
             if size > 1:
                 shape[axis] = from_end[axis - len(shape), size] = resize(size, len(axes), j)
                 sizes.setdefault(size, set()).add(shape[axis])
-        if few and axes != (1, 2):  # else the first dimension may be the channels
+        if few and axes != (1, 2) and shape[0] == samples:  # else they may be the channels
             shape[0] = min(shape[0], 2)
         return {**part, "shape": shape}
 
@@ -94,7 +106,7 @@ def _resized_spec(spec: Spec, resize: Resize, choice: int) -> Spec:
 
 
 def _is_image(part: Spec) -> bool:
-    """Whether a tensor may have places: 3 to 5 dimensions of numbers without meaning, or bytes."""
+    """Whether a tensor may have places, or samples: up to 5 dimensions of numbers without meaning, or bytes."""
     return len(part["shape"]) in PLACES and (not part.get("given") or part["dtype"] == "uint8")
 
 

@@ -74,6 +74,13 @@ class Masked(UNet):
         return super().forward(x * ~mask[:, None])
 
 
+class Beside(UNet):
+    """Features (N, 5) and a number for each sample beside the images."""
+
+    def forward(self, x: Tensor, features: Tensor, number: Tensor) -> Tensor:
+        return super().forward(x) * (features.mean(1) * number)[:, None, None, None]
+
+
 class Small(UNet):
     def forward(self, x: Tensor) -> Tensor:
         if max(x.shape[2:]) > 64:
@@ -167,6 +174,17 @@ class Sequence(nn.Module):
         return self.out(self.second(between).mean(2))
 
 
+class Waves(Sequence):
+    """Waveforms (N, T)."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda y: y.logsumexp(2, True))
+        self.first = cbr1(1, 16)
+
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        return super().forward(x[..., None])
+
+
 class Bag(nn.Module):
     """The batch is a bag of one sample."""
 
@@ -211,6 +229,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any]] = {
         (RANDN(2, 3, 8, 8), torch.zeros(2, 8, 8).bool()),
         (RANDN(2, 3, 9, 11), torch.zeros(2, 9, 11).bool()),
     ),
+    "image and features": (
+        Beside,
+        (RANDN(4, 3, 8, 8), RANDN(4, 5), RANDN(4)),
+        (RANDN(4, 3, 9, 11), RANDN(4, 5), RANDN(4)),
+    ),
     "at most 64": (Small, RANDN(2, 3, 32, 32), RANDN(2, 3, 33, 35)),
     "a weight penalty": (Penalized, RANDN(2, 3, 8, 8), RANDN(2, 3, 9, 11)),
     "back again": (BackAgain, RANDN(2, 3, 8, 8), RANDN(2, 3, 9, 11)),
@@ -221,6 +244,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any]] = {
     "logsumexp over time": (
         lambda: Sequence(lambda y: y.logsumexp(2, True)), RANDN(2, 12, 8), RANDN(2, 30, 8),
     ),
+    "waveforms": (Waves, RANDN(2, 12), RANDN(2, 30)),
     "row by row": (lambda: Sequence(row_by_row), (X, FULL), (X, SHORT)),
     "asserted": (lambda: Sequence(asserted), (X, FULL), (X, SHORT)),
     "clamped": (

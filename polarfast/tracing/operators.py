@@ -22,6 +22,8 @@ def record(
     plain = name.rstrip("_") if in_place else name
     if in_place and args and isinstance(args[0], Tensor):
         rec.touched(args[0])
+    if plain == "zeros_like":
+        rec.zeros[out] = True
     tensors = tensors_in((args, kwargs))
     if any(rec.value(tensor) is not None for tensor in tensors):
         _apply(rec, plain, func, args, kwargs, out)
@@ -29,7 +31,10 @@ def record(
             rules.follow_zero(rec, func, args, kwargs, out)
         if in_place and args and isinstance(args[0], Tensor):
             rules.written_through(rec, args[0])
-    elif not rules.parameter_view(rec, plain, args, out):
+    elif not (
+        rules.parameter_view(rec, plain, args, out)
+        or rules.parameter_function(rec, func, args, out)
+    ):
         for tensor in tensors:
             rec.use_whole(tensor)
     if rec.counting and not rec.again and len(rec.graph.projections) == followed:

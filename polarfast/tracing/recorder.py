@@ -46,11 +46,16 @@ class Recorder:
         self.graph = Graph()
         self.values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.views: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        #: what is computed of one parameter element by element: followed as the parameter is where
+        #: it meets activations, and by no layer
+        self.functions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.written: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.normed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         #: activations that are another number where their channels are 0
         self.nonzero: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.gates = {gate_name(name) for name, _ in gated_modules(model)}
+        #: made of zeros, and not written since
+        self.zeros: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.finished = False
         self.counting = True  # whether this pass's MACs count
         self.again = False  # whether it is of a further example: calls as before are left out
@@ -102,10 +107,10 @@ class Recorder:
         return Value(ids, node, 0)
 
     def touched(self, tensor: Tensor) -> None:
-        """Say that a tensor was changed in place: it is no longer what a call wrote."""
-        for calls in (self.written, self.normed):
-            if tensor in calls:
-                del calls[tensor]
+        """Say that a tensor was changed in place: it is no longer what a call wrote, or made."""
+        for known in (self.written, self.normed, self.zeros):
+            if tensor in known:
+                del known[tensor]
 
     def put(self, tensor: Tensor, ids: Tensor, sources: Iterable[Value]) -> None:
         """Track `tensor`. A node of its own only where several values meet."""
@@ -195,7 +200,9 @@ class Recorder:
 
     def use_whole(self, tensor: object) -> None:
         """Say that a parameter is used in a way that allows none of its positions to go."""
-        view = self.view(tensor)
+        view = self.view(tensor) or (
+            self.functions.get(tensor) if isinstance(tensor, Tensor) else None
+        )
         if view is not None:
             self.used.add(view.name)
             self.whole.add(view.name)

@@ -370,9 +370,10 @@ def parameter_view(rec: Recorder, name: str, args: tuple[Any, ...], out: Any) ->
     """Follow a parameter through transposes, reshapes that only insert dimensions, and the product
     with a gate; False if that is not what this is.
     """
-    source = rec.view(args[0]) if args else None
-    if source is None or not isinstance(out, Tensor):
+    store = next((s for s in (rec.views, rec.functions) if args and _held(s, args[0])), None)
+    if store is None or not isinstance(out, Tensor):
         return False
+    source: ParameterView = store[args[0]]
     dims, gate = source.dims, source.gate
     if name in ("detach", "alias", "_to_copy", "clone", "contiguous", "lift_fresh") or (
         name == "expand" and tuple(out.shape) == tuple(args[0].shape)
@@ -396,8 +397,35 @@ def parameter_view(rec: Recorder, name: str, args: tuple[Any, ...], out: Any) ->
         dims = tuple(next(queue) if size > 1 else None for size in out.shape)
     else:
         return False
-    rec.views[out] = ParameterView(source.name, dims, gate)
+    store[out] = ParameterView(source.name, dims, gate)
     return True
+
+
+def parameter_function(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> bool:
+    """Follow what is computed of one parameter element by element (tanh, exp, times a number):
+    without some elements, it lacks just those; False if that is not what this is.
+    """
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    wide = [tensor for tensor in tensors if tensor.numel() > 1]
+    if len(wide) != 1 or not isinstance(out, Tensor) or out.shape != wide[0].shape:
+        return False
+    by_element = torch.Tag.pointwise in func.tags
+    if not by_element or torch.Tag.nondeterministic_seeded in func.tags:
+        return False
+    source = rec.functions.get(wide[0])
+    if source is None and out is not wide[0]:  # a parameter that is written is no function of it
+        source = rec.view(wide[0])
+    if source is None or source.gate is not None or source.name in rec.gates:
+        return False
+    for tensor in tensors:
+        if tensor is not wide[0]:
+            rec.use_whole(tensor)
+    rec.functions[out] = source
+    return True
+
+
+def _held(store: Any, tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor in store
 
 
 def is_gate(rec: Recorder, factor: Any) -> bool:
@@ -454,6 +482,8 @@ def pointwise(rec: Recorder, name: str, args: tuple[Any, ...], out: Tensor) -> N
     """`out` carries its operands' channels, which become one where they meet; parameters follow the
     channels they meet.
     """
+    if _leaves_out(rec, name, args):
+        name = "mul"  # by a mask
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     tracked = [(tensor, value) for tensor in tensors if (value := rec.value(tensor)) is not None]
     joined = _operand(rec, *tracked[0], out)
@@ -465,6 +495,19 @@ def pointwise(rec: Recorder, name: str, args: tuple[Any, ...], out: Tensor) -> N
     for _, value in tracked:
         repeated_for(rec, value, joined.ids)
     rec.put(out, joined.ids, [value for _, value in tracked])
+
+
+def _leaves_out(rec: Recorder, name: str, args: tuple[Any, ...]) -> bool:
+    """Whether what a mask says becomes 0, and nothing else is done."""
+    filled = {"masked_fill": args[2:], "where": args[1:]}.get(name, ())
+    return any(_is_zero(rec, operand) for operand in filled)
+
+
+def _is_zero(rec: Recorder, operand: Any) -> bool:
+    if isinstance(operand, Tensor):
+        number = operand.numel() == 1 and rec.value(operand) is None and not operand.is_meta
+        return operand in rec.zeros or (number and bool(operand == 0))
+    return type(operand) in (int, float) and operand == 0
 
 
 def _operand(rec: Recorder, tensor: Tensor, value: Value, out: Tensor) -> Operand:
@@ -507,7 +550,7 @@ def _constant(rec: Recorder, name: str, ids: Tensor, tensor: Tensor, out: Tensor
     """
     offset = out.dim() - tensor.dim()
     varying = varying_dims(ids)
-    view = rec.view(tensor)
+    view = rec.view(tensor) or rec.functions.get(tensor)
     for d in (d for d in range(tensor.dim()) if tensor.shape[d] > 1 and d + offset in varying):
         line = along(ids, d + offset)
         dim = view.dims[d] if view else None

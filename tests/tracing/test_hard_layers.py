@@ -26,6 +26,22 @@ class LayerScale(nn.Module):
         return self.end(self.a(x) * self.scale + self.shift.view(1, -1, 1, 1))
 
 
+class Computed(nn.Module):
+    """Scales and weights that are computed of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.end = body(), body(8, 8), nn.Sequential(*conv_bn(6, 6), *tail(6))
+        self.scale, self.shift = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8, 1, 1))
+        self.strength = nn.Parameter(torch.rand(1))
+        self.weight = nn.Parameter(torch.randn(6, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = (2 * F.softplus(self.scale) - self.strength).view(1, -1, 1, 1)
+        x = self.a(x) * scale + self.shift.tanh().neg_()
+        return self.end(F.conv2d(self.b(x), self.weight.tanh()))
+
+
 class ChannelsLast(nn.Module):
     """LayerNorm over the channels, as in ConvNeXt."""
 
@@ -105,6 +121,9 @@ def volume(dims: int) -> Tensor:
 #: name -> builder, inputs, γ that must take part, {γ that must not: why}
 CASES = {
     "layer scale": (LayerScale, X, {"a.1"}, {}),
+    "computed of parameters": (
+        Computed, X, {"a.1", "end.1"}, {"b.1": "not a plain parameter"},
+    ),
     "LayerNorm over channels": (ChannelsLast, X, {"free.1"}, {"a.1": "native_layer_norm"}),
     "shared norm, shared convolution, tied weights": (
         OneNorm, X, {"free.1"}, {"norm": "", "twice.1": "", "tied.1": ""},
@@ -214,6 +233,49 @@ def settled(model: nn.Module, inputs) -> nn.Module:
                 module.momentum = 1.0
         model(*inputs)
     return model.eval()
+
+
+MASKS = {
+    "masked_fill": lambda y, mask: y.masked_fill(mask, 0),
+    "masked_fill_": lambda y, mask: (y + 0).masked_fill_(mask, 0.0),
+    "where": lambda y, mask: torch.where(mask, 0.0, y),
+    "where, zeros_like": lambda y, mask: torch.where(mask, torch.zeros_like(y), y),
+}
+
+
+@pytest.mark.parametrize("way", MASKS)
+def test_what_a_mask_leaves_out(way):
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.end = body(), nn.Sequential(*conv_bn(8, 6), nn.ReLU(), *tail(6))
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.end(MASKS[way](self.a(x), mask))
+
+    model = Masked()
+    inputs = X, torch.rand(2, 1, *model.a(X.float()).shape[2:]) < 0.5
+    settled(model, inputs)
+    scales = pf.scaling_factors(model, inputs)
+    zero(scales)
+    gone = scales["a.1.weight"] == 0
+    assert bool(gone.any())
+    assert pf.plan(model, inputs, scales, "fixed").inexact  # ReLU(β), but where the mask is
+    with torch.no_grad():
+        model.a[1].bias[gone] = -1.0
+    plan = pf.plan(model, inputs, scales, "fixed")
+    assert not plan.inexact and plan.flops_reduction > 0.1
+    slim, seen = pf.slim(model, plan, inputs=inputs), (X.flip(0), ~inputs[1])
+    assert distance(masked(model, plan, False), slim, seen) < TOLERANCE
+
+
+def test_what_is_filled_with_another_number_stays():
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        y = net.a(x)
+        return net.end(net.b(y.masked_fill(x.mean(1, keepdim=True)[..., :1, :1] > 0, 1.0)))
+
+    net = Net(forward, a=body(), b=body(8, 6), end=nn.Sequential(*tail(6)))
+    assert "share (masked_fill)" in pf.scaling_factors(net, X.float()).pinned["a.1.weight"]
 
 
 def test_a_transposed_convolution_reads_and_writes_channels():

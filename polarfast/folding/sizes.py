@@ -106,7 +106,7 @@ def _resized_spec(spec: Spec, resize: Resize, choice: int) -> Spec:
 
 
 def _is_image(part: Spec) -> bool:
-    """Whether a tensor may have places, or samples: up to 5 dimensions of numbers without meaning, or bytes."""
+    """Whether a tensor may have places, or samples: numbers without meaning, or bytes."""
     return len(part["shape"]) in PLACES and (not part.get("given") or part["dtype"] == "uint8")
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .regularizers import Regularizer
 
 _MAKING = threading.Lock()
+STEPS_TOO_MANY = 3
 
 
 class Binding:
@@ -57,6 +58,8 @@ class Binding:
         self._looked_at: Table | None = None  # the table of thresholds, while there was no step
         self._table_from: tuple[object, object] = (None, None)  # the table's weights and groups
         self._warned_for: tuple[float | None, str] | None = None  # upper and clamp
+        self._version = -1  # of the first γ, after the last step
+        self._moved = 0  # steps in a row before which it had changed since
 
     @staticmethod
     def of(scales: ScalingFactors) -> Binding:
@@ -162,6 +165,23 @@ class Binding:
         else:
             self._table, self._table_from = made, (reg.weights, reg.groups)
         return made
+
+    def warn_if_stepped_twice(self) -> None:
+        """Say once that γ move between steps, too, before one of them."""
+        if self._moved == STEPS_TOO_MANY:
+            return
+        self._moved = self._moved + 1 if 0 <= self._version < self.params[0]._version else 0
+        if self._moved == STEPS_TOO_MANY and _is_first_process():
+            warnings.warn(
+                f"something changed {self.names[0]!r} before each of the last {STEPS_TOO_MANY} "
+                "pf.step calls: if it is optimizer.step(), every step is taken twice. pf.step "
+                "stands in its place: call pf.step alone",
+                stacklevel=2,
+            )
+
+    def note_end(self) -> None:
+        """Note that a step is done."""
+        self._version = self.params[0]._version
 
     def warn_before_clamp(self, reg: Regularizer) -> None:
         """Say once what the first clamp will cut off: γ learned without a clamp can be anywhere."""

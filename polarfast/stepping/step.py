@@ -307,6 +307,7 @@ class _Work:
                 options = None  # SGD makes the missing ones, and dampens the others
         self._options = options
         binding.warn_before_clamp(reg)
+        binding.warn_if_stepped_twice()
         scale = _amp_scalar(optimizer, "grad_scale", table.device)
         reg.steer(self.scales, optimizer, scale)
         binding.note_step(reg, groups[0])
@@ -371,6 +372,7 @@ class _Work:
         if reg.clamp == "all" and reg.upper is not None and not _is_set(found_inf):
             self._clamp_others(reg.upper)
         reg.settle(self.scales)
+        Binding.of(self.scales).note_end()
 
     def _fused_step(
         self,

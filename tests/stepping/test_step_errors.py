@@ -193,3 +193,23 @@ def test_the_first_clamp_calls_gates_gates(names: tuple[str, str], words: str) -
 def test_importing_the_step_does_not_import_dynamo() -> None:
     code = "import sys, polarfast; assert 'torch._dynamo' not in sys.modules, 'torch._dynamo'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+@pytest.mark.parametrize("way", ["alone", "attached", "both", "in turns"])
+def test_steps_that_are_taken_twice_are_told_of_once(kind: type[SGD], way: str) -> None:
+    scales = make_scales()
+    optimizer = kind(list(scales.values()), lr=1e-3)
+    if way == "attached":
+        attach(optimizer, scales, REG)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(8):
+            set_gradients(list(scales.values()), number)
+            if way in ("both", "attached") or (way == "in turns" and number % 2):
+                optimizer.step()
+            if way != "attached":
+                step(optimizer, scales, REG)
+    told = [str(each.message) for each in caught if "taken twice" in str(each.message)]
+    assert len(told) == (way == "both")
+    assert not told or "something changed 'bn0.weight'" in told[0]

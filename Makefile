@@ -75,7 +75,7 @@ endif
 SANITIZED = setarch -R env LD_PRELOAD="$(foreach name,$(RUNTIMES),$(shell g++ -print-file-name=lib$(name).so))" \
 	PYTHONPATH=$(CURDIR)/build/$(SANITIZE)/lib:$(CURDIR)/tests PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 $(CURDIR)/$(BIN)/python
+	TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1:allocator_may_return_null=1 $(CURDIR)/$(BIN)/python
 
 sanitize: $(STAMP)
 	POLARFAST_SANITIZE=$(SANITIZE) $(BIN)/python setup.py -q build --build-base build/$(SANITIZE) \

@@ -1,6 +1,6 @@
 # Every target first makes .venv, with torch and polarfast in it, unless it is there and up to date.
 #   make demo   make demo-quick   make test   make test-fast   make test-faults   make test-abi
-#   make test-zoo   make sanitize   make lint   make bench
+#   make test-zoo   make sanitize   make lint   make bench   make bench-guard
 # Another interpreter: make PYTHON=python3.12.  Another torch: make TORCH='torch==2.13.0'.
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 SANITIZE ?= address,undefined
 CALLS ?= 20000
 
-.PHONY: install demo demo-quick test test-fast test-faults test-abi test-zoo sanitize lint bench clean
+.PHONY: install demo demo-quick test test-fast test-faults test-abi test-zoo sanitize lint bench bench-guard clean
 
 install: $(STAMP)
 
@@ -95,6 +95,10 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps torch-pruning
 	$(BIN)/python benchmarks/speed_page.py --write docs/benchmarks.md
+
+# What can be counted of it, with exact bounds; `make test` has these, too.
+bench-guard: $(STAMP)
+	$(BIN)/python -m pytest -q -m guard $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-abi .venv-zoo build dist *.egg-info polarfast/_C*.so

@@ -53,6 +53,7 @@ def test_every_kernel_compiles_without_spills(report, target):
     assert [e for e in entries if any(e["spilled"].values())] == []
 
 
+@pytest.mark.guard
 def test_launches(report):
     """Three at most; one while all factors fit, and for all that stays within a row."""
     for entry in report["sm_90"]:

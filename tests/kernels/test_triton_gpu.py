@@ -120,6 +120,7 @@ def test_scale_and_found_inf_are_read_on_the_gpu(sizes):
     assert torch.equal(gpu.values(), before)
 
 
+@pytest.mark.guard
 def test_nothing_waits_for_the_gpu(sizes):
     factors = Factors(sizes, "cuda")
     factors.everything()
@@ -152,6 +153,7 @@ def device_events(work):
     return [e.name for e in profiler.events() if e.device_type == DeviceType.CUDA]
 
 
+@pytest.mark.guard
 @pytest.mark.parametrize("op", ["subgradient", "SGD", "clamp", "valley"])
 @pytest.mark.parametrize(("kind", "per_layer"), REGULARIZERS)
 def test_launches_and_copies(op, kind, per_layer, sizes):
@@ -178,6 +180,7 @@ def test_launches_and_copies(op, kind, per_layer, sizes):
     assert not [name for name in events if name.startswith("Mem")]
 
 
+@pytest.mark.guard
 def test_moved_gradients_cost_one_copy(sizes):
     """As `zero_grad(set_to_none=True)` moves them, and nothing waits for it."""
     factors = Factors(sizes, "cuda")

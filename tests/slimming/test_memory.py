@@ -8,6 +8,8 @@ from support.nets import zero
 
 import polarfast as pf
 
+pytestmark = pytest.mark.guard
+
 
 @pytest.mark.parametrize("residual", ["keep", "expand"])
 def test_planning_and_slimming(residual):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, Dataset
 
 from .documents import check_fields, list_of, short, truth, whole
 from .errors import ArgumentError, PlanError
@@ -102,10 +103,14 @@ def _describe(inputs: Any, meaning: frozenset[int], numbers: Iterator[int]) -> S
         return {"named": {key: _describe(item, meaning, numbers) for key, item in inputs.items()}}
     if inputs is None or isinstance(inputs, (bool, int, float, str)):
         return {"value": inputs}
+    hint = ""
+    if isinstance(inputs, (DataLoader, Dataset)):
+        hint = ", as the images (without labels) of next(iter(loader))"
+    elif hasattr(inputs, "__array__"):
+        hint = ", as torch.as_tensor(array)"
     raise ArgumentError(
         f"example_inputs holds a {type(inputs).__name__}: pass a tensor, a tuple of positional "
-        "inputs or a dict of keyword "
-        "inputs, made of tensors and plain numbers"
+        f"inputs or a dict of keyword inputs, made of tensors and plain numbers{hint}"
     )
 
 
@@ -144,7 +149,7 @@ class Inputs:
                 raise ArgumentError(
                     f"example_inputs[{number}] has other inputs than example_inputs[0]: several "
                     "examples are a list of the same tensors, tuples or dicts; the positional "
-                    "inputs of one example are a tuple"
+                    "inputs of one example are a tuple, and labels are none"
                 )
         return cls(specs, examples)
 

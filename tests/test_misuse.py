@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import polarfast as pf
 
@@ -29,6 +30,24 @@ def slimmed(model: nn.Module) -> nn.Module:
         for gamma in scales.values():
             gamma[::2] = 0
     return pf.slim(model, pf.plan(model, X, scales, "fixed", value=0.0))
+
+
+LABELS = torch.tensor([1, 0])
+NO_INPUTS: dict[str, tuple[Any, str]] = {
+    "loader": (DataLoader(TensorDataset(X, LABELS)), r"a DataLoader: .*of next\(iter\(loader"),
+    "data set": (TensorDataset(X, LABELS), r"a TensorDataset: .*of next\(iter\(loader"),
+    "array": (X.numpy(), "a ndarray: .*as torch.as_tensor"),
+    "batch": ((X, LABELS), "takes 2 positional arguments but 3 .*without labels"),
+    "batch as a list": ([X, LABELS], r"example_inputs\[1\] has other inputs.* labels are none"),
+    "model": (network(), "a Sequential: pass a tensor"),
+}
+
+
+@pytest.mark.parametrize("name", NO_INPUTS)
+def test_what_is_no_example_input(name: str) -> None:
+    given, message = NO_INPUTS[name]
+    with pytest.raises(pf.PolarfastError, match=message):
+        pf.scaling_factors(network(), given)
 
 
 MISPLACED: dict[str, tuple[Callable[..., Any], str]] = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, PlanError
 from ..folding.fold import Folded, check_fold, new_biases
 from ..folding.replay import Fold
-from ..inputs import Inputs, misplaced, unwrap
+from ..inputs import misplaced, unwrap
 from ..layers import lost_gates
 from ..scaling.factors import ScalingFactors
 from ..tracing.classes import Channels, Traced, trace_channels
@@ -329,7 +329,6 @@ def _chooser(
     latency: Latencies | None,
 ) -> Chooser:
     model = unwrap(model)
-    Inputs.of(example_inputs)  # refuses what are no inputs; then the network runs on them
     timed = latency is not None
     channels = trace_channels(model, example_inputs, scales.residual, with_operations=timed)
     check_belongs(model, channels, scales)

@@ -17,6 +17,7 @@ from torch import nn
 from ..copies import tensors_of_model
 from ..errors import TracingError
 from ..inputs import (
+    Inputs,
     Operators,
     copied_inputs,
     enlarged,
@@ -81,6 +82,7 @@ def trace(model: nn.Module, example_inputs: Any, with_operations: bool = False) 
         with_operations: write down what the first example runs (`Graph.operations`).
 
     Raises:
+        ArgumentError: as `Inputs.of`.
         TracingError: the model is scripted or compiled ahead, a forward was replaced by a function,
             it fails on these inputs, or it returns no tensor.
     """
@@ -93,6 +95,7 @@ def trace(model: nn.Module, example_inputs: Any, with_operations: bool = False) 
             "the model is on the meta device, where tensors have no values: make it on a real one, "
             "or model.to_empty(device=...) and load its weights first"
         )
+    Inputs.of(example_inputs)  # refuses what are no inputs
     first = first_of(example_inputs)
     if isinstance(first, torch.Tensor) and first.numel() == 0:
         raise TracingError(
@@ -217,7 +220,7 @@ def _run(
         raise TracingError(
             f"the model's forward failed in {'train' if why else 'eval'} mode on the example "
             f"inputs: {error}. Pass example_inputs as the model takes them: a tensor, a tuple of "
-            f"positional or a dict of keyword inputs{hint}"
+            f"positional or a dict of keyword inputs, without labels{hint}"
         ) from error
     outputs = [value for leaf in tensors_of(out) if (value := recorder.value(leaf)) is not None]
     if not outputs:

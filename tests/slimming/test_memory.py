@@ -15,14 +15,14 @@ pytestmark = pytest.mark.guard
 def test_planning_and_slimming(residual):
     torch.manual_seed(0)
     model, x = torchvision.models.resnet18().eval(), torch.rand(1, 3, 160, 160)
-    with torch.no_grad(), Allocations() as forward:
-        model(x)
+    largest_map = 64 * 80 * 80 * x.element_size()
     scales = pf.scaling_factors(model, x, residual=residual)
     zero(scales)
     with Allocations() as planning:
         plan = pf.plan(model, x, scales)
-    # Its runs are in float64, at larger sizes and of one more sample too.
-    assert planning.peak <= 10 * forward.peak + 2**22
+    # A forward pass keeps 4 to 6 such maps at once. Its runs are in float64, at larger sizes and of
+    # one more sample too.
+    assert planning.peak <= 50 * largest_map
     assert planning.now <= 2**21  # what the plan keeps
     with Allocations() as slimming:
         slim = pf.slim(model, plan, verify=False)

@@ -444,7 +444,7 @@ class FlopsTarget(Polarization):
             missed = late and (slow or self._hopeless(left, scales, optimizer))
         if missed:
             self._warned = True
-            message = self._what_lacks(groups_of(scales, optimizer), left)
+            message = self._what_lacks(scales, groups_of(scales, optimizer), left)
             warnings.warn(message, stacklevel=6)  # who called pf.step or an attached step
 
     def _hopeless(self, left: int, scales: ScalingFactors, optimizer: Optimizer) -> bool:
@@ -454,7 +454,9 @@ class FlopsTarget(Polarization):
         rate, group = rate_of(scales, optimizer)
         return scales_gradients(group) and rate * left < self._way
 
-    def _what_lacks(self, groups: list[dict[str, Any]], left: int) -> str:
+    def _what_lacks(
+        self, scales: ScalingFactors, groups: list[dict[str, Any]], left: int
+    ) -> str:
         """The state of things, why it is so, and what to change."""
         found = (
             f"FlopsTarget: after {self._step + 1} of {self._steps} steps pruning would cut "
@@ -485,7 +487,7 @@ class FlopsTarget(Polarization):
             f"{found}. The γ that are to go are at {self._way:.2g} on average and fall by "
             f"{max(self._speed, 0.0):.1g} a step at a learning rate of {rate:.2g}, with {left} "
             f"steps left. {longer}, or give the γ a parameter group of their own with a larger lr "
-            f"and no weight decay{lower}"
+            f"and no weight decay{lower}{_coarse(scales)}"
         )
 
     def remark(self) -> str | None:
@@ -621,3 +623,15 @@ def _check(cut: float, steps: int | None, every: int | None) -> None:
     for name, number in (("steps", steps), ("every", every)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ArgumentError(f"{name}={number!r}: give a whole number of steps, at least 1")
+
+
+def _coarse(scales: ScalingFactors) -> str:
+    """One more reason why factors do not fall, if they are of a short dtype."""
+    dtype = next(iter(scales.values())).dtype
+    lost = torch.finfo(dtype).eps / 2
+    if lost < 1e-4:
+        return ""
+    return (
+        f". They are in {str(dtype).removeprefix('torch.')}, in which a step below 1/{1 / lost:.0f}"
+        " of a γ is lost: train in float32 under torch.autocast, or keep the norms in float32"
+    )

@@ -379,10 +379,10 @@ def test_a_short_dtype_is_named_as_a_reason():
     model = plain().bfloat16()
     x = torch.rand(2, 3, 8, 8).bfloat16()
     scales = pf.scaling_factors(model, x)
-    reg = pf.FlopsTarget(model, x, scales, cut=0.3, steps=10)
-    optimizer = torch.optim.SGD(model.parameters(), 1e-9)
+    reg = pf.FlopsTarget(model, x, scales, cut=0.5, steps=60)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     with pytest.warns(UserWarning, match="in bfloat16, in which a step below 1/256 of a γ is lost"):
-        for _ in range(10):
+        for _ in range(60):
             optimizer.zero_grad()
             model(x).float().square().mean().backward()
             pf.step(optimizer, scales, reg)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import polarfast as pf
 from polarfast.engine.models import resnet
-from polarfast.planning.prediction import CutCounter
+from polarfast.planning.counting import CutCounter
 
 ROUNDS = 15
 

@@ -454,9 +454,7 @@ class FlopsTarget(Polarization):
         rate, group = rate_of(scales, optimizer)
         return scales_gradients(group) and rate * left < self._way
 
-    def _what_lacks(
-        self, scales: ScalingFactors, groups: list[dict[str, Any]], left: int
-    ) -> str:
+    def _what_lacks(self, scales: ScalingFactors, groups: list[dict[str, Any]], left: int) -> str:
         """The state of things, why it is so, and what to change."""
         found = (
             f"FlopsTarget: after {self._step + 1} of {self._steps} steps pruning would cut "

@@ -87,8 +87,8 @@ def project(
 ) -> None:
     """A convolution or linear layer: reads the channels along dimension 1 and writes new ones."""
     value = rec.value(x)
-    view = weight if isinstance(weight, ParameterView) else rec.view(weight)
-    bias_view = rec.view(bias)
+    view = weight if isinstance(weight, ParameterView) else _as_it_is(rec, weight)
+    bias_view = _as_it_is(rec, bias)
     if value is None or view is None or (bias is not None and bias_view is None):
         unknown_projection(rec, (x, weight, bias), out)
         return
@@ -138,6 +138,12 @@ def project(
     tracked.node, tracked.depth = node, value.depth + 1
 
 
+def _as_it_is(rec: Recorder, tensor: Tensor | None) -> ParameterView | None:
+    """A parameter, unless it is transposed or repeated."""
+    view = rec.view(tensor)
+    return view if view is not None and view.dims == tuple(range(len(view.dims))) else None
+
+
 def _place(rec: Recorder, call: ProjectionCall) -> int:
     """Where a call is among the graph's: where it was, if a further example makes the same call."""
     calls = rec.graph.projections
@@ -182,7 +188,7 @@ def batch_norm(rec: Recorder, overload: str, args: tuple[Any, ...], outs: Any) -
     out, *statistics = outs
     x, tensors = args[0], list(args[1:3] if overload == "no_stats" else args[1:5])
     value = rec.value(x)
-    views = [rec.view(tensor) for tensor in tensors]
+    views = [_as_it_is(rec, tensor) for tensor in tensors]
     gates = {view.gate for view in views[:2] if view}
     if (
         value is None

@@ -375,10 +375,13 @@ def parameter_view(rec: Recorder, name: str, args: tuple[Any, ...], out: Any) ->
         return False
     source: ParameterView = store[args[0]]
     dims, gate = source.dims, source.gate
-    if name in ("detach", "alias", "_to_copy", "clone", "contiguous", "lift_fresh") or (
-        name == "expand" and tuple(out.shape) == tuple(args[0].shape)
-    ):
+    if name in ("detach", "alias", "_to_copy", "clone", "contiguous", "lift_fresh"):
         pass
+    elif name == "expand":
+        first = out.dim() - args[0].dim()
+        repeated = [out.shape[first + dim] != size for dim, size in enumerate(args[0].shape)]
+        own = [None if again else dim for dim, again in zip(dims, repeated, strict=True)]
+        dims = (*[None] * first, *own)
     elif name == "mul" and gate is None and is_gate(rec, args[1]):
         gate = rec.views[args[1]].name
     elif name == "t":

@@ -243,10 +243,13 @@ class SizeTracking(TorchFunctionMode):
             own = dim - first
             if own < 0 or tensor.shape[own] != out.shape[dim] or tensor.shape[own] == 1:
                 grown[dim] = size
-            elif value is not None and own in varying_dims(value.ids):
-                becomes(recorder, value, [own], size)
-            elif (row := channels_of(size)) is not None:
-                recorder.pin(row, FIXED)
+            elif value is not None:
+                if own in varying_dims(value.ids):
+                    becomes(recorder, value, [own], size)
+                elif (row := channels_of(size)) is not None:
+                    recorder.pin(row, FIXED)
+            else:
+                self._parameter_stays(out, dim, size)
         if value is None:
             self._made(out, grown)
             return
@@ -254,6 +257,22 @@ class SizeTracking(TorchFunctionMode):
         repeated = {dim: row for dim, row in rows if row is not None}
         if repeated:
             recorder.values[out].repeated = repeated
+
+    def _parameter_stays(self, out: Tensor, dim: int, size: Any) -> None:
+        """A parameter, or a constant, that is repeated along others of its dimensions must have
+        this size along this one.
+        """
+        recorder, row = self.recorder, channels_of(size)
+        view = recorder.view(out) or recorder.functions.get(out)
+        own = view.dims[dim] if view else None
+        if view is not None and own is not None and row is not None:
+            if row.numel() == out.shape[dim]:
+                recorder.axis(view.name, own, row)
+                return
+        if row is not None:
+            recorder.pin(row, FIXED)
+        elif size is not Kept and size != -1:
+            recorder.use_whole(out)
 
     @contextmanager
     def _asking(self, sizes: list[Any] | None) -> Iterator[None]:

@@ -42,6 +42,25 @@ class Computed(nn.Module):
         return self.end(F.conv2d(self.b(x), self.weight.tanh()))
 
 
+class Shaped(nn.Module):
+    """Parameters that are repeated, and weights and biases that are transposed or repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = body(), body(8, 8), body(8, 8), body(8, 8)
+        self.norm, self.end = nn.BatchNorm2d(6), nn.Sequential(*body(6, 6), *tail(6))
+        self.scale, self.shift = nn.Parameter(torch.randn(8, 1, 1)), nn.Parameter(torch.randn(8))
+        self.fixed = nn.Parameter(torch.randn(8, 1, 1))
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 6, 1, 1)), nn.Parameter(torch.randn(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = self.b(x * self.scale.sigmoid().expand_as(x))
+        x = self.c(x + self.shift.view(1, -1, 1, 1).expand(len(x), -1, 1, 1))
+        x = self.d(x * self.fixed.expand(len(x), 8, 1, 1))
+        return self.end(self.norm(F.conv2d(x, self.weight.transpose(0, 1), self.bias.expand(6))))
+
+
 class ChannelsLast(nn.Module):
     """LayerNorm over the channels, as in ConvNeXt."""
 
@@ -123,6 +142,10 @@ CASES = {
     "layer scale": (LayerScale, X, {"a.1"}, {}),
     "computed of parameters": (
         Computed, X, {"a.1", "end.1"}, {"b.1": "not a plain parameter"},
+    ),
+    "shaped parameters": (
+        Shaped, X, {"a.1", "b.1", "end.1"},
+        {"c.1": "fixed is also used", "d.1": "not a plain parameter", "norm": ""},
     ),
     "LayerNorm over channels": (ChannelsLast, X, {"free.1"}, {"a.1": "native_layer_norm"}),
     "shared norm, shared convolution, tied weights": (

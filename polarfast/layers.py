@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ArgumentError
-from .kernels.put_back import put_back, put_back_norm, takes_kernel
+from .kernels.put_back import in_transform, put_back, put_back_norm, takes_kernel
 
 Kinds = tuple[type[nn.Module], ...]
 NORMS: Kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -236,8 +236,11 @@ def _is_affine(norm: nn.modules.batchnorm._BatchNorm, input: Tensor) -> bool:
 PUT_BACK_INDEX = "put_back_index"
 
 
-class PutBack(Variant):
-    """A normalization of the kept channels whose output has the full width again ("expand").
+class Places(nn.Module):
+    """A module whose buffer `put_back_index` nothing but loading writes.
+
+    Averages of weights write to all buffers, and round whole numbers down: 7 becomes 6. So the
+    places are kept twice, and a write is undone before they are used, moved, copied or saved.
 
     Buffers:
         put_back_index: int64 [kept], the place of each kept channel in the output.
@@ -245,17 +248,67 @@ class PutBack(Variant):
             dropped.
     """
 
-    prefix = "PutBack"
     put_back_index: Tensor
     put_back_constant: Tensor
 
-    def put_back(self, index: Tensor, constant: Tensor) -> None:
+    def hold(self, index: Tensor, constant: Tensor) -> None:
         """Register where the kept channels go and what stands in the other places."""
-        assert isinstance(self, nn.Module)
         self.register_buffer("put_back_index", index)
         self.register_buffer("put_back_constant", constant)
+        self._note(index.clone())
+
+    def _note(self, places: Tensor) -> None:
+        index = self.put_back_index
+        self._places = places
+        #: The buffer that holds them, as of which write; None: torch does not count them.
+        self._held = None if index.is_inference() else (id(index), index._version)
+
+    def put_right(self) -> None:
+        """Undo a write to the buffer. Another tensor in its place says what is right."""
+        index = self._buffers["put_back_index"]
+        assert index is not None
+        if torch.compiler.is_compiling() or in_transform() or index.is_inference():
+            return
+        if self._held is not None and self._held[0] == id(index):
+            if self._held[1] == index._version:
+                return
+            with torch.no_grad():
+                index.copy_(self._places)
+            self._note(self._places)
+        else:
+            self._note(index.detach().clone())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.put_right()
+        super()._apply(fn, recurse)
+        self._note(fn(self._places))
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.put_right()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.put_right()
+        super()._load_from_state_dict(*args)
+        self._note(self.put_back_index.detach().clone())
+
+    def __getstate__(self) -> Any:
+        self.put_right()
+        return self.__dict__
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._note(self._places)
+
+
+class PutBack(Variant, Places):
+    """A normalization of the kept channels whose output has the full width again ("expand")."""
+
+    prefix = "PutBack"
 
     def forward(self, input: Tensor) -> Tensor:
+        self.put_right()
         index, constant = self.put_back_index, self.put_back_constant
         if not index.numel():
             return self._constant(_nothing(self, input))
@@ -271,7 +324,7 @@ class PutBack(Variant):
                 cast(Tensor, self.running_var),
                 self.eps,
             )
-        return put_back(super().forward(input), index, constant)  # type: ignore[misc]
+        return put_back(super().forward(input), index, constant)
 
     def _constant(self, nothing: Tensor) -> Tensor:
         """The output of a normalization that kept no channel, from its input [N, 0, *]."""
@@ -281,18 +334,15 @@ class PutBack(Variant):
         return channels.view(1, -1, *[1] * (nothing.dim() - 2)).expand(shape).contiguous()
 
 
-class PutBackAlone(nn.Module):
+class PutBackAlone(Places):
     """What is left of a `PutBack` whose normalization was folded into the layer before it."""
-
-    put_back_index: Tensor
-    put_back_constant: Tensor
 
     def __init__(self, index: Tensor, constant: Tensor) -> None:
         super().__init__()
-        self.register_buffer("put_back_index", index)
-        self.register_buffer("put_back_constant", constant)
+        self.hold(index, constant)
 
     def forward(self, input: Tensor) -> Tensor:
+        self.put_right()
         return put_back(input, self.put_back_index, self.put_back_constant.to(input.dtype))
 
 

@@ -33,7 +33,7 @@ def put_back(kept: Tensor, index: Tensor, constant: Tensor) -> Tensor:
     """
     if not kept.device == index.device == constant.device:  # torch's own writes pass over "meta"
         check_tensors(kept=kept, index=index, constant=constant)
-    if torch.compiler.is_compiling() or _in_transform():
+    if torch.compiler.is_compiling() or in_transform():
         return put_back_by_reading(kept, index, constant)  # asks no tensor for its memory format
     graph = torch.is_grad_enabled() and kept.requires_grad
     # With a graph to write, torch's own operators are no slower, but for channels_last.
@@ -92,13 +92,13 @@ def takes_kernel(input: Tensor) -> bool:
         and input.is_cpu
         and input.dtype in _DTYPES
         and not torch.jit.is_tracing()
-        and not _in_transform()
+        and not in_transform()
         and _get_current_dispatch_mode() is None
         and (input.is_contiguous() or _is_channels_last(input))
     )
 
 
-def _in_transform() -> bool:
+def in_transform() -> bool:
     """Whether torch.func or forward-mode differentiation follows what is computed."""
     level = torch._C._functorch.maybe_current_level()
     return level is not None or torch.autograd.forward_ad._current_level >= 0

@@ -78,7 +78,7 @@ class Bench:
         norm.__class__ = PUT_BACK[kind]
         assert isinstance(norm, PutBack)
         places = torch.linspace(0, full - 1, kept, device=self._device).long()
-        norm.put_back(places, torch.zeros(full, device=self._device, dtype=self._dtype))
+        norm.hold(places, torch.zeros(full, device=self._device, dtype=self._dtype))
         input = self._input(x.with_sizes({1: kept}))
         return Call(lambda: norm(input), input)
 

@@ -151,7 +151,7 @@ class Structure:
         if change.put_back is not None:
             index = tensor_of(f"{prefix}put_back_index", None).to(weight.device)
             constant = tensor_of(f"{prefix}put_back_constant", None).to(weight.device)
-            module.put_back(index, constant)  # type: ignore[operator]
+            module.hold(index, constant)  # type: ignore[operator]
         if change.bias:
             bias = tensor_of(f"{prefix}bias", None).to(weight.device, weight.dtype)
             module.bias = nn.Parameter(bias, requires_grad=weight.requires_grad)

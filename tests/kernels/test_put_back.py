@@ -35,7 +35,7 @@ def norm_of(kind: type[nn.Module], kept: int = 5, width: int = 9, seed: int = 0)
     norm.bias.data.normal_()
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2.0)
-    norm.put_back(torch.randperm(width)[:kept].sort().values, torch.randn(width))
+    norm.hold(torch.randperm(width)[:kept].sort().values, torch.randn(width))
     return norm.eval()
 
 

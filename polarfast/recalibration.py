@@ -50,6 +50,8 @@ def recalibrate(
         ArgumentError: no batches; batches of a kind that has to be explained; no BatchNorm to
             estimate; statistics that are not finite.
     """
+    if isinstance(batches, Tensor):
+        raise ArgumentError("batches is a tensor: pass a loader, or [batch] for one batch")
     inner = unwrap(model)
     norms = _chosen(inner, select, frozen)
     call = _call(labels) if forward is None else forward

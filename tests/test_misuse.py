@@ -61,6 +61,15 @@ MISPLACED: dict[str, tuple[Callable[..., Any], str]] = {
     "slim of a plan": (lambda m, s, r, o: pf.slim(pf.plan(m, X, s), m), "a PruningPlan and a Seq"),
     "init": (lambda m, s, r, o: pf.init_scales(m, 0.5), "given a Sequential as scales"),
     "init by scales": (lambda m, s, r, o: pf.init_scales(0.5, s), "given a float as scales"),
+    "a dict": (
+        lambda m, s, r, o: pf.plan(m, X, s, cut=0.3, of="latency", latency={"a": 1}),
+        "latency is a dict: pass a pf.LatencyTable",
+    ),
+    "a dtype": (
+        lambda m, s, r, o: pf.LatencyTable.measure(m, X, dtype="float16"),
+        "give a torch.dtype",
+    ),
+    "a batch": (lambda m, s, r, o: pf.recalibrate(m, X), r"pass a loader, or \[batch\]"),
     "a path": (
         lambda m, s, r, o: pf.plan(m, X, s, cut=0.3, of="latency", latency="t.json"),
         "pf.LatencyTable.load",
@@ -125,3 +134,18 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(pf.ArgumentError, match="no folder"):
         pf.save(pf.slim(model, plan), plan, tmp_path / "none" / "slim.pt")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_latency_table_is_of_one_network() -> None:
+    model, x = network(), torch.rand(1, 3, 32, 32)
+    wider = nn.Sequential(*network()[:6], *network()[3:6], *network()[3:])
+    table = pf.LatencyTable.measure(model, x, seconds=0.2, error=0.5, progress=False)
+    for other, fits in ((network(), True), (wider, False)):
+        scales = pf.scaling_factors(other, x)
+        if fits:
+            assert pf.reachable(other, x, scales, latency=table)
+            continue
+        with pytest.raises(pf.PlanError, match="the latency table is of another network"):
+            pf.reachable(other, x, scales, latency=table)
+    with pytest.raises(pf.ArgumentError, match="given a Sequential: pass what pf.plan returned"):
+        table.latency(model)

@@ -56,6 +56,8 @@ from .timing import Bench
 
 Device = torch.device  # `Setting` has a field torch
 FORMAT, VERSION = "polarfast-latency-table", 1
+#: By so much the times of two networks may differ that count as one: another head.
+OTHER_NETWORK = 0.1
 _HINT = "give the path that LatencyTable.save wrote"
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -197,6 +199,8 @@ class LatencyTable:
             raise ArgumentError(f"step={step!r}: give the channels of one step, 1 or more")
         if not seconds > 0 or not error > 0:
             raise ArgumentError(f"seconds={seconds!r}, error={error!r}: give numbers above 0")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ArgumentError(f"dtype={dtype!r}: give a torch.dtype, as torch.float16")
         if memory_format not in _LAYOUTS.values():
             known = ", ".join(map(str, _LAYOUTS.values()))
             raise ArgumentError(f"memory_format={memory_format}: choose one of {known}")
@@ -254,6 +258,20 @@ class LatencyTable:
         scale = min(1.0, self.ms / total) if total else 1.0
         return Prices(self._times, channels, (scale, scale), self.ms - scale * total)
 
+    def check_network(self, channels: Channels) -> None:
+        """Raise PlanError unless this is the network that was measured: its convolutions and linear
+        layers, as wide as they are, take as long by the table (but for a head of another width).
+        """
+        everything = ~channels.graph.mask()
+        own, _ = Prices(self._times, channels, (1.0, 1.0), 0.0).parts(everything)
+        measured, _ = self._parts
+        if abs(own - measured) > OTHER_NETWORK * measured:
+            raise PlanError(
+                f"the latency table is of another network: by its times, the convolutions and "
+                f"linear layers of the one that was measured take {measured:.3g} ms, this one's "
+                f"{own:.3g} ms; measure a table of this one (pf.LatencyTable.measure)"
+            )
+
     def check_inputs(self, example_inputs: Any) -> None:
         """Raise PlanError unless they have the sizes that the table was measured with."""
         found = Inputs.of(example_inputs).specs[0]
@@ -276,6 +294,10 @@ class LatencyTable:
         Raises:
             PlanError: the plan is not of this network, or `model` is missing.
         """
+        if not isinstance(plan, PruningPlan):
+            raise ArgumentError(
+                f"table.latency(plan) was given a {type(plan).__name__}: pass what pf.plan returned"
+            )
         if model is None:
             model = plan.network()
         if model is None:
@@ -293,6 +315,8 @@ class LatencyTable:
         unknown = [name for name in plan.kept if name not in channels.layers]
         if unknown:
             raise PlanError(f"{unknown[0]} takes no part in this model: pass the plan's network")
+        if not hasattr(model, "polarfast_info"):
+            self.check_network(channels)
         choice = Selection(channels, plan.kept)
         choice.adopt(plan.kept)
         choice.drop_unread(can_vanish(model, channels))

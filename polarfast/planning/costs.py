@@ -88,6 +88,9 @@ class Latencies(Protocol):
     def check_inputs(self, example_inputs: Any) -> None:
         """Raise PlanError unless times hold for inputs of these sizes."""
 
+    def check_network(self, channels: Channels) -> None:
+        """Raise PlanError unless times hold for this network, traced with its operations."""
+
     def prices(self, channels: Channels) -> Callable[[Tensor], float]:
         """ms as a function of the classes that stay."""
 
@@ -100,6 +103,10 @@ def check_of(of: str, latency: Latencies | None) -> None:
     if isinstance(latency, str | os.PathLike):
         raise ArgumentError(
             f"latency={os.fspath(latency)!r}: pass the table, pf.LatencyTable.load of that file"
+        )
+    if latency is not None and not hasattr(latency, "prices"):
+        raise ArgumentError(
+            f"latency is a {type(latency).__name__}: pass a pf.LatencyTable, of its measure or load"
         )
     if of not in COSTS:
         raise ArgumentError(f"of={of!r}: choose one of {', '.join(map(repr, COSTS))}")
@@ -124,6 +131,8 @@ class Costs:
         self, model: nn.Module, channels: Channels, latency: Latencies | None = None
     ) -> None:
         graph, label = channels.graph, channels.label
+        if latency is not None and not hasattr(model, "polarfast_info"):  # else it became another
+            latency.check_network(channels)
         self.latency = None if latency is None else latency.prices(channels)
         self._macs = Macs(graph, label)
         gates = {gate_name(name) for name, _ in gated_modules(model)}

@@ -215,13 +215,14 @@ def _warn_of(plan: PruningPlan, model: nn.Module) -> None:
         )
     params = dict(model.named_parameters())
     if plan._traced is None or not plan._traced.fits(model):
-        # Another model than the plan's: an EMA copy, or one that the plan has nothing to do with.
-        gone, largest, name = removed(plan, {n: params[n].detach().abs() for n in plan._gammas})
+        # An EMA copy, the model of a plan from a file, or one that the plan has nothing to do with.
+        sizes = {name: params[name].detach().abs() for name in plan.layers if name in params}
+        gone, largest, name = removed(plan, sizes)
         if gone > MASS and not plan.remarks:
             warnings.warn(
-                f"pf.slim: in this model, which is not the one that was planned, the channels that "
-                f"go hold {gone:.0%} of the sum of |γ| (up to {largest:.2g}, in {name}): is it "
-                "trained, and the plan of it?",
+                "pf.slim: in this model, which is not the object that was planned, the channels "
+                f"that go hold {gone:.0%} of the sum of |γ| (up to {largest:.2g}, in {name}): is "
+                "it trained, and the plan of it?",
                 stacklevel=3,
             )
         return

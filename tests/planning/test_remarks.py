@@ -158,5 +158,7 @@ def test_a_plan_of_another_model():
     copied.load_state_dict(model.state_dict())
     assert said(lambda: pf.slim(copied, plan))[1] == []
     fresh = chain().eval()
-    _, (warning,) = said(lambda: pf.slim(fresh, plan))
-    assert "the channels that go hold" in warning and "is it trained" in warning
+    for each in (plan, pf.PruningPlan.from_json(plan.to_json())):
+        assert said(lambda: pf.slim(copied, each))[1] == []  # noqa: B023
+        _, (warning,) = said(lambda: pf.slim(fresh, each))  # noqa: B023
+        assert "the channels that go hold" in warning and "is it trained" in warning

@@ -33,7 +33,7 @@ def put_back(kept: Tensor, index: Tensor, constant: Tensor) -> Tensor:
     """
     if not kept.device == index.device == constant.device:  # torch's own writes pass over "meta"
         check_tensors(kept=kept, index=index, constant=constant)
-    if torch.compiler.is_compiling() or in_transform():
+    if torch.compiler.is_compiling() or in_transform() or torch.jit.is_tracing():
         return put_back_by_reading(kept, index, constant)  # asks no tensor for its memory format
     graph = torch.is_grad_enabled() and kept.requires_grad
     # With a graph to write, torch's own operators are no slower, but for channels_last.
@@ -76,11 +76,12 @@ def put_back_by_reading(kept: Tensor, index: Tensor, constant: Tensor) -> Tensor
     """
     width = constant.numel()
     order = torch.arange(index.numel(), device=index.device)
-    source = torch.zeros(width, dtype=torch.long, device=index.device).index_copy(0, index, order)
-    stays = torch.zeros(width, dtype=torch.bool, device=index.device).index_fill(0, index, True)
+    nowhere = torch.full((width,), -1, dtype=torch.long, device=index.device)
+    source = nowhere.scatter(0, index, order)
     ones = [1] * (kept.dim() - 2)
     other = constant.to(kept.dtype).view(1, width, *ones)
-    return torch.where(stays.view(1, width, *ones), kept.index_select(1, source), other)
+    read = kept.index_select(1, source.clamp(min=0))
+    return torch.where((source >= 0).view(1, width, *ones), read, other)
 
 
 def takes_kernel(input: Tensor) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..layers import is_gate
 from ..scaling.factors import ScalingFactors
 from ..stepping.binding import Binding
 from .pruning_plan import PruningPlan
@@ -111,9 +112,9 @@ def on_leftovers(plan: PruningPlan) -> str:
     """What removed channels leave behind is not taken up exactly somewhere."""
     reader, why = next(iter(plan.inexact.items()))
     count = len(plan.inexact)
+    gates = "" if any(map(is_gate, plan.layers)) else ", nor do gates (pf.add_gates)"
     return (
         f"what removed channels leave behind is not exact in {count} layer{'s' * (count > 1)} "
         f"({reader}: {why}), and the slim model differs there until it is fine-tuned; "
-        "plan.inexact has them all. pf.FlopsTarget leaves nothing behind, nor do gates "
-        "(pf.add_gates)"
+        f"plan.inexact has them all. pf.FlopsTarget leaves nothing behind{gates}"
     )

@@ -8,6 +8,9 @@ import io
 import pytest
 import torch
 from support.export import CASES, distance, make
+from support.nets import Residual, X, prepared
+
+import polarfast as pf
 
 pytestmark = pytest.mark.slow
 
@@ -33,3 +36,17 @@ def test_export_and_onnx(name):
             assert distance(exported(images), expected) < 1e-5
         (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
         assert distance(torch.from_numpy(found), expected) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fused", [False, True])
+def test_put_backs_through_the_exporter_of_old(fused):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, scales = prepared(Residual, "expand")
+    slim = pf.slim(model, pf.plan(model, X, scales, "fixed")).float()
+    slim = pf.fuse(slim, X.float()) if fused else slim
+    file, images = io.BytesIO(), torch.randn(5, *X.shape[1:])
+    names = {"input_names": ["images"], "dynamic_axes": {"images": {0: "batch"}}}
+    torch.onnx.export(slim, (X.float(),), file, dynamo=False, **names)
+    (found,) = onnxruntime.InferenceSession(file.getvalue()).run(None, {"images": images.numpy()})
+    assert distance(torch.from_numpy(found), slim(images)) < 1e-4

@@ -1,6 +1,7 @@
 """Killed again and again, at moments drawn at random, every command ends as if it had not been."""
 
 import dataclasses
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -27,7 +28,7 @@ SHORT = dataclasses.replace(
     train=dataclasses.replace(TINY.train, epochs=2),
     finetune=dataclasses.replace(TINY.finetune, epochs=1),
 )
-MANY = 20  # restarts of one folder, which are to be enough
+MANY = 20  # kills in one folder, at most
 
 
 # ------------------------------------------------- what is killed, each in a process of its own
@@ -119,9 +120,10 @@ def test_killed(name: str, tmp_path: Path, tries: int, told: Callable[[str], Non
             process.join()
             where[(name == "run" and progress(folder)) or name] += 1
             if where.total() >= kills:
-                process = begin(program, folder)
                 break
-        assert finish([process]) == [0], Path(f"{folder}.txt").read_text()
+        if process.exitcode == -signal.SIGKILL:
+            process = begin(program, folder)
+        assert finish([process]) == [0]
         if isinstance(wanted, dict):
             assert_same(came(folder), wanted)
         else:

@@ -404,7 +404,9 @@ def misplaced(names: Iterable[str], model: nn.Module) -> str:
         return _wrapped_part(names, own)
 
     def there(found: Iterable[str]) -> int:
-        return len(own.intersection(found))
+        """How many of the names; none, where only some do, as of layers that are only alike."""
+        count = len(own.intersection(found))
+        return count if 2 * count > len(names) else 0
 
     paths = [path for path, _ in model.named_modules() if path]
     path = max(paths, key=lambda path: there(f"{path}.{name}" for name in names), default="")

@@ -17,10 +17,11 @@ import polarfast as pf
 X = torch.randn(2, 3, 8, 8)
 
 
-def network(act: nn.Module | None = None) -> nn.Sequential:
+def network(act: nn.Module | None = None, width: int = 8) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), act or nn.ReLU(), nn.Conv2d(8, 8, 3),
-        nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+        nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), act or nn.ReLU(),
+        nn.Conv2d(width, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 4),
     )  # fmt: skip
 
 
@@ -149,3 +150,17 @@ def test_a_latency_table_is_of_one_network() -> None:
             pf.reachable(other, x, scales, latency=table)
     with pytest.raises(pf.ArgumentError, match="given a Sequential: pass what pf.plan returned"):
         table.latency(model)
+
+
+def test_constructors_of_other_networks(tmp_path: Path) -> None:
+    model = network()
+    scales = pf.scaling_factors(model, X)
+    with torch.no_grad():
+        next(iter(scales.values()))[:2] = 0
+    plan = pf.plan(model, X, scales, "fixed", value=0.0)
+    pf.save(pf.slim(model, plan), plan, tmp_path / "slim.pt")
+    with pytest.raises(pf.PlanError, match=r"'0.out_channels' cannot be 6 in a Conv2d: it is 4"):
+        pf.load(tmp_path / "slim.pt", lambda: network(width=4))
+    with pytest.raises(pf.PlanError) as error:
+        pf.load(tmp_path / "slim.pt", lambda: nn.Sequential(nn.Sequential(*network()[:2])))
+    assert "give that, the network itself" not in str(error.value)

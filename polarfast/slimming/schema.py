@@ -35,7 +35,9 @@ def check_info(structure: Structure, origin: Origin | None, model: nn.Module) ->
             for own, tensor in store.items()
             if tensor is not None
         }
-        new = _new_shapes(module, change, {own: [*shape] for own, shape in old.items()} | shapes)
+        new = _new_shapes(
+            name, module, change, {own: [*shape] for own, shape in old.items()} | shapes
+        )
         for own, shape in shapes.items():
             full = f"{name}.{own}" if name else own
             if own in new:
@@ -67,19 +69,21 @@ def check_places(index: torch.Tensor, width: int, name: str) -> None:
         raise PlanError(f"{short(name)} holds no ascending places below {width}")
 
 
-def _new_shapes(module: nn.Module, change: ModuleChange, shapes: Shapes) -> Shapes:
+def _new_shapes(prefix: str, module: nn.Module, change: ModuleChange, shapes: Shapes) -> Shapes:
     """Of the tensors that the change makes, given the shapes of all; the rest is compared here."""
     kind = type(module).__name__
     known = next((names for base, names in SIZES.items() if isinstance(module, base)), ())
     sizes = {name: getattr(module, name) for name in known}
     for name, size in change.attributes.items():
         if name not in sizes or size > sizes[name]:
-            raise _misfit(f"{name} of a {kind}", short(size))
+            here = f": it is {sizes[name]}" if name in sizes else ""
+            raise _misfit(f"{prefix}.{name}".lstrip("."), f"{short(size)} in a {kind}{here}")
     sizes |= change.attributes
     if change.attributes:
         for name, size in _sizes(module, shapes, sizes).items():
             if size != sizes[name]:
-                raise _misfit(f"{name} of a {kind}", f"{sizes[name]}, its tensors are for {size}")
+                what = f"{sizes[name]} in a {kind}, its tensors are for {size}"
+                raise _misfit(f"{prefix}.{name}".lstrip("."), what)
     new: Shapes = {}
     if change.put_back is not None:
         width = module.num_features if can_put_back(module) else None

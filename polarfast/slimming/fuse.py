@@ -79,8 +79,8 @@ def _examples(model: nn.Module, given: Any) -> Inputs:
     spec = getattr(getattr(model, "polarfast_info", None), "inputs", None)
     if not spec:
         raise ArgumentError(
-            "example_inputs: pass what the model takes; only slim models remember it, and fused ones"
-            " do not"
+            "example_inputs: pass what the model takes; only slim models remember it, fused"
+            " ones do not"
         )
     examples = Inputs((spec,))
     try:

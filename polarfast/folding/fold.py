@@ -401,28 +401,53 @@ def _carry(
     each channel and say so.
     """
     channels = carriers.channels
-    several = {i for i in pending if len(sinks.calls_of_weight(i)) > 1}  # one weight, several uses
-    seen, unit = (
-        look.seen,
-        look.unit(carriers, {i for i in pending if look.uncarried(i) is None} - several),
-    )
-    for i, problem in pending.items():
+    # One weight, several uses: each must have it carry the same.
+    shared = [calls for calls in map(sinks.calls_of_weight, pending) if len(calls) > 1]
+    alone = {i for calls in shared if not pending.keys() >= {*calls} for i in calls}
+    carried = {i for i in pending if look.uncarried(i) is None} - alone
+    seen, unit = look.seen, look.unit(carriers, carried)
+    found: dict[int, tuple[set[int], Tensor]] = {}
+    for i in unit.large:
         call, positions, reader = channels.graph.projections[i], look.wanted[i], result.readers[i]
-        here = look.here(i)
-        left = torch.ones(positions.numel(), dtype=torch.bool, device="cpu")
-        if i in unit.large:
-            both = _side_by_side(i, seen, unit)
-            needed, left = carriers.carry(reader, call, positions, *both)
-            if bool(left.any()) and i in unit.here:
-                reader.columns.clear()
-                needed, left = set(), torch.ones_like(left)
-                if not look.whole_here(i):  # else it needs no carrier there
-                    own = here, unit.here[i]
-                    needed, left = carriers.carry(reader, call, positions, *own)
-                    reader.note = f"{problem} {ELSEWHERE}"
-            result.constant |= needed
+        both = _side_by_side(i, seen, unit)
+        needed, left = carriers.carry(reader, call, positions, *both)
+        if bool(left.any()) and i in unit.here:
+            reader.columns.clear()
+            needed, left = set(), torch.ones_like(left)
+            if not look.whole_here(i):  # else it needs no carrier there
+                own = look.here(i), unit.here[i]
+                needed, left = carriers.carry(reader, call, positions, *own)
+                reader.note = f"{pending[i]} {ELSEWHERE}"
+        found[i] = needed, left
+    for calls in shared:
+        if found.keys() >= {*calls} and _agree([result.readers[i] for i in calls]):
+            continue
+        for i in calls:
+            found.pop(i, None)
+            if i in result.readers:
+                result.readers[i].columns.clear()
+    for i, problem in pending.items():
+        positions = look.wanted[i]
+        everything = torch.ones(positions.numel(), dtype=torch.bool, device="cpu")
+        needed, left = found.get(i, (set(), everything))
+        result.constant |= needed
         if bool(left.any()):
-            reader.take(positions[left], here.level[left], look.why(i, problem, channels, left))
+            why = look.why(i, problem, channels, left)
+            result.readers[i].take(positions[left], look.here(i).level[left], why)
+
+
+def _agree(readers: list[ReaderFold]) -> bool:
+    """Whether the uses of one weight need the same of it."""
+    first = readers[0].columns
+    return all(
+        each.columns.keys() == first.keys()
+        and all(
+            torch.equal(positions, first[carrier][0])
+            and torch.allclose(multiple, first[carrier][1], rtol=1e-9, atol=1e-12)
+            for carrier, (positions, multiple) in each.columns.items()
+        )
+        for each in readers[1:]
+    )
 
 
 def _note(problem: str, seen: Field, channels: Channels, left: Tensor | None = None) -> str:

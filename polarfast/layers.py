@@ -260,18 +260,20 @@ class Places(nn.Module):
     def _note(self, places: Tensor) -> None:
         index = self.put_back_index
         self._places = places
-        #: The buffer that holds them, as of which write; None: torch does not count them.
-        self._held = None if index.is_inference() else (id(index), index._version)
+        #: The buffer that holds them, as of which write; torch does not count all of them.
+        self._held = (0, 0) if index.is_inference() else (id(index), index._version)
 
     def put_right(self) -> None:
         """Undo a write to the buffer. Another tensor in its place says what is right."""
+        if torch.compiler.is_compiling():
+            return
         index = self._buffers["put_back_index"]
         assert index is not None
-        if torch.compiler.is_compiling() or in_transform() or index.is_inference():
+        holder, version = self._held
+        same = holder == id(index)
+        if (same and version == index._version) or in_transform() or index.is_inference():
             return
-        if self._held is not None and self._held[0] == id(index):
-            if self._held[1] == index._version:
-                return
+        if same:
             with torch.no_grad():
                 index.copy_(self._places)
             self._note(self._places)

@@ -157,8 +157,8 @@ class Inputs:
     def whole_numbers(self) -> bool:
         """Whether some of them are; or whole numbers of Python's in a list, as lengths."""
         parts = parts_of(self.specs[0])
-        whole = any(getattr(torch, part["dtype"]) in _WHOLE for part in parts)
-        return whole or any(map(_lists_numbers, self.examples))
+        tensors = any(getattr(torch, part["dtype"]) in _WHOLE for part in parts)
+        return tensors or any(map(_lists_numbers, self.examples))
 
     def make(self, *, device: torch.device, dtype: torch.dtype, seed: int, example: int = 0) -> Any:
         """Inputs to run on: what has a meaning as in one of the examples, the rest random, in its
@@ -522,7 +522,8 @@ def _children(part: Any) -> list[Any]:
     if isinstance(part, (Sequence, Set)):
         return list(part)
     if isinstance(part, FunctionType):
-        return list(getclosurevars(part).nonlocals.values())
+        held = getclosurevars(part).nonlocals.values()
+        return [each for each in held if not isinstance(each, nn.Module)]
     if isinstance(part, partial):
         return [part.func, *part.args, *part.keywords.values()]
     slots = (name for kind in type(part).__mro__ for name in getattr(kind, "__slots__", ()))

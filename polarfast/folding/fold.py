@@ -402,7 +402,8 @@ def _carry(
     """
     channels = carriers.channels
     # One weight, several uses: each must have it carry the same.
-    shared = [calls for calls in map(sinks.calls_of_weight, pending) if len(calls) > 1]
+    every = {tuple(sinks.calls_of_weight(i)) for i in pending}
+    shared = [calls for calls in every if len(calls) > 1]
     alone = {i for calls in shared if not pending.keys() >= {*calls} for i in calls}
     carried = {i for i in pending if look.uncarried(i) is None} - alone
     seen, unit = look.seen, look.unit(carriers, carried)

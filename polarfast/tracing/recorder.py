@@ -107,10 +107,13 @@ class Recorder:
         return Value(ids, node, 0)
 
     def touched(self, tensor: Tensor) -> None:
-        """Say that a tensor was changed in place: it is no longer what a call wrote, or made."""
-        for known in (self.written, self.normed, self.zeros):
-            if tensor in known:
-                del known[tensor]
+        """Say that a tensor was changed in place, and with it what it is a view of: they are no
+        longer what a call wrote, or made.
+        """
+        for changed in (tensor, tensor._base):
+            for known in (self.written, self.normed, self.zeros):
+                if changed is not None and changed in known:
+                    del known[changed]
 
     def put(self, tensor: Tensor, ids: Tensor, sources: Iterable[Value]) -> None:
         """Track `tensor`. A node of its own only where several values meet."""

@@ -508,8 +508,8 @@ def _leaves_out(rec: Recorder, name: str, args: tuple[Any, ...]) -> bool:
 
 def _is_zero(rec: Recorder, operand: Any) -> bool:
     if isinstance(operand, Tensor):
-        number = operand.numel() == 1 and rec.value(operand) is None and not operand.is_meta
-        return operand in rec.zeros or (number and bool(operand == 0))
+        fixed = rec.value(operand) is None and rec.view(operand) is None and not operand.is_meta
+        return operand in rec.zeros or (fixed and operand.numel() == 1 and bool(operand == 0))
     return type(operand) in (int, float) and operand == 0
 
 

@@ -292,13 +292,25 @@ def test_what_a_mask_leaves_out(way):
     assert distance(masked(model, plan, False), slim, seen) < TOLERANCE
 
 
-def test_what_is_filled_with_another_number_stays():
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
-        y = net.a(x)
-        return net.end(net.b(y.masked_fill(x.mean(1, keepdim=True)[..., :1, :1] > 0, 1.0)))
+def written(y: Tensor) -> Tensor:
+    zeros = torch.zeros_like(y)
+    zeros[..., :1] = 1
+    return zeros
 
-    net = Net(forward, a=body(), b=body(8, 6), end=nn.Sequential(*tail(6)))
-    assert "share (masked_fill)" in pf.scaling_factors(net, X.float()).pinned["a.1.weight"]
+
+@pytest.mark.parametrize("with_what", ["a number", "a parameter", "zeros that are written"])
+def test_what_is_filled_with_something_else_stays(with_what: str) -> None:
+    fill = nn.Conv2d(1, 1, 1)
+    nn.init.zeros_(fill.bias)  # now, but it learns
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        y, mask = net.a(x), x.mean(1, keepdim=True)[..., :1, :1] > 0
+        others = {"a number": 1.0, "a parameter": net.fill.bias}
+        other = others[with_what] if with_what in others else written(y)
+        return net.end(net.b(torch.where(mask, other, y)))
+
+    net = Net(forward, a=body(), b=body(8, 6), end=nn.Sequential(*tail(6)), fill=fill)
+    assert "a.1.weight" in pf.scaling_factors(net, X.float()).pinned
 
 
 def test_a_transposed_convolution_reads_and_writes_channels():

@@ -22,7 +22,8 @@ from ..layers import CONVS, TRANSPOSED, plain_type
 from ..tracing.classes import Channels
 from ..tracing.graph import ProjectionCall
 from .carriers import Carriers
-from .replay import COUNTED, DEPENDS, Field, Fold, ReaderFold, Runs, Varied, shift_of
+from .replay import COUNTED, DEPENDS, Field, Fold, ReaderFold, shift_of
+from .runs import Runs, Varied
 from .sizes import more_samples, other_sizes
 
 #: What may become of the constants: the first is what `plan` and `slim` do unless told otherwise.

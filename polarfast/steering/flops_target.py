@@ -23,6 +23,7 @@ from ..slimming.slim import SlimInfo, info_of
 from ..stepping.binding import is_capturing
 from ..stepping.regularizers import Polarization
 from .pace import groups_of, rate_of, scales_gradients, strength_for
+from .shortfall import Shortfall
 
 #: Optimizer steps that a training is taken to have where `steps` is not given.
 HORIZON = 1000
@@ -444,8 +445,20 @@ class FlopsTarget(Polarization):
             missed = late and (slow or self._hopeless(left, scales, optimizer))
         if missed:
             self._warned = True
-            message = self._what_lacks(scales, groups_of(scales, optimizer), left)
-            warnings.warn(message, stacklevel=6)  # who called pf.step or an attached step
+            lack = Shortfall(
+                step=self._step + 1,
+                steps=self._steps,
+                what=self._what,
+                cut=self.cut,
+                live=self.live,
+                arrived=self._way <= AT_ZERO,
+                way=self._way,
+                speed=self._speed,
+                up=self._up,
+                rate=max(float(group["lr"]) for group in groups_of(scales, optimizer)),
+                dtype=next(iter(scales.values())).dtype,
+            )
+            warnings.warn(str(lack), stacklevel=6)  # who called pf.step or an attached step
 
     def _hopeless(self, left: int, scales: ScalingFactors, optimizer: Optimizer) -> bool:
         """Whether an optimizer that moves factors by at most its learning rate a step has too few
@@ -453,40 +466,6 @@ class FlopsTarget(Polarization):
         """
         rate, group = rate_of(scales, optimizer)
         return scales_gradients(group) and rate * left < self._way
-
-    def _what_lacks(self, scales: ScalingFactors, groups: list[dict[str, Any]], left: int) -> str:
-        """The state of things, why it is so, and what to change."""
-        found = (
-            f"FlopsTarget: after {self._step + 1} of {self._steps} steps pruning would cut "
-            f"{self.live:.1%} of the {self._what}; {self.cut:.1%} are asked for"
-        )
-        if self.live > self.cut:
-            return (
-                f"{found}. The γ that stay are too close to 0 in some layers, or single channels "
-                "cost too much to come closer; pf.plan(..., cut=) cuts what is asked for"
-            )
-        if self._way <= AT_ZERO:
-            return (
-                f"{found}. All γ that are to go are at 0, but their layers show no gap: train "
-                "longer, or take pf.plan(..., cut=)"
-            )
-        rate = max(float(group["lr"]) for group in groups)
-        longer = "Train longer"
-        if not left:
-            longer = "Go on with this same FlopsTarget for more steps, at a larger learning rate"
-        lower = (
-            ""
-            if self._up < 0.6
-            else (
-                ", or start them lower (pf.init_scales(scales, 0.5) before a training from scratch)"
-            )
-        )
-        return (
-            f"{found}. The γ that are to go are at {self._way:.2g} on average and fall by "
-            f"{max(self._speed, 0.0):.1g} a step at a learning rate of {rate:.2g}, with {left} "
-            f"steps left. {longer}, or give the γ a parameter group of their own with a larger lr "
-            f"and no weight decay{lower}{_coarse(scales)}"
-        )
 
     def remark(self) -> str | None:
         due = self.due(self._step)
@@ -621,15 +600,3 @@ def _check(cut: float, steps: int | None, every: int | None) -> None:
     for name, number in (("steps", steps), ("every", every)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ArgumentError(f"{name}={number!r}: give a whole number of steps, at least 1")
-
-
-def _coarse(scales: ScalingFactors) -> str:
-    """One more reason why factors do not fall, if they are of a short dtype."""
-    dtype = next(iter(scales.values())).dtype
-    lost = torch.finfo(dtype).eps / 2
-    if lost < 1e-4:
-        return ""
-    return (
-        f". They are in {str(dtype).removeprefix('torch.')}, in which a step below 1/{1 / lost:.0f}"
-        " of a γ is lost: train in float32 under torch.autocast, or keep the norms in float32"
-    )

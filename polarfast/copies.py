@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Collection, Iterable, Iterator
+from inspect import getclosurevars
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -63,6 +65,48 @@ def _uncopied(model: nn.Module, error: TypeError) -> str:
                     f"model (or give it a __deepcopy__) while channels are removed ({error})"
                 )
     return f"the model cannot be copied, and polarfast works on copies: {error}"
+
+
+def left_behind(model: nn.Module) -> str:
+    """What a copy of a model does not take along, as a sentence: layers of functions (which copies
+    share), and layers that are not registered; empty if there is nothing.
+    """
+    registered = {id(module) for module in model.modules()}
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            where = f"{prefix}{'.' * bool(prefix)}{name}"
+            for part in _parts(value):
+                if isinstance(part, nn.Module) and id(part) not in registered:
+                    return (
+                        f"{where} holds a {type(part).__name__} that is not registered, so that it "
+                        "is neither trained nor converted with the network: use nn.ModuleList or "
+                        "nn.ModuleDict in place of a list or dict"
+                    )
+                if isinstance(part, FunctionType) and _holds_layers(part):
+                    return (
+                        f"{where} holds a function ({part.__name__}) that uses layers of where it "
+                        "was made, and every copy of the network, slim ones too, goes on using "
+                        "those: make it a method of the module, or a functools.partial with the "
+                        "layers as its arguments, and register these layers"
+                    )
+    return ""
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """What an attribute holds, itself or in containers; not the registered layers and tensors."""
+    if isinstance(value, dict):
+        for part in value.values():
+            yield from _parts(part)
+    elif isinstance(value, (list, tuple, set)):
+        for part in value:
+            yield from _parts(part)
+    else:
+        yield value
+
+
+def _holds_layers(function: FunctionType) -> bool:
+    cells = getclosurevars(function).nonlocals.values()
+    return any(isinstance(part, (nn.Module, nn.Parameter)) for part in _parts(list(cells)))
 
 
 def _kept(values: Iterable[Any], seen: set[int]) -> Iterator[Tensor]:

@@ -41,6 +41,8 @@ def describe(inputs: Any, meaning: frozenset[int] = frozenset()) -> Spec:
     return _describe(inputs, meaning, itertools.count())
 
 
+#: How an input is described that is None.
+NONE: Spec = {"value": None}
 #: Elements of the inputs that a description may ask for: 8 GB in float64.
 MOST_ELEMENTS = 2**30
 
@@ -96,6 +98,12 @@ def _describe(inputs: Any, meaning: frozenset[int], numbers: Iterator[int]) -> S
         if next(numbers) in meaning or not inputs.is_floating_point():
             spec["given"] = True
         return spec
+    if hasattr(inputs, "_fields"):
+        raise ArgumentError(
+            f"example_inputs holds a {type(inputs).__name__}, a named tuple, which a plan cannot "
+            "write down: let the network take its fields, as a tuple of positional inputs or a dict"
+            " of keyword inputs (a module around it can put them together)"
+        )
     if isinstance(inputs, (tuple, list)):
         key = "list" if isinstance(inputs, list) else "items"
         return {key: [_describe(item, meaning, numbers) for item in inputs]}
@@ -131,32 +139,37 @@ class Inputs:
     examples: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, example_inputs: Any, meaning: frozenset[int] = frozenset()) -> "Inputs":
+    def of(
+        cls, example_inputs: Any, meaning: Callable[[Any], frozenset[int]] = lambda _: frozenset()
+    ) -> "Inputs":
         """Of the inputs that a user gave: one example, or a list of several.
 
         Args:
-            meaning: numbers of the floating point tensors, in order, whose values have a meaning.
+            meaning: numbers of an example's floating point tensors, in order, whose values have a
+                meaning.
 
         Raises:
-            ArgumentError: no example, examples that are not alike, or something that is no input.
+            ArgumentError: no example, examples that are not of one network, or something that is no
+                input.
         """
         examples = tuple(example_inputs) if isinstance(example_inputs, list) else (example_inputs,)
         if not examples:
             raise ArgumentError("example_inputs=[]: give at least one example")
-        specs = tuple(describe(example, meaning) for example in examples)
+        specs = tuple(describe(example, meaning(example)) for example in examples)
         for number, spec in enumerate(specs):
-            if not alike(spec, specs[0]):
+            if not _of_one_network(spec, specs[0]):
                 raise ArgumentError(
                     f"example_inputs[{number}] has other inputs than example_inputs[0]: several "
-                    "examples are a list of the same tensors, tuples or dicts; the positional "
-                    "inputs of one example are a tuple, and labels are none"
+                    "examples are a list of the same tensors, tuples or dicts, of which some may "
+                    "leave out an optional input; the positional inputs of one example are a "
+                    "tuple, and labels are none"
                 )
         return cls(specs, examples)
 
     @property
     def whole_numbers(self) -> bool:
         """Whether some of them are; or whole numbers of Python's in a list, as lengths."""
-        parts = parts_of(self.specs[0])
+        parts = [part for spec in self.specs for part in parts_of(spec)]
         tensors = any(getattr(torch, part["dtype"]) in _WHOLE for part in parts)
         return tensors or any(map(_lists_numbers, self.examples))
 
@@ -210,6 +223,19 @@ def with_meaning(spec: Spec) -> frozenset[int]:
 def alike(first: Spec, second: Spec) -> bool:
     """Whether two descriptions are of the same inputs, apart from sizes and values."""
     return bool(_form(first) == _form(second))
+
+
+def _of_one_network(first: Spec, second: Spec) -> bool:
+    """Whether two examples are alike but for inputs that one of them leaves out, or gives as
+    None: `(x,)` and `(x, mask)`, or `{"x": x}` and `{"x": x, "mask": mask}`.
+    """
+    if ("named" in first) != ("named" in second):
+        return False
+    if "named" in first:
+        pairs = [(first["named"][key], second["named"].get(key, NONE)) for key in first["named"]]
+    else:
+        pairs = list(zip(*(s.get("items", [s]) for s in (first, second)), strict=False))
+    return all(NONE in pair or alike(*pair) for pair in pairs)
 
 
 def _form(spec: Spec) -> Any:

@@ -5,7 +5,7 @@ that cannot be worked with. Each is an error of ours that says what to do.
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -34,7 +34,15 @@ def slimmed(model: nn.Module) -> nn.Module:
 
 
 LABELS = torch.tensor([1, 0])
+
+
+class Pair(NamedTuple):
+    image: Tensor
+    label: Tensor
+
+
 NO_INPUTS: dict[str, tuple[Any, str]] = {
+    "named tuple": ((Pair(X, LABELS),), "a Pair, a named tuple, .*let the network take its fields"),
     "loader": (DataLoader(TensorDataset(X, LABELS)), r"a DataLoader: .*of next\(iter\(loader"),
     "data set": (TensorDataset(X, LABELS), r"a TensorDataset: .*of next\(iter\(loader"),
     "array": (X.numpy(), "a ndarray: .*as torch.as_tensor"),
@@ -94,6 +102,51 @@ def test_what_cannot_be_copied_is_named() -> None:
     model[2].lock = threading.Lock()
     with pytest.raises(pf.PlanError, match=r"^2\.lock is a lock"):
         slimmed(model)
+
+
+def by_hook() -> nn.Module:
+    model = network()
+    extra = nn.Conv2d(8, 8, 1)
+    model[1].register_forward_hook(lambda module, args, out: out + extra(out))
+    return model
+
+
+def by_attribute() -> nn.Module:
+    model = network(Called())
+    norm = model[4]
+    model[2].function = lambda x: norm(x)
+    return model
+
+
+def in_a_list() -> nn.Module:
+    model = network(Called())
+    model[2].layers = [nn.Conv2d(8, 8, 1)]
+    model[2].function = lambda x: x  # harmless
+    return model
+
+
+class Called(nn.Module):
+    function: Callable[[Tensor], Tensor]
+    layers: tuple[nn.Module, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.function(x)
+
+
+FUNCTION = r"holds a function \(<lambda>\) that uses layers of where it was made"
+LEFT_BEHIND = {
+    by_hook: rf"1\._forward_hooks {FUNCTION}.*make it a method",
+    by_attribute: rf"2\.function {FUNCTION}",
+    in_a_list: r"2\.layers holds a Conv2d that is not registered.*use nn\.ModuleList",
+}
+
+
+@pytest.mark.parametrize("build", LEFT_BEHIND, ids=lambda build: build.__name__)
+def test_layers_that_copies_do_not_take_along(build: Callable[[], nn.Module]) -> None:
+    with pytest.raises(pf.PlanError, match=LEFT_BEHIND[build]):
+        slimmed(build())
 
 
 def test_lazy_layers_are_named() -> None:

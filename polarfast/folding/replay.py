@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..copies import tensors_of_model
+from ..copies import left_behind, tensors_of_model
 from ..errors import PlanError
 from ..inputs import (
     Operators,
@@ -320,14 +320,18 @@ def run_double(model: nn.Module, inputs: Any) -> Any:
         with plain_eager(), StaysDouble():
             return call_model(model, inputs)
     except RuntimeError as error:
-        if "dtype" not in str(error) and "same type" not in str(error):
+        if "type" not in str(error):
             raise
-        raise PlanError(not_in_double(error)) from error
+        raise PlanError(not_in_double(model, error)) from error
 
 
-def not_in_double(error: Exception) -> str:
+def not_in_double(model: nn.Module, error: Exception) -> str:
+    """Why a network cannot run there, and what to do."""
+    what = left_behind(model) or (
+        "let its code take the dtype from its input (torch.zeros(…, dtype=x.dtype)), and check "
+        "inputs outside of the network"
+    )
     return (
         "the network cannot run in float64, in which removed channels are worked out: "
-        f"{str(error) or type(error).__name__}. Let its code take the dtype from its input "
-        "(torch.zeros(…, dtype=x.dtype)), and check inputs outside of the network"
+        f"{(str(error) or type(error).__name__).rstrip('.')}. So: {what}"
     )

@@ -291,8 +291,10 @@ class Runs:
         with seeded(seed, device_of(self.model)), Reads(self.tensors, self.calls, wanted) as reads:
             try:
                 run_double(self.model, inputs)
+            except PlanError:
+                raise
             except (AssertionError, LookupError, TypeError, ValueError) as error:
-                raise PlanError(not_in_double(error)) from error
+                raise PlanError(not_in_double(self.model, error)) from error
         for index, seen in reads.fields.items():
             if not math.isfinite(seen.largest):
                 raise PlanError(

@@ -154,9 +154,9 @@ class PruningPlan:
         if given is None:
             return self._inputs or Inputs((self.inputs,))
         own = Inputs.of(given)
-        return (
-            Inputs.of(given, with_meaning(self.inputs)) if alike(own.specs[0], self.inputs) else own
-        )
+        if not alike(own.specs[0], self.inputs):
+            return own
+        return Inputs.of(given, lambda _: with_meaning(self.inputs))
 
     def network(self) -> nn.Module | None:
         """The network that the plan was made for, if it was made here and is still kept."""

@@ -224,7 +224,7 @@ def scaling_factors(
             )
         )
     if channels.graph.unrun:
-        names = channels.graph.unrun
+        names = [name or "the model itself" for name in channels.graph.unrun]
         some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         warnings.warn(
             f"pf.scaling_factors: {len(names)} modules did not run on the example inputs: {some}. "

@@ -114,8 +114,8 @@ class Channels:
                 self.layers[name] = self.label[call.inputs]
             else:
                 self._reasons[name] = reason
-        for module in graph.unrun:
-            self._reasons.setdefault(f"{module}.weight".lstrip("."), UNRUN)
+        for parameter in graph.unrun.values():
+            self._reasons.setdefault(parameter, UNRUN)
 
     # --- who reads and writes what
 

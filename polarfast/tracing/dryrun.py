@@ -245,14 +245,19 @@ def _unread(model: nn.Module, recorder: Recorder) -> list[str]:
     ]
 
 
-def _unrun(model: nn.Module, recorder: Recorder) -> list[str]:
-    """Modules with parameters of their own, none of which any operator was given."""
-    found = []
+def _unrun(model: nn.Module, recorder: Recorder) -> dict[str, str]:
+    """Modules with parameters of their own, none of which any operator was given (of lists and
+    dicts of parameters: not all) -> the name of the first that was not.
+    """
+    found = {}
     for name, module in model.named_modules():
         own = [param for param in module._parameters.values() if param is not None]
-        names = {view.name for param in own if (view := recorder.view(param)) is not None}
-        if names and names.isdisjoint(recorder.seen):
-            found.append(name)
+        views = [recorder.view(param) for param in own]
+        names = [view.name for view in views if view is not None]
+        unseen = [each for each in names if each not in recorder.seen]
+        each_alone = isinstance(module, (nn.ParameterList, nn.ParameterDict))
+        if unseen and (each_alone or len(unseen) == len(names)):
+            found[name] = unseen[0]
     return found
 
 

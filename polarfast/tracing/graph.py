@@ -248,7 +248,7 @@ class Graph:
         parents: for each node, the nodes it is computed from.
         inputs, outputs: nodes of the network's inputs and outputs.
         fixed_macs: multiply-accumulates of matrix products whose channels are not followed.
-        unrun: modules that did not run, with parameters of their own.
+        unrun: modules that did not run -> the name of a parameter of their own.
         tied: weights that several modules hold.
         numbers: rows of ids whose number the network's code was seen to compute with (x /
             x.shape[1]).
@@ -270,7 +270,7 @@ class Graph:
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     fixed_macs: int = 0
-    unrun: list[str] = field(default_factory=list)
+    unrun: dict[str, str] = field(default_factory=dict)
     tied: set[str] = field(default_factory=set)
     numbers: list[Tensor] = field(default_factory=list)
     operations: tuple[Any, ...] = ()

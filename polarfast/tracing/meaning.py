@@ -1,12 +1,13 @@
 """Which floating point inputs are no mere data: boxes, coordinates, indices kept as floats."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..inputs import Inputs, Operators, call_model, first_of, plain_eager, tensors_in
+from ..inputs import Inputs, Operators, call_model, plain_eager, tensors_in
 from .dryrun import as_found
 
 #: Operators behind which an input is an activation like any other.
@@ -47,7 +48,7 @@ def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
     Raises:
         ArgumentError: as `Inputs.of`.
     """
-    return Inputs.of(example_inputs, meaning(model, first_of(example_inputs)))
+    return Inputs.of(example_inputs, partial(meaning, model))
 
 
 def meaning(model: nn.Module, example: Any) -> frozenset[int]:

@@ -31,12 +31,18 @@ class Value:
 @dataclass(frozen=True)
 class ParameterView:
     """A parameter or buffer, perhaps transposed or with dimensions of size 1 put in: `dims[i]` is
-    its dimension at i. `gate`: name of the gate that it is multiplied by.
+    its dimension at i. `gate`: name of the gate that it is multiplied by. `others`: names of
+    further parameters that lie as it does, of what is computed of several.
     """
 
     name: str
     dims: tuple[int | None, ...]
     gate: str | None = None
+    others: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.others)
 
 
 class Recorder:
@@ -46,8 +52,8 @@ class Recorder:
         self.graph = Graph()
         self.values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.views: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        #: what is computed of one parameter element by element: followed as the parameter is where
-        #: it meets activations, and by no layer
+        #: what is computed of parameters element by element: followed as these are where it meets
+        #: activations, and by no layer
         self.functions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.written: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.normed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -94,6 +100,11 @@ class Recorder:
 
     def view(self, tensor: object) -> ParameterView | None:
         return self.views.get(tensor) if isinstance(tensor, Tensor) else None
+
+    def view_or_function(self, tensor: object) -> ParameterView | None:
+        return self.view(tensor) or (
+            self.functions.get(tensor) if isinstance(tensor, Tensor) else None
+        )
 
     def see(self, tensors: Iterable[Tensor]) -> None:
         """Note which parameters and buffers an operator is given."""
@@ -193,6 +204,11 @@ class Recorder:
         if ids.numel():
             self.graph.pins.append(Pin(ids, reason))
 
+    def axes(self, view: ParameterView, dim: int, ids: Tensor) -> None:
+        """As `axis`, of all the parameters that lie so."""
+        for name in view.names:
+            self.axis(name, dim, ids)
+
     def axis(self, name: str, dim: int, ids: Tensor) -> None:
         """Say that a parameter's dimension follows these channels; ids [groups, n] where it follows
         others in each group of rows. A parameter used twice ties its two uses.
@@ -203,12 +219,10 @@ class Recorder:
 
     def use_whole(self, tensor: object) -> None:
         """Say that a parameter is used in a way that allows none of its positions to go."""
-        view = self.view(tensor) or (
-            self.functions.get(tensor) if isinstance(tensor, Tensor) else None
-        )
+        view = self.view_or_function(tensor)
         if view is not None:
-            self.used.add(view.name)
-            self.whole.add(view.name)
+            self.used.update(view.names)
+            self.whole.update(view.names)
 
     def finish(self) -> Graph:
         """Pin what follows parameters that are used whole, and hand over the graph."""

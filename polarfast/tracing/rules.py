@@ -1,7 +1,7 @@
 """Rules for the operators that move, combine and reduce activations, by operator name."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -392,6 +392,9 @@ def parameter_view(rec: Recorder, name: str, args: tuple[Any, ...], out: Any) ->
         dims = tuple(order)
     elif name == "permute":
         dims = tuple(dims[dim] for dim in args[1])
+    elif name == "select":  # what is left lies along the parameter's other dimensions
+        taken = args[1] % args[0].dim()
+        dims = (*dims[:taken], *dims[taken + 1 :])
     elif name in ("view", "_unsafe_view", "reshape", "unsqueeze"):
         real = [dim for dim, size in zip(dims, args[0].shape, strict=True) if size > 1]
         if [size for size in out.shape if size > 1] != [size for size in args[0].shape if size > 1]:
@@ -400,30 +403,38 @@ def parameter_view(rec: Recorder, name: str, args: tuple[Any, ...], out: Any) ->
         dims = tuple(next(queue) if size > 1 else None for size in out.shape)
     else:
         return False
-    store[out] = ParameterView(source.name, dims, gate)
+    store[out] = replace(source, dims=dims, gate=gate)
     return True
 
 
 def parameter_function(rec: Recorder, func: Any, args: tuple[Any, ...], out: Any) -> bool:
-    """Follow what is computed of one parameter element by element (tanh, exp, times a number):
-    without some elements, it lacks just those; False if that is not what this is.
+    """Follow what is computed element by element of one parameter (tanh, exp, times a number) or of
+    several that lie alike: without some elements, it lacks just those; False if that is not what
+    this is.
     """
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     wide = [tensor for tensor in tensors if tensor.numel() > 1]
-    if len(wide) != 1 or not isinstance(out, Tensor) or out.shape != wide[0].shape:
+    if not wide or not isinstance(out, Tensor) or any(each.shape != out.shape for each in wide):
         return False
     by_element = torch.Tag.pointwise in func.tags
     if not by_element or torch.Tag.nondeterministic_seeded in func.tags:
         return False
-    source = rec.functions.get(wide[0])
-    if source is None and out is not wide[0]:  # a parameter that is written is no function of it
-        source = rec.view(wide[0])
-    if source is None or source.gate is not None or source.name in rec.gates:
+    sources = []
+    for tensor in wide:
+        source = rec.functions.get(tensor)
+        if source is None and out is not tensor:  # a parameter that is written is no function of it
+            source = rec.view(tensor)
+        if source is None or source.gate is not None or source.name in rec.gates:
+            return False
+        sources.append(source)
+    if len({source.dims for source in sources}) > 1:
         return False
     for tensor in tensors:
-        if tensor is not wide[0]:
+        if tensor.numel() == 1:
             rec.use_whole(tensor)
-    rec.functions[out] = source
+    names = dict.fromkeys(name for source in sources for name in source.names)
+    first, *others = names
+    rec.functions[out] = ParameterView(first, sources[0].dims, others=tuple(others))
     return True
 
 
@@ -553,7 +564,7 @@ def _constant(rec: Recorder, name: str, ids: Tensor, tensor: Tensor, out: Tensor
     """
     offset = out.dim() - tensor.dim()
     varying = varying_dims(ids)
-    view = rec.view(tensor) or rec.functions.get(tensor)
+    view = rec.view_or_function(tensor)
     for d in (d for d in range(tensor.dim()) if tensor.shape[d] > 1 and d + offset in varying):
         line = along(ids, d + offset)
         dim = view.dims[d] if view else None
@@ -561,4 +572,4 @@ def _constant(rec: Recorder, name: str, ids: Tensor, tensor: Tensor, out: Tensor
             rec.pin(ids, f"combined with a constant tensor of a fixed size ({name})")
             rec.use_whole(tensor)
         else:
-            rec.axis(view.name, dim, line)
+            rec.axes(view, dim, line)

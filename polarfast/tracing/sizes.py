@@ -175,6 +175,8 @@ class SizeTracking(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _PADS and (around := _around(*args, **kwargs)) is not None:
+            return around
         if func in _SIZES:
             return self._sizes(func(*args, **kwargs), func, args, kwargs)
         if func in _ASKED:
@@ -263,11 +265,11 @@ class SizeTracking(TorchFunctionMode):
         this size along this one.
         """
         recorder, row = self.recorder, channels_of(size)
-        view = recorder.view(out) or recorder.functions.get(out)
+        view = recorder.view_or_function(out)
         own = view.dims[dim] if view else None
         if view is not None and own is not None and row is not None:
             if row.numel() == out.shape[dim]:
-                recorder.axis(view.name, own, row)
+                recorder.axes(view, own, row)
                 return
         if row is not None:
             recorder.pin(row, FIXED)
@@ -296,6 +298,28 @@ class SizeTracking(TorchFunctionMode):
             return Size.of(out, tuple(sources))
         dim = args[1] if len(args) > 1 else kwargs["dim"]
         return Size.of(out, (sources[dim],))
+
+
+def _around(
+    input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> Tensor | None:
+    """Circular padding, which torch writes into a new tensor piece by piece, as concatenations;
+    None where something else is asked for.
+    """
+    if mode != "circular":
+        return None
+    pairs = [*enumerate(zip(pad[::2], pad[1::2], strict=True), 1)]
+    for dim, (before, after) in pairs:  # negative ones cut off first
+        size = input.shape[-dim] + min(before, 0) + min(after, 0)
+        if max(before, after) > size:
+            return None  # torch refuses it
+        input = input.narrow(-dim, max(-before, 0), size)
+    for dim, (before, after) in pairs:
+        size = input.shape[-dim]
+        first = [input.narrow(-dim, size - before, before)] if before > 0 else []
+        last = [input.narrow(-dim, 0, after)] if after > 0 else []
+        input = torch.cat([*first, input, *last], -dim)
+    return input
 
 
 def _shape(recorder: Recorder, tensor: Tensor) -> list[Any]:
@@ -395,6 +419,7 @@ def _numbers(tree: Any) -> Iterator[int]:
             yield from _numbers(item)
 
 
+_PADS = (torch.nn.functional.pad, torch._C._nn.pad)
 _COUNTS = frozenset({Tensor.numel, Tensor.nelement, torch.numel})
 _SIZES = frozenset({Tensor.shape.__get__, Tensor.size, *_COUNTS})  # type: ignore[attr-defined]
 _VIEWS: dict[Any, Asked] = {

@@ -208,6 +208,58 @@ def test_a_domain_that_never_ran_is_named():
         slim(x, 1)
 
 
+class Bank(nn.Module):
+    """Weights that an input chooses among."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = block(3, 16), nn.Sequential(block(8, 8), nn.AdaptiveAvgPool2d(1))
+        self.bank = nn.ParameterList([nn.Parameter(torch.randn(8, 16, 1, 1)) for _ in range(3)])
+
+    def forward(self, x, which):
+        return self.last(F.conv2d(self.first(x), self.bank[int(which)]))
+
+
+def test_parameters_that_were_not_chosen_are_named():
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 3, 8, 8), Bank().eval()
+    with pytest.warns(UserWarning, match="1 modules did not run on the example inputs: bank"):
+        scales = pf.scaling_factors(model, (x, torch.tensor(1)))
+    assert scales.pinned["bank.0"] == "did not run on the example inputs"
+    examples = [(x, torch.tensor(which)) for which in range(3)]
+    slim = pf.slim(model, half(model, examples[0], examples))
+    for example in examples:
+        close(model, slim, *example)
+
+
+class Optional(nn.Module):
+    """Works with and without a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = block(3, 16), block(16, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x, mask=None):
+        x = self.a(x)
+        return self.fc(self.b(x if mask is None else x * mask).mean((2, 3)))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_examples_with_and_without_an_optional_input(named):
+    """What the mask hides is no constant; without it nothing shows that."""
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 3, 8, 8), (torch.rand(2, 1, 8, 8) < 0.5).float()
+    model = Optional()
+    alone = half(model, x)
+    assert not alone.inexact
+    examples = [{"x": x}, {"x": x, "mask": mask}] if named else [x, (x, mask), (x, None)]
+    plan = half(model, x, examples)
+    assert "depends on the input" in plan.inexact["b.0.weight"]
+    pf.slim(model, plan)
+    report = pf.verify(model, pf.slim(model, plan), plan, examples)
+    assert not report.exact
+
+
 def test_an_example_of_each_use():
     torch.manual_seed(0)
     model, x = Tasks(), torch.randn(2, 3, 12, 12)
@@ -216,7 +268,7 @@ def test_an_example_of_each_use():
     for task in (0, 1):
         close(model, slim, x, task)
     with pytest.raises(pf.ArgumentError, match=r"example_inputs\[1\] has other inputs"):
-        pf.plan(model, [(x, 0), x], pf.scaling_factors(model, (x, 0)))
+        pf.plan(model, [(x, 0), (0, x)], pf.scaling_factors(model, (x, 0)))
     with pytest.raises(pf.ArgumentError, match="at least one example"):
         pf.plan(model, [], pf.scaling_factors(model, (x, 0)))
 

@@ -61,6 +61,33 @@ class Shaped(nn.Module):
         return self.end(self.norm(F.conv2d(x, self.weight.transpose(0, 1), self.bias.expand(6))))
 
 
+class FrozenNorm(nn.Module):
+    """A normalization by buffers, as detectors have them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "mean", "var"):
+            self.register_buffer(name, 0.5 + torch.rand(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.var + 1e-5).rsqrt()
+        bias = self.bias - self.mean * scale
+        return x * scale.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+
+
+class Rows(nn.Module):
+    """One parameter with a row for each use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.end = body(), body(8, 8), nn.Sequential(*body(8, 6), *tail(6))
+        self.rows = nn.Parameter(torch.rand(3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x) * self.rows[0][:, None, None]
+        return self.end(self.b(x) + self.rows.select(0, 2).view(1, -1, 1, 1))
+
+
 class ChannelsLast(nn.Module):
     """LayerNorm over the channels, as in ConvNeXt."""
 
@@ -146,6 +173,17 @@ CASES = {
     "shaped parameters": (
         Shaped, X, {"a.1", "b.1", "end.1"},
         {"c.1": "fixed is also used", "d.1": "not a plain parameter", "norm": ""},
+    ),
+    "normalized by buffers": (
+        lambda: nn.Sequential(*body(), FrozenNorm(8), *body(8, 6), *tail(6)), X, {"1", "5"}, {},
+    ),
+    "rows of a parameter": (Rows, X, {"a.1", "b.1"}, {}),
+    "circular padding": (
+        lambda: nn.Sequential(
+            *body(), nn.Conv2d(8, 8, 3, padding=2, padding_mode="circular"), nn.BatchNorm2d(8),
+            nn.ReLU(), nn.CircularPad2d((2, 0, 1, 3)), *body(8, 6), *tail(6),
+        ),
+        X, {"1", "4", "8"}, {},
     ),
     "LayerNorm over channels": (ChannelsLast, X, {"free.1"}, {"a.1": "native_layer_norm"}),
     "shared norm, shared convolution, tied weights": (

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import getclosurevars
 from types import FunctionType
@@ -133,10 +133,12 @@ class Inputs:
     Attributes:
         specs: what each example looks like (`describe`).
         examples: those that were given; none where a plan was read from a file.
+        divisible: whether the network is known to run on fewer samples, too.
     """
 
     specs: tuple[Spec, ...]
     examples: tuple[Any, ...] = ()
+    divisible: bool = False
 
     @classmethod
     def of(
@@ -172,6 +174,27 @@ class Inputs:
         parts = [part for spec in self.specs for part in parts_of(spec)]
         tensors = any(getattr(torch, part["dtype"]) in _WHOLE for part in parts)
         return tensors or any(map(_lists_numbers, self.examples))
+
+    def few(self) -> "Inputs":
+        """At most two samples of each, where that is possible: what a network computes of a sample
+        is to be seen there as well.
+        """
+        return self._cut() if self.divisible else self
+
+    def if_divided(self) -> "Inputs | None":
+        """Two samples of each, for networks that run on fewer; None where there are no more, or
+        where something may have a meaning for each sample.
+        """
+        parts = [part for spec in self.specs for part in parts_of(spec)]
+        counted = any(part.get("given") for part in parts) or any(
+            map(_lists_numbers, self.examples)
+        )
+        small = self if counted else self._cut()
+        return None if small.specs == self.specs else replace(small, divisible=True)
+
+    def _cut(self) -> "Inputs":
+        examples = tuple(map(_two_samples, self.examples))
+        return replace(self, specs=tuple(map(two_samples, self.specs)), examples=examples)
 
     def make(self, *, device: torch.device, dtype: torch.dtype, seed: int, example: int = 0) -> Any:
         """Inputs to run on: what has a meaning as in one of the examples, the rest random, in its
@@ -218,6 +241,29 @@ def with_meaning(spec: Spec) -> frozenset[int]:
     """Numbers of the floating point tensors whose values have a meaning, by their description."""
     parts = enumerate(parts_of(spec))
     return frozenset(n for n, part in parts if part.get("given") and "float" in part["dtype"])
+
+
+def samples_in(spec: Spec) -> int | None:
+    """How many there are, by the first input."""
+    return next((part["shape"][0] for part in parts_of(spec) if part["shape"]), None)
+
+
+def two_samples(spec: Spec) -> Spec:
+    """At most two of whatever has as many as the first input."""
+    samples = samples_in(spec)
+
+    def few(part: Spec) -> Spec:
+        shape = part["shape"]
+        mine = bool(shape) and shape[0] == samples
+        return {**part, "shape": [min(shape[0], 2), *shape[1:]]} if mine else part
+
+    return map_parts(spec, few)
+
+
+def _two_samples(example: Any) -> Any:
+    tensors = tensors_in(example)
+    samples = next((len(tensor) for tensor in tensors if tensor.dim()), None)
+    return map_tensors(example, lambda t: t[:2] if t.dim() and len(t) == samples else t)
 
 
 def alike(first: Spec, second: Spec) -> bool:

@@ -59,7 +59,7 @@ def fold_constants(
     result = Fold(constant=set(forced))
     if not wanted:
         return result
-    masked = Masked(model, channels, kept, inputs, mode == "none")
+    masked = Masked(model, channels, kept, inputs.few(), mode == "none")
     sinks = Sinks(model, channels)
     look = _Look(masked, wanted)
     result.lasting = not look.real and not masked.hollow.filled

@@ -9,7 +9,7 @@ remainder by 3, 5 and 7.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from ..inputs import Inputs, Spec, map_parts, parts_of
+from ..inputs import Inputs, Spec, map_parts, parts_of, samples_in
 
 #: What is added to a size that ends in binary ones: none and one further up survive halvings that
 #: are rounded down and up, the others first up once or twice and then down.
@@ -47,7 +47,7 @@ def more_samples(inputs: Inputs) -> Inputs:
     """One more of whatever has as many as the first input."""
 
     def with_more(spec: Spec) -> Spec:
-        first = _samples(spec)
+        first = samples_in(spec)
 
         def more(part: Spec) -> Spec:
             shape = part["shape"]
@@ -59,11 +59,6 @@ def more_samples(inputs: Inputs) -> Inputs:
     return replace(inputs, specs=tuple(map(with_more, inputs.specs)))
 
 
-def _samples(spec: Spec) -> int | None:
-    """How many there are, by the first input."""
-    return next((part["shape"][0] for part in parts_of(spec) if part["shape"]), None)
-
-
 def _resized(inputs: Inputs, resize: Resize, choice: int) -> Inputs:
     """As many places along each dimension as `resize` says; at most two samples, where nothing has
     a meaning for each.
@@ -73,7 +68,7 @@ def _resized(inputs: Inputs, resize: Resize, choice: int) -> Inputs:
 
 def _resized_spec(spec: Spec, resize: Resize, choice: int) -> Spec:
     few = not any(part.get("given") for part in parts_of(spec))
-    samples = _samples(spec)
+    samples = samples_in(spec)
     from_end: dict[tuple[int, int], int] = {}  # (dimension from the end, size) -> new size
     sizes: dict[int, set[int]] = {}
 

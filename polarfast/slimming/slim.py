@@ -22,6 +22,7 @@ from ..planning.remarks import MASS, removed
 from ..planning.selection import Selection, can_vanish, is_balanced
 from ..tracing.classes import Channels, trace_channels
 from ..tracing.graph import ProjectionCall
+from ..tracing.meaning import divided
 from .checking import check_slim
 from .optimizer import migrate_optimizer
 from .origin import Origin
@@ -139,7 +140,7 @@ def slim(
     fold = plan.fold if fold is None else fold
     check_fold(fold)
     model = unwrap(model)
-    examples = plan.inputs_like(inputs)
+    examples = divided(model, plan.inputs_like(inputs))
     channels, choice = _fit(model, plan, examples)
     _warn_of(plan, model)
     blueprint = _draw(model, plan, channels, choice, fold, examples)

@@ -1,5 +1,6 @@
 """Which floating point inputs are no mere data: boxes, coordinates, indices kept as floats."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..inputs import Inputs, Operators, call_model, plain_eager, tensors_in
+from ..inputs import (
+    Inputs,
+    Operators,
+    call_model,
+    device_of,
+    dtype_of,
+    plain_eager,
+    tensors_in,
+)
 from .dryrun import as_found
 
 #: Operators behind which an input is an activation like any other.
@@ -48,7 +57,22 @@ def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
     Raises:
         ArgumentError: as `Inputs.of`.
     """
-    return Inputs.of(example_inputs, partial(meaning, model))
+    return divided(model, Inputs.of(example_inputs, partial(meaning, model)))
+
+
+def divided(model: nn.Module, inputs: Inputs) -> Inputs:
+    """The same, which knows whether the network runs on fewer samples."""
+    small = None if inputs.divisible else inputs.if_divided()
+    if small is None:
+        return inputs
+    try:
+        with as_found(model), plain_eager():
+            model.eval()
+            for made in small.each(device=device_of(model), dtype=dtype_of(model), seed=0):
+                call_model(model, made)
+    except Exception:  # as where 8 frames each are one sample: then on all of them
+        return inputs
+    return replace(inputs, divisible=True)
 
 
 def meaning(model: nn.Module, example: Any) -> frozenset[int]:

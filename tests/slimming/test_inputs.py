@@ -1,6 +1,7 @@
 """Inputs whose values have a meaning, several examples, and networks that draw random numbers."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -156,6 +157,50 @@ def test_comparisons_of_constants_are_constant():
     plan = half(model, IMAGES)
     assert not plan.inexact
     close(model, pf.slim(model, plan), IMAGES)
+
+
+class Batch(nn.Module):
+    """Notes how many samples it runs on; so many frames are one."""
+
+    seen: ClassVar[list[int]] = []
+
+    def __init__(self, frames):
+        super().__init__()
+        self.a, self.b, self.fc = block(3, 16), block(16, 8), nn.Linear(8, 4)
+        self.frames = frames
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        x = self.b(self.a(x))
+        return self.fc(x.view(-1, self.frames, *x.shape[1:]).mean((1, 3, 4)))
+
+
+def test_a_large_batch_costs_no_more_than_a_small_one():
+    """Constants and the slim model are checked on two samples of it."""
+    torch.manual_seed(0)
+    x, model = torch.randn(64, 3, 8, 8), Batch(1)
+    plan = half(model, x)
+    Batch.seen.clear()
+    plan = pf.plan(model, x, pf.scaling_factors(model, x), "fixed", value=0.0)
+    slim = pf.slim(model, plan)
+    large = [count for count in Batch.seen if count > 3]
+    assert large == [64, 64]  # the traces
+    assert len(Batch.seen) > 5
+    assert plan.inputs["shape"] == [64, 3, 8, 8]
+    close(model, slim, x)
+    Batch.seen.clear()
+    pf.slim(model, pf.PruningPlan.from_json(plan.to_json()))
+    assert [count for count in Batch.seen if count > 3] == [64]
+
+
+def test_a_batch_that_cannot_be_smaller_stays():
+    torch.manual_seed(0)
+    x, model = torch.randn(16, 3, 8, 8), Batch(8)
+    plan = half(model, x)
+    Batch.seen.clear()
+    slim = pf.slim(model, plan)
+    assert {count for count in Batch.seen if count > 2} == {16}
+    close(model, slim, x)
 
 
 class Tasks(nn.Module):

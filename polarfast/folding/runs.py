@@ -30,8 +30,12 @@ from .replay import COPIES, PROJECTIONS, Field, Reads, not_in_double, run_double
 LOOKUPS = frozenset("embedding index index_select gather".split())
 #: Operators whose result may be the same for all inputs near an example, and not for others.
 LEVELS = frozenset(
-    "sign sgn heaviside ceil floor round trunc clamp clamp_min clamp_max hardtanh relu".split()
+    "sign sgn heaviside ceil floor round trunc fix frac floor_divide remainder fmod clamp "
+    "clamp_min clamp_max maximum minimum fmax fmin threshold hardtanh hardsigmoid hardswish "
+    "hardshrink softshrink relu relu6 sigmoid tanh erf".split()
 )
+#: What stands for a number that is larger than any other.
+FAR = 1000
 #: Other views of a weight, or copies of one.
 VIEWS = frozenset("t transpose permute view _unsafe_view unsqueeze expand detach alias".split())
 
@@ -40,8 +44,8 @@ class Varied(Enum):
     """How a run without weights may differ from what the inputs ask for, past all projections:
     masks from lengths, look-ups and the like are drawn; single decisions (`if x.mean() > 5`) are
     KEPT, FLIPPED or TOSSED; LESS: kept, and whole numbers among the inputs are smaller. Numbers
-    that Python reads (`x.mean().item()`) become large where FLIPPED or TOSSED, far below zero with
-    LESS.
+    that Python reads (`x.mean().item()`) or that an operator of `LEVELS` is given become large
+    where FLIPPED or TOSSED, far below zero with LESS.
     """
 
     KEPT, FLIPPED, TOSSED, LESS = range(4)
@@ -117,8 +121,6 @@ class _Hollow(Reads):
             return out
         if out.dtype == torch.bool and any(number.dtype != torch.bool for number in numbers):
             out = self._decided(out)
-        elif out.is_floating_point() and name in LEVELS:
-            out = out * self.draws.shares(out)
         elif out.is_floating_point() and any(not n.is_floating_point() for n in numbers):
             if name in LOOKUPS:
                 out = self.draws.take(list(out.shape), out.device)
@@ -127,10 +129,27 @@ class _Hollow(Reads):
         self.raw[out] = True
         return out
 
+    def _levelled(self, name: str, args: Any) -> Any:
+        """The arguments of an operator that may give the same for all inputs near an example. What
+        is 0 whatever the input stays 0.
+        """
+        if name.rstrip("_") not in LEVELS:
+            return args
+        for place, arg in enumerate(args[:2]):
+            if isinstance(arg, Tensor) and arg in self.raw and arg.is_floating_point():
+                self.decided = self.read_numbers = True
+                if self.varied == Varied.KEPT:
+                    return args
+                far = FAR * (1 + arg.abs()) * (arg != 0)
+                far = -far if self.varied == Varied.LESS else far
+                given = arg.copy_(far) if name.endswith("_") and place == 0 else far
+                return (*args[:place], given, *args[place + 1 :])
+        return args
+
     def _read_by_python(self, number: float) -> float:
         """What the network's code gets in place of a number: it may be held against anything."""
         self.decided = self.read_numbers = True
-        far = 1000 * (1 + abs(number))
+        far = FAR * (1 + abs(number))
         return {Varied.KEPT: number, Varied.LESS: -far}.get(self.varied, far)  # type: ignore[arg-type]
 
     def _decided(self, out: Tensor) -> Tensor:
@@ -152,8 +171,10 @@ class _Hollow(Reads):
             outside_too = self.draws.take(list(args[1].shape), args[1].device)
             args = (args[0], outside_too, *args[2:])
         if not hollow:
-            out = super().other(name, func, args, kwargs)
-            return out if self.varied is None else self._vary(name, args, out)
+            if self.varied is None:
+                return super().other(name, func, args, kwargs)
+            args = self._levelled(name, args)
+            return self._vary(name, args, super().other(name, func, args, kwargs))
         if name in VIEWS:
             return func(*args, **kwargs)
         if name in COPIES:
@@ -185,10 +206,6 @@ class _Draws:
     def share(self) -> float:
         """A number in [0, 1)."""
         return float(torch.rand((), generator=self.generator))
-
-    def shares(self, like: Tensor) -> Tensor:
-        """Numbers in [0.5, 1)."""
-        return (0.5 + 0.5 * torch.rand(like.shape, generator=self.generator)).to(like)
 
     def up_to(self, most: Tensor) -> Tensor:
         """Whole numbers from 1 to each of these, or from 0 if none is above 1, as in a mask."""

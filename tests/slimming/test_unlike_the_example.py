@@ -292,9 +292,42 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any]] = {
 }  # fmt: skip
 
 
+#: Gates that are the same for all images near the example, whose mean is near 0.
+LEVEL_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda m: (m - 5).relu() + 1,
+    "relu_": lambda m: (m - 5).relu_() + 1,
+    "relu6": lambda m: F.relu6(m + 9),
+    "clamp_": lambda m: (m + 1).clamp_(max=0.5),
+    "hardtanh_": lambda m: F.hardtanh_(m - 5) + 2,
+    "hardsigmoid": lambda m: F.hardsigmoid(m + 9),
+    "hardswish": lambda m: F.hardswish(m - 9) + 1,
+    "threshold_": lambda m: F.threshold_(m * 1, 5.0, 1.0),
+    "softshrink": lambda m: F.softshrink(m, 3) + 1,
+    "hardshrink": lambda m: F.hardshrink(m, 3) + 1,
+    "maximum": lambda m: torch.maximum(m, torch.tensor(5.0, dtype=m.dtype)),
+    "minimum, second": lambda m: torch.minimum(torch.tensor(-5.0, dtype=m.dtype), m),
+    "round_": lambda m: (m / 9).round_() + 1,
+    "whole quotient": lambda m: (m + 2) // 5 + 1,
+    "sign_": lambda m: (m - 5).sign_(),
+    "sigmoid": lambda m: torch.sigmoid(1000 - 100 * m),
+}
+
+
+@pytest.mark.parametrize("name", LEVEL_GATES)
+def test_gates_that_are_level_near_the_example(name: str) -> None:
+    def gated(y: Tensor, x: Tensor) -> Tensor:
+        return y * LEVEL_GATES[name](x.mean((1, 2, 3), keepdim=True))
+
+    check(lambda: Head(gated), IMAGES, IMAGES + torch.tensor([9.0, -9.0]).view(2, 1, 1, 1))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_exact_or_named(name: str) -> None:
-    build, example, other = CASES[name]
+    check(*CASES[name])
+
+
+def check(build: Callable[[], nn.Module], example: Any, other: Any) -> None:
+    """A network, pruned by an example, on other inputs: it is right there, or named."""
     torch.manual_seed(0)
     model = build().double().eval()
     for module in model.modules():

@@ -312,9 +312,9 @@ class PutBack(Variant, Places):
     def forward(self, input: Tensor) -> Tensor:
         self.put_right()
         index, constant = self.put_back_index, self.put_back_constant
-        if not index.numel():
-            return self._constant(_nothing(self, input))
         assert isinstance(self, nn.modules.batchnorm._BatchNorm)
+        if not self.num_features:  # a number of Python's, which torch.jit.trace need not trace
+            return self._constant(_nothing(self, input))
         if _is_affine(self, input):
             return put_back_norm(
                 input,
@@ -376,7 +376,7 @@ class SilentConv(Variant):
         channels = self.weight.flatten(1).sum(1)  # [C_out], over no input channels: 0
         if self.bias is not None:
             channels = channels + self.bias
-        if not input.shape[1]:
+        if not self.in_channels:
             channels = channels + input.sum()
         shape = (input.shape[0], self.out_channels, *space)
         # Memory of its own: networks write into what a layer returns.

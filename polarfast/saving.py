@@ -62,7 +62,8 @@ def save(slim: nn.Module, plan: PruningPlan, path: str | os.PathLike[str]) -> No
             + (
                 f", but what it holds as its .{inside[0]} was: save that (model.{inside[0]})"
                 if inside
-                else ": save it with torch.save(model.state_dict(), …)"
+                else ". Of a fused one, save the slim model that went into it: pf.fuse(pf.load("
+                "path, build), x) makes it again. Any other: torch.save(model.state_dict(), path)"
             )
         )
     folder = Path(path).parent

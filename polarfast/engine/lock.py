@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -18,6 +19,8 @@ _log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 POLL_SECONDS = 0.2
+#: After so long it is said that another process is waited for.
+SILENT_SECONDS = 3.0
 #: Folders that this process has: the system's lock is between processes.
 _HELD: set[Path] = set()
 #: What file systems without locks answer.
@@ -68,6 +71,7 @@ def locked(folder: Path, workers: Workers | None = None, patience: float = 0.0) 
 def _take(folder: Path, deadline: float) -> int:
     """An open file that is this process's alone."""
     path = folder / LOCK
+    started, said = time.monotonic(), False
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +86,14 @@ def _take(folder: Path, deadline: float) -> int:
         except OSError as error:
             holder = _holder(descriptor)
             os.close(descriptor)
-            if error.errno not in _NONE and time.monotonic() < deadline:
+            now = time.monotonic()
+            if error.errno not in _NONE and now < deadline:
+                if not said and now > started + SILENT_SECONDS:
+                    left = math.ceil(deadline - now)
+                    _log.warning(
+                        "'%s' is in use by %s: waiting, for %d s at most", folder, holder, left
+                    )
+                    said = True
                 time.sleep(POLL_SECONDS)
                 continue
             if error.errno not in _NONE:

@@ -59,7 +59,7 @@ def test_compile_with_inductor():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch would like torch.export used
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a branch on a width, not on data
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_trace(name):
     slim, images, _ = ready(name)

@@ -34,6 +34,11 @@ LEVELS = frozenset(
     "clamp_min clamp_max maximum minimum fmax fmin threshold hardtanh hardsigmoid hardswish "
     "hardshrink softshrink relu relu6 sigmoid tanh erf".split()
 )
+#: Operators whose result goes by the shape and the type of a tensor, not by what is in it.
+NEW = frozenset(
+    "new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like rand_like "
+    "randn_like".split()
+)
 #: What stands for a number that is larger than any other.
 FAR = 1000
 #: Other views of a weight, or copies of one.
@@ -114,6 +119,8 @@ class _Hollow(Reads):
         """The result of an operator on the inputs, drawn where it decides something or is looked
         up.
         """
+        if name in NEW:
+            return out
         numbers = [tensor for tensor in tensors_in(args) if tensor in self.raw]
         if numbers and type(out) is float:
             return self._read_by_python(out)

@@ -292,6 +292,17 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any]] = {
 }  # fmt: skip
 
 
+def test_a_mask_that_the_network_makes_is_no_input() -> None:
+    """As that of networks for speech, which count all of it unless they are told."""
+
+    def whole(y: Tensor, x: Tensor) -> Tensor:
+        lengths = x.new_ones(len(x)) * y.shape[3]
+        return y * (torch.arange(y.shape[3]) < lengths[:, None]).to(y)[:, None, None]
+
+    plan = check(lambda: Head(whole), IMAGES, DARK)
+    assert not plan.inexact
+
+
 #: Gates that are the same for all images near the example, whose mean is near 0.
 LEVEL_GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda m: (m - 5).relu() + 1,
@@ -326,7 +337,7 @@ def test_exact_or_named(name: str) -> None:
     check(*CASES[name])
 
 
-def check(build: Callable[[], nn.Module], example: Any, other: Any) -> None:
+def check(build: Callable[[], nn.Module], example: Any, other: Any) -> pf.PruningPlan:
     """A network, pruned by an example, on other inputs: it is right there, or named."""
     torch.manual_seed(0)
     model = build().double().eval()
@@ -358,3 +369,4 @@ def check(build: Callable[[], nn.Module], example: Any, other: Any) -> None:
             whole, small = model(*args), slim(*args)
         error = float((whole - small).abs().max() / whole.std())
         assert error < 1e-6 or (plan.inexact and inputs is other), (error, plan.inexact)
+    return plan

@@ -159,7 +159,8 @@ class _Planner:
         if self._by_gamma and self._method == "percentile":
             written.remarks = remarks.on_share(written, self._scales)
         elif self._by_gamma:
-            written.remarks = remarks.on_thresholds(written, self._scales)
+            ended = (self._method, value) != ("fixed", 0.0)  # what is at 0 already, for `shrink`
+            written.remarks = remarks.on_thresholds(written, self._scales, ended)
         return written
 
     def by_share(self, aim: Aim) -> PruningPlan:

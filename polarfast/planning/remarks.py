@@ -19,10 +19,14 @@ MASS = 0.02
 AT_ZERO = 0.01
 
 
-def on_thresholds(plan: PruningPlan, scales: ScalingFactors) -> list[str]:
-    """Of a plan that γ themselves decided."""
+def on_thresholds(plan: PruningPlan, scales: ScalingFactors, ended: bool = True) -> list[str]:
+    """Of a plan that γ themselves decided.
+
+    Args:
+        ended: whether the training with the penalty is over, as far as the plan is concerned.
+    """
     last = Binding.of(scales).last
-    found = [text] if last is not None and (text := last.remark()) else []
+    found = [text] if ended and last is not None and (text := last.remark()) else []
     sizes = {name: gamma.detach().abs().float().cpu() for name, gamma in scales.items()}
     shrunk = last is not None and last.shrunk  # what was at 0 has gone already
     if plan.flops_reduction < LITTLE and not shrunk:
@@ -40,7 +44,8 @@ def on_thresholds(plan: PruningPlan, scales: ScalingFactors) -> list[str]:
     if largest > AT_ZERO:
         found.append(
             f"γ that go are up to {largest:.2g} (in {name}) and count as 0, which changes what the "
-            "network computes by as much: a smaller learning rate at the end lets them settle at 0"
+            "network computes by as much: they were still on their way, or shaken by the last "
+            "steps; some more at a small learning rate let them settle at 0"
         )
     return found
 

@@ -219,7 +219,10 @@ def _warn_of(plan: PruningPlan, model: nn.Module) -> None:
         # An EMA copy, the model of a plan from a file, or one that the plan has nothing to do with.
         sizes = {name: params[name].detach().abs() for name in plan.layers if name in params}
         gone, largest, name = removed(plan, sizes)
-        if gone > MASS and not plan.remarks:
+        # What the plan has said of γ that go, it has said of those that it was made from.
+        sizes = {name: gamma.abs() for name, gamma in plan._gammas.items()}
+        known = plan.remarks and (not sizes or removed(plan, sizes)[0] > gone - MASS)
+        if gone > MASS and not known:
             warnings.warn(
                 "pf.slim: in this model, which is not the object that was planned, the channels "
                 f"that go hold {gone:.0%} of the sum of |γ| (up to {largest:.2g}, in {name}): is "

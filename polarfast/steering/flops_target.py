@@ -569,7 +569,8 @@ class FlopsTarget(Polarization):
         """Go on from `state_dict`.
 
         Raises:
-            ArgumentError: the state lacks something, or is of another share or number of steps.
+            ArgumentError: the state lacks something, or is of another share, number of steps or
+                network.
         """
         missing = self.state_dict().keys() - state.keys()
         if missing:
@@ -580,6 +581,14 @@ class FlopsTarget(Polarization):
                     f"state is of {name}={state[name]!r}, not of {name}={mine!r}: make the "
                     f"FlopsTarget with {name}={state[name]!r}"
                 )
+        left = self.predictor.scales.keys() - self._gone
+        mine, theirs = sum(self.predictor.scales[n].numel() for n in left), len(state["before"])
+        if theirs > mine:
+            raise ArgumentError(
+                f"state is of {theirs} scaling factors, and this FlopsTarget has {mine}: make it "
+                "with the network that the training began with, then reg.follow(slim) where it "
+                "has been made smaller since, then load_state_dict"
+            )
         self._step, self.lam, self._estimate = state["step"], state["lam"], state["estimate"]
         self.live, self._count, self._speed = state["live"], state["count"], state["speed"]
         self._off = state["off"]

@@ -6,6 +6,8 @@ import torch
 
 #: From scratch, γ start no higher than this.
 LOW = 0.6
+#: A training has more steps than this.
+FEW = 50
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,13 @@ class Shortfall:
             f"{found}. The γ that are to go are at {self.way:.2g} on average and fall by "
             f"{max(self.speed, 0.0):.1g} a step at a learning rate of {self.rate:.2g}, with {left} "
             f"steps left. {longer}, or give the γ a parameter group of their own with a larger lr "
-            f"and no weight decay{lower if self.up >= LOW else ''}{self._coarse()}"
+            f"and no weight decay{lower if self.up >= LOW else ''}{self._coarse()}{self._few()}"
         )
+
+    def _few(self) -> str:
+        """One more reason, if there are hardly any steps."""
+        few = self.steps < FEW
+        return f". steps={self.steps} is short: epochs * len(loader) are meant" if few else ""
 
     def _coarse(self) -> str:
         """One more reason why γ do not fall, if they are of a short dtype."""

@@ -82,9 +82,10 @@ class Binding:
             )
         raise StepError(
             f"no scaling factor has a gradient (first: {self.names[0]!r}): call backward() before "
-            "the step; if you did, the model's parameters were replaced after "
-            "pf.scaling_factors(model, ...), as fully_shard does: take scales.rebind(model) "
-            f"after that{lost_gates(self.names)}"
+            "the step; if you did, these scaling factors are not of the network that trains: of a "
+            "copy of it (an average, a deepcopy), of the one before pf.shrink (then step with what "
+            "reg.follow returned), or its parameters were replaced since, as fully_shard does (then"
+            f" scales.rebind(model)){lost_gates(self.names)}"
         )
 
     def check_members(self, optimizer: Optimizer) -> None:

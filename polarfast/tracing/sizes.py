@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -177,6 +178,8 @@ class SizeTracking(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _PADS and (around := _around(*args, **kwargs)) is not None:
             return around
+        if func in _DROPOUTS:  # of whole channels: its noise is made by sizes that nothing follows
+            return (args[0] if args else kwargs["input"]).clone()
         if func in _SIZES:
             return self._sizes(func(*args, **kwargs), func, args, kwargs)
         if func in _ASKED:
@@ -419,7 +422,8 @@ def _numbers(tree: Any) -> Iterator[int]:
             yield from _numbers(item)
 
 
-_PADS = (torch.nn.functional.pad, torch._C._nn.pad)
+_PADS = (F.pad, torch._C._nn.pad)
+_DROPOUTS = frozenset({F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout})
 _COUNTS = frozenset({Tensor.numel, Tensor.nelement, torch.numel})
 _SIZES = frozenset({Tensor.shape.__get__, Tensor.size, *_COUNTS})  # type: ignore[attr-defined]
 _VIEWS: dict[Any, Asked] = {

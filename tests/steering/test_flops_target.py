@@ -386,3 +386,29 @@ def test_a_short_dtype_is_named_as_a_reason():
             optimizer.zero_grad()
             model(x).float().square().mean().backward()
             pf.step(optimizer, scales, reg)
+
+
+def test_a_state_of_the_network_before_it_was_made_smaller_is_refused():
+    model, scales = make()
+    reg = pf.FlopsTarget(model, X, scales, 0.5, steps=100)
+    optimizer = sgd(model)
+    train(model, lambda: pf.step(optimizer, scales, reg), optimizer, 2)
+    with torch.no_grad():
+        for gamma in scales.values():
+            gamma[::2] = 0
+    slim = pf.slim(model, pf.plan(model, X, scales, "fixed", value=0.0))
+    other = pf.FlopsTarget(slim, X, pf.scaling_factors(slim, X), 0.5, steps=100)
+    with pytest.raises(pf.ArgumentError, match=r"the training began with, then reg\.follow"):
+        other.load_state_dict(reg.state_dict())
+    again = pf.FlopsTarget(model, X, scales, 0.5, steps=100)
+    again.follow(slim)
+    again.load_state_dict(reg.state_dict())
+    assert again.state_dict() == reg.state_dict()
+
+
+def test_epochs_given_as_steps_are_told_of():
+    model, scales = make()
+    reg = pf.FlopsTarget(model, X, scales, 0.5, steps=9)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    with pytest.warns(UserWarning, match=r"steps=9 is short: epochs \* len\(loader\) are meant"):
+        train(model, lambda: pf.step(optimizer, scales, reg), optimizer, 9)

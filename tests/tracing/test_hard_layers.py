@@ -88,6 +88,23 @@ class Rows(nn.Module):
         return self.end(self.b(x) + self.rows.select(0, 2).view(1, -1, 1, 1))
 
 
+class Deep(nn.Module):
+    """A head that runs in training alone, behind channels that are dropped as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.end, self.aux = (
+            body(),
+            nn.Sequential(*body(8, 6), *tail(6)),
+            nn.Conv2d(8, 2, 1),
+        )
+        self.drop = nn.Sequential(nn.Dropout2d(0.2), nn.FeatureAlphaDropout(0.1))
+
+    def forward(self, x: Tensor):
+        x = self.drop(self.a(x))
+        return (self.end(x), self.aux(x)) if self.training else self.end(x)
+
+
 class ChannelsLast(nn.Module):
     """LayerNorm over the channels, as in ConvNeXt."""
 
@@ -185,6 +202,7 @@ CASES = {
         ),
         X, {"1", "4", "8"}, {},
     ),
+    "channels that are dropped": (Deep, X, {"a.1", "end.1"}, {}),
     "LayerNorm over channels": (ChannelsLast, X, {"free.1"}, {"a.1": "native_layer_norm"}),
     "shared norm, shared convolution, tied weights": (
         OneNorm, X, {"free.1"}, {"norm": "", "twice.1": "", "tied.1": ""},

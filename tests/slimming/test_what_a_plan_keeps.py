@@ -289,3 +289,22 @@ def test_a_reader_without_a_place_for_a_bias() -> None:
     lost = pf.plan(model, x, scales, fold="bias")
     assert lost.inexact == {"kernel": "its layer has no bias that could take up a constant"}
     assert not pf.verify(model, pf.slim(model, lost), lost, x).exact
+
+
+def test_a_copy_that_was_trained_on_is_told_of(recwarn) -> None:
+    """An average of the network is no other one; one whose γ have grown again is."""
+    model = Net()
+    settle(model, X)
+    scales = pf.scaling_factors(model, X)
+    zero(scales)
+    with torch.no_grad():
+        next(iter(scales.values()))[1] = 0.005  # goes, and the plan says so
+    plan = pf.plan(model, X, scales, "fixed", value=0.01)
+    later = copy.deepcopy(model)
+    pf.slim(later, plan)
+    assert not [w for w in recwarn.list if "not the object" in str(w.message)]
+    with torch.no_grad():
+        for name in scales:
+            later.get_parameter(name).add_(0.3)
+    with pytest.warns(UserWarning, match="not the object that was planned, the channels that go"):
+        pf.slim(later, plan)

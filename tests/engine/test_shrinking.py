@@ -123,7 +123,7 @@ def test_fewer_macs_for_the_same_plan(whole: tuple[Path, list[str]], tmp_path: P
     folder, told = whole
     assert sum(MESSAGE in text for text in told) >= 2
     computed = [epoch["computed"] for epoch in find_state(folder, SMALLER)["history"]]  # type: ignore[index]
-    assert computed[0] == 1.0 and computed[-1] < 0.5
+    assert computed[0] == 1.0 and computed[-1] < 0.7
     assert all(later <= earlier for earlier, later in zip(computed, computed[1:], strict=False))
     kept_whole = replace(SMALLER, sparsity=replace(SMALLER.sparsity, shrink=False))
     go_on(kept_whole, tmp_path / "other")
@@ -183,7 +183,7 @@ def test_processes_shrink_alike(tmp_path: Path) -> None:
     go_on(replace(SMALLER, accumulate=2), tmp_path / "one")
     mine, other = outcome(tmp_path / "two"), outcome(tmp_path / "one")
     computed = [name for name in mine if name.endswith("computed")]
-    assert min(mine[name] for name in computed) < 0.6
+    assert min(mine[name] for name in computed) < 0.7
     assert all(mine[name] == other[name] for name in computed[:4])
 
 

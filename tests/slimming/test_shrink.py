@@ -137,7 +137,7 @@ def test_flops_target_goes_on_with_the_smaller_network():
         F.cross_entropy(model(images[rows]), labels[rows]).backward()
         pf.step(optimizer, scales, reg)
         live.append(reg.live)
-        if step in (123, 203):
+        if step in (163, 223):
             plan = pf.plan(model, X, pf.scaling_factors(model, X, "expand"), "fixed", value=0.0)
             model = pf.shrink(model, optimizer, plan)
             scales = reg.follow(model)

@@ -75,7 +75,7 @@ def left_behind(model: nn.Module) -> str:
     for prefix, module in model.named_modules():
         for name, value in vars(module).items():
             where = f"{prefix}{'.' * bool(prefix)}{name}"
-            for part in _parts(value):
+            for part in _parts(value, set()):
                 if isinstance(part, nn.Module) and id(part) not in registered:
                     return (
                         f"{where} holds a {type(part).__name__} that is not registered, so that it "
@@ -92,21 +92,19 @@ def left_behind(model: nn.Module) -> str:
     return ""
 
 
-def _parts(value: Any) -> Iterator[Any]:
-    """What an attribute holds, itself or in containers; not the registered layers and tensors."""
-    if isinstance(value, dict):
-        for part in value.values():
-            yield from _parts(part)
-    elif isinstance(value, (list, tuple, set)):
-        for part in value:
-            yield from _parts(part)
-    else:
+def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
+    """What an attribute holds, itself or in containers."""
+    if not isinstance(value, dict | list | tuple | set):
         yield value
+    elif id(value) not in seen:
+        seen.add(id(value))
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _parts(part, seen)
 
 
 def _holds_layers(function: FunctionType) -> bool:
-    cells = getclosurevars(function).nonlocals.values()
-    return any(isinstance(part, (nn.Module, nn.Parameter)) for part in _parts(list(cells)))
+    cells = [*getclosurevars(function).nonlocals.values()]
+    return any(isinstance(part, (nn.Module, nn.Parameter)) for part in _parts(cells, set()))
 
 
 def _kept(values: Iterable[Any], seen: set[int]) -> Iterator[Tensor]:

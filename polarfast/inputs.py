@@ -133,7 +133,7 @@ class Inputs:
     Attributes:
         specs: what each example looks like (`describe`).
         examples: those that were given; none where a plan was read from a file.
-        divisible: whether the network is known to run on fewer samples, too.
+        divisible: whether the network is known to compute each sample by itself.
     """
 
     specs: tuple[Spec, ...]
@@ -182,18 +182,18 @@ class Inputs:
         return self._cut() if self.divisible else self
 
     def if_divided(self) -> "Inputs | None":
-        """Two samples of each, for networks that run on fewer; None where there are no more, or
-        where something may have a meaning for each sample.
+        """Two samples of each; None where there are no more, or where something may have a meaning
+        for each sample.
         """
         parts = [part for spec in self.specs for part in parts_of(spec)]
         counted = any(part.get("given") for part in parts) or any(
             map(_lists_numbers, self.examples)
         )
         small = self if counted else self._cut()
-        return None if small.specs == self.specs else replace(small, divisible=True)
+        return None if small.specs == self.specs else small
 
     def _cut(self) -> "Inputs":
-        examples = tuple(map(_two_samples, self.examples))
+        examples = tuple(map(two_of, self.examples))
         return replace(self, specs=tuple(map(two_samples, self.specs)), examples=examples)
 
     def make(self, *, device: torch.device, dtype: torch.dtype, seed: int, example: int = 0) -> Any:
@@ -260,7 +260,8 @@ def two_samples(spec: Spec) -> Spec:
     return map_parts(spec, few)
 
 
-def _two_samples(example: Any) -> Any:
+def two_of(example: Any) -> Any:
+    """As `two_samples`, of the inputs themselves."""
     tensors = tensors_in(example)
     samples = next((len(tensor) for tensor in tensors if tensor.dim()), None)
     return map_tensors(example, lambda t: t[:2] if t.dim() and len(t) == samples else t)

@@ -310,6 +310,10 @@ class AsFolded(_Projections):
         return out + shift.to(out.device).view(1, -1, *[1] * (out.dim() - 2))
 
 
+#: What torch says where dtypes do not go together.
+OF_DTYPES = ("dtype", "datatype", "scalar type", "same type", "Input type (")
+
+
 def run_double(model: nn.Module, inputs: Any) -> Any:
     """A float64 model on float64 inputs.
 
@@ -320,7 +324,7 @@ def run_double(model: nn.Module, inputs: Any) -> Any:
         with plain_eager(), StaysDouble():
             return call_model(model, inputs)
     except RuntimeError as error:
-        if "type" not in str(error):
+        if not any(part in str(error) for part in OF_DTYPES):
             raise
         raise PlanError(not_in_double(model, error)) from error
 

@@ -50,7 +50,8 @@ class Varied(Enum):
     masks from lengths, look-ups and the like are drawn; single decisions (`if x.mean() > 5`) are
     KEPT, FLIPPED or TOSSED; LESS: kept, and whole numbers among the inputs are smaller. Numbers
     that Python reads (`x.mean().item()`) or that an operator of `LEVELS` is given become large
-    where FLIPPED or TOSSED, far below zero with LESS.
+    where FLIPPED, far below zero with LESS. TOSSED, for networks that do not run so: those that
+    Python reads become large, and of what an operator of `LEVELS` returns a share is drawn.
     """
 
     KEPT, FLIPPED, TOSSED, LESS = range(4)
@@ -128,6 +129,10 @@ class _Hollow(Reads):
             return out
         if out.dtype == torch.bool and any(number.dtype != torch.bool for number in numbers):
             out = self._decided(out)
+        elif out.is_floating_point() and name.rstrip("_") in LEVELS:
+            if self.varied == Varied.TOSSED:
+                shares = self.draws.shares(out)
+                out = out.mul_(shares) if name.endswith("_") else out * shares
         elif out.is_floating_point() and any(not n.is_floating_point() for n in numbers):
             if name in LOOKUPS:
                 out = self.draws.take(list(out.shape), out.device)
@@ -145,7 +150,7 @@ class _Hollow(Reads):
         for place, arg in enumerate(args[:2]):
             if isinstance(arg, Tensor) and arg in self.raw and arg.is_floating_point():
                 self.decided = self.read_numbers = True
-                if self.varied == Varied.KEPT:
+                if self.varied in (Varied.KEPT, Varied.TOSSED):
                     return args
                 far = FAR * (1 + arg.abs()) * (arg != 0)
                 far = -far if self.varied == Varied.LESS else far
@@ -213,6 +218,10 @@ class _Draws:
     def share(self) -> float:
         """A number in [0, 1)."""
         return float(torch.rand((), generator=self.generator))
+
+    def shares(self, like: Tensor) -> Tensor:
+        """Numbers in [0.5, 1)."""
+        return (0.5 + 0.5 * torch.rand(like.shape, generator=self.generator)).to(like)
 
     def up_to(self, most: Tensor) -> Tensor:
         """Whole numbers from 1 to each of these, or from 0 if none is above 1, as in a mask."""

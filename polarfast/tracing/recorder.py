@@ -52,8 +52,8 @@ class Recorder:
         self.graph = Graph()
         self.values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.views: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        #: what is computed of parameters element by element: followed as these are where it meets
-        #: activations, and by no layer
+        #: parts of parameters, and what is computed of some element by element: followed as these
+        #: are where it meets activations, and by no layer
         self.functions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.written: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.normed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -392,9 +392,9 @@ def parameter_view(rec: Recorder, name: str, args: tuple[Any, ...], out: Any) ->
         dims = tuple(order)
     elif name == "permute":
         dims = tuple(dims[dim] for dim in args[1])
-    elif name == "select":  # what is left lies along the parameter's other dimensions
+    elif name == "select":  # a part, which lies along the parameter's other dimensions
         taken = args[1] % args[0].dim()
-        dims = (*dims[:taken], *dims[taken + 1 :])
+        dims, store = (*dims[:taken], *dims[taken + 1 :]), rec.functions
     elif name in ("view", "_unsafe_view", "reshape", "unsqueeze"):
         real = [dim for dim, size in zip(dims, args[0].shape, strict=True) if size > 1]
         if [size for size in out.shape if size > 1] != [size for size in args[0].shape if size > 1]:

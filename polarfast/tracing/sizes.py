@@ -179,7 +179,7 @@ class SizeTracking(TorchFunctionMode):
         if func in _PADS and (around := _around(*args, **kwargs)) is not None:
             return around
         if func in _DROPOUTS:  # of whole channels: its noise is made by sizes that nothing follows
-            return (args[0] if args else kwargs["input"]).clone()
+            return args[0] if args else kwargs["input"]
         if func in _SIZES:
             return self._sizes(func(*args, **kwargs), func, args, kwargs)
         if func in _ASKED:

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.ops import roi_align
 
 import polarfast as pf
-from polarfast.tracing.meaning import meaning
+from polarfast.tracing.meaning import inputs_of, meaning
 
 
 def block(c_in, c_out, kernel=3):
@@ -184,13 +184,13 @@ def test_a_large_batch_costs_no_more_than_a_small_one():
     plan = pf.plan(model, x, pf.scaling_factors(model, x), "fixed", value=0.0)
     slim = pf.slim(model, plan)
     large = [count for count in Batch.seen if count > 3]
-    assert large == [64, 64]  # the traces
+    assert large == [64, 64, 64]  # two traces, and one look at whether samples are samples
     assert len(Batch.seen) > 5
     assert plan.inputs["shape"] == [64, 3, 8, 8]
     close(model, slim, x)
     Batch.seen.clear()
     pf.slim(model, pf.PruningPlan.from_json(plan.to_json()))
-    assert [count for count in Batch.seen if count > 3] == [64]
+    assert [count for count in Batch.seen if count > 3] == [64, 64]
 
 
 def test_a_batch_that_cannot_be_smaller_stays():
@@ -201,6 +201,38 @@ def test_a_batch_that_cannot_be_smaller_stays():
     slim = pf.slim(model, plan)
     assert {count for count in Batch.seen if count > 2} == {16}
     close(model, slim, x)
+
+
+class TimeFirst(nn.Module):
+    """(T, N, C): the first dimension is no batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(8, 16, 5, padding=2), nn.BatchNorm1d(16)
+        self.pool, self.out = nn.AvgPool1d(3, 1, 1), nn.Conv1d(16, 4, 1)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv(x.permute(1, 2, 0))))
+        return self.out(self.pool(x)).permute(2, 0, 1)
+
+
+class OneByOne(TimeFirst):
+    """The same of a batch of images."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(2).permute(2, 0, 1)).permute(1, 2, 0)
+
+
+def test_only_samples_can_be_left_out():
+    torch.manual_seed(0)
+    sequence, images = torch.randn(30, 4, 8), torch.randn(30, 8, 4, 4)
+    assert not inputs_of(TimeFirst(), sequence).divisible
+    for given in (images, images.double()):
+        model = OneByOne().to(given.dtype)
+        assert inputs_of(model, given).divisible
+        assert inputs_of(model, given).few().specs[0]["shape"] == [2, 8, 4, 4]
+    assert not inputs_of(OneByOne().bfloat16(), images.bfloat16()).divisible  # too coarse to tell
+    assert not inputs_of(OneByOne(), images[:2]).divisible
 
 
 class Tasks(nn.Module):

@@ -321,6 +321,10 @@ LEVEL_GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "whole quotient": lambda m: (m + 2) // 5 + 1,
     "sign_": lambda m: (m - 5).sign_(),
     "sigmoid": lambda m: torch.sigmoid(1000 - 100 * m),
+    # which refuses what is far from the example
+    "within a loss": lambda m: F.binary_cross_entropy(
+        (m / 10).clamp_min(0.5), torch.ones_like(m), reduction="none"
+    ),
 }
 
 

@@ -88,20 +88,33 @@ class Rows(nn.Module):
         return self.end(self.b(x) + self.rows.select(0, 2).view(1, -1, 1, 1))
 
 
+class Parts(nn.Module):
+    """Layers whose weights are parts of larger parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = body(), nn.BatchNorm2d(8)
+        self.end = nn.Sequential(*body(8, 6), *tail(6))
+        self.weights = nn.Parameter(torch.randn(8, 8, 1, 1, 2))
+        self.scales = nn.Parameter(torch.rand(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(F.conv2d(self.a(x), self.weights[..., 1]))
+        mean, var = self.norm.running_mean.detach(), self.norm.running_var.detach()
+        return self.end(F.batch_norm(x, mean, var, self.scales[:, 0], self.scales[:, 1]))
+
+
 class Deep(nn.Module):
     """A head that runs in training alone, behind channels that are dropped as a whole."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.end, self.aux = (
-            body(),
-            nn.Sequential(*body(8, 6), *tail(6)),
-            nn.Conv2d(8, 2, 1),
-        )
+        self.a, self.conv, self.norm = body(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.end, self.aux = nn.Sequential(*body(8, 6), *tail(6)), nn.Conv2d(8, 2, 1)
         self.drop = nn.Sequential(nn.Dropout2d(0.2), nn.FeatureAlphaDropout(0.1))
 
     def forward(self, x: Tensor):
-        x = self.drop(self.a(x))
+        x = self.norm(self.drop(self.conv(self.drop(self.a(x)))))
         return (self.end(x), self.aux(x)) if self.training else self.end(x)
 
 
@@ -202,7 +215,10 @@ CASES = {
         ),
         X, {"1", "4", "8"}, {},
     ),
-    "channels that are dropped": (Deep, X, {"a.1", "end.1"}, {}),
+    "channels that are dropped": (Deep, X, {"a.1", "norm", "end.1"}, {}),
+    "parts of parameters": (
+        Parts, X, {"end.1"}, {"a.1": "not a plain parameter", "norm": "no single convolution"},
+    ),
     "LayerNorm over channels": (ChannelsLast, X, {"free.1"}, {"a.1": "native_layer_norm"}),
     "shared norm, shared convolution, tied weights": (
         OneNorm, X, {"free.1"}, {"norm": "", "twice.1": "", "tied.1": ""},

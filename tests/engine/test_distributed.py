@@ -40,8 +40,9 @@ pytestmark = [
 ]
 
 #: 4 steps of 24 images in 12 steps: an agreement on stopping after step 8 only, the end of epoch 2.
-#: At this rate rounding (a third of three shards has some) hardly ever turns a ReLU or a γ's side.
-RECIPE = replace(TINY, train=replace(TINY.train, epochs=2, lr=0.04))
+#: At this rate no rounding (a third of three shards has some) turns a ReLU or a γ's side on the CPUs
+#: that this has run on.
+RECIPE = replace(TINY, train=replace(TINY.train, epochs=2, lr=0.035))
 #: One epoch of 16 steps: an agreement within it.
 LONG = replace(TINY, batch_size=6, train=replace(TINY.train, epochs=1))
 
@@ -78,8 +79,7 @@ def test_processes_do_what_one_does(
     states = of_ranks(tmp_path / "run", count)
     for other in states[1:]:
         assert_same(states[0], other)
-    # A ReLU that rounding turned has moved weights by 8e-5 on one kind of CPU.
-    assert close(parameters(states[0]), parameters(alone[count * accumulate]), limit=3e-4)
+    assert close(parameters(states[0]), parameters(alone[count * accumulate]))
     gammas = torch.cat([v for k, v in states[0].items() if re.search(r"layer.*bn.*weight", k)])
     assert float(gammas.min()) < 0.4 and float(gammas.max()) <= 1.0  # pushed apart, and clamped
 

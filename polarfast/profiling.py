@@ -14,19 +14,10 @@ import torch
 from torch import nn
 
 from .errors import ArgumentError
-from .inputs import (
-    call_model,
-    convert,
-    copied_inputs,
-    describe,
-    device_of,
-    dtype_of,
-    modes_kept,
-    tensors_of,
-    unwrap,
-)
+from .inputs import convert, describe, device_of, dtype_of, unwrap
 from .layers import PutBack, PutBackAlone, plain_type
 from .planning.pruning_plan import PruningPlan
+from .running import call_model, copied_inputs, modes_kept, tensors_of
 from .sharding import refuse_sharded
 from .slimming.fuse import fuse
 from .slimming.slim import slim as build_slim

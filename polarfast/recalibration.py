@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import ArgumentError
-from .inputs import device_of, map_tensors, modes_kept, unwrap
+from .inputs import device_of, map_tensors, unwrap
+from .running import modes_kept
 
 Forward = Callable[[nn.Module, Any], Any]
 

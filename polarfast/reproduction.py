@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from .copies import copy_of
 from .documents import DIGEST
-from .inputs import Spec, call_model, convert, describe, first_of, tensors_of
+from .inputs import Spec, convert, describe
+from .running import call_model, first_of, tensors_of
 
 #: Characters of a program at most. What does not fit is left to be filled in, and a line says so.
 LIMIT = 4000

@@ -14,12 +14,8 @@ from torch import Tensor, nn
 
 from ..copies import left_behind, tensors_of_model
 from ..errors import PlanError
-from ..inputs import (
-    Operators,
-    call_model,
-    plain_eager,
-)
 from ..kernels.gather import gather_channels
+from ..running import Operators, call_model, plain_eager
 from ..tracing.graph import ProjectionCall
 
 #: A field counts as one constant (or as proportional to another field) up to this share of its

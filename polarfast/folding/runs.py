@@ -13,15 +13,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import PlanError
-from ..inputs import (
-    call_model,
-    device_of,
-    map_numbers,
-    map_tensors,
-    plain_eager,
-    seeded,
-    tensors_in,
-)
+from ..inputs import device_of, map_numbers, map_tensors, tensors_in
+from ..running import call_model, plain_eager, seeded
 from ..tracing.graph import ProjectionCall
 from ..tracing.projections import convolution_fits, convolution_shape
 from .replay import COPIES, PROJECTIONS, Field, Reads, not_in_double, run_double

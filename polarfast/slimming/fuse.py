@@ -10,17 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..copies import copy_of, double_copy
 from ..errors import ArgumentError, PlanError, VerificationError
-from ..inputs import (
-    Inputs,
-    Operators,
-    call_model,
-    device_of,
-    dtype_of,
-    plain_eager,
-    tensors_in,
-    tensors_of,
-    unwrap,
-)
+from ..inputs import Inputs, device_of, dtype_of, tensors_in, unwrap
 from ..layers import (
     CONVS,
     NORMS,
@@ -33,6 +23,7 @@ from ..layers import (
     own_forward,
     plain_type,
 )
+from ..running import Operators, call_model, plain_eager, tensors_of
 from ..sharding import refuse_sharded
 from .verify import compare_networks
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..copies import double_copy, masked_copy
 from ..errors import PlanError, VerificationError
 from ..folding.replay import AsFolded, Fold, StaysDouble, run_double
-from ..inputs import Inputs, convert, device_of, dtype_of, misplaced, seeded, tensors_of, unwrap
+from ..inputs import Inputs, convert, device_of, dtype_of, misplaced, unwrap
 from ..planning.pruning_plan import PruningPlan
+from ..running import seeded, tensors_of
 from ..sharding import refuse_sharded
 from ..tracing.classes import Channels
 

@@ -22,18 +22,22 @@ from ..sharding import Part, is_sharded, local, present_parameters, whole
 from ..slimming.slim import SlimInfo, info_of
 from ..stepping.binding import is_capturing
 from ..stepping.regularizers import Polarization
-from .pace import groups_of, rate_of, scales_gradients, strength_for
+from .pace import (
+    FALL,
+    cannot_move,
+    groups_of,
+    rate_of,
+    scales_gradients,
+    steps_to_fall,
+    strength_for,
+)
 from .shortfall import Shortfall
 
 #: Optimizer steps that a training is taken to have where `steps` is not given.
 HORIZON = 1000
-#: The share to cut rises from 0 to all of it between these parts of the training. Before, the
-#: network learns: one that loses channels while it has not may not learn any more
-#: (benchmarks/bench_start.py; on CIFAR-10, docs/comparison.md, it is 0.7 points better).
+#: The share to cut rises from 0 to all of it between these parts of the training. A network that
+#: loses channels before it has learned may not learn any more (benchmarks/bench_start.py).
 FIRST, LAST = 0.4, 0.7
-#: The part of the training in which a factor is to fall to 0, from when it is chosen; and the
-#: largest that this may be, where an optimizer cannot move it as fast.
-FALL, LONGEST_FALL = 0.08, 0.4
 #: A factor up to the first is as good as at 0: in the first bin of the valley's histogram. One that
 #: is to go is pushed on until it is at the second.
 AT_ZERO, ARRIVED = 0.01, 0.001
@@ -45,8 +49,6 @@ PASSES = 5
 EARLY = 0.15
 #: What the training may miss at its end before a warning says so.
 MISSED = 0.01
-#: How much longer a fall may take than at the learning rate of now, which will be smaller.
-SLACK = 1.5
 #: λ changes by up to this factor a step, up and down.
 GROWTH = 1.035
 #: How many times less and more than estimated at first λ may become.
@@ -152,8 +154,7 @@ class FlopsTarget(Polarization):
         self._followed: nn.Module | None = None  # the network's slim form, where that trains now
         self._gone: set[str] = set()  # layers that this one has no more
         self._others = tuple(scales.others)
-        self._steps = steps
-        self._horizon = HORIZON if steps is None else steps
+        self._steps, self._horizon = steps, steps or HORIZON
         self._every = every or min(max(self._horizon // 60, 1), 10)
         self._steered: ScalingFactors | None = None  # those of the last step
         self._part: Part | None = None  # of these
@@ -296,7 +297,7 @@ class FlopsTarget(Polarization):
             self._speed = float(moved.mean()) / self._every if moved.numel() else 0.0
         up = flat[flat > AT_ZERO]
         self._up = float(up.mean()) if up.numel() else 0.0
-        self._fall = self._steps_to_fall(scales, optimizer)
+        self._fall = steps_to_fall(scales, optimizer, self._up, self._horizon)
         self._choose(compared, steered)
         chosen = self._below_centers(steered)
         falling = flat[chosen & (flat > ARRIVED)]
@@ -345,15 +346,6 @@ class FlopsTarget(Polarization):
         origin = info_of(self._followed).origin
         assert origin is not None  # `follow` checks
         origin.write_vectors(now, watched)
-
-    def _steps_to_fall(self, scales: ScalingFactors, optimizer: Optimizer) -> float:
-        """In how many steps a factor is to fall to 0, from when it is chosen."""
-        usual = FALL * self._horizon
-        rate, group = rate_of(scales, optimizer)
-        if not scales_gradients(group):
-            return usual
-        longest = LONGEST_FALL * self._horizon
-        return min(max(usual, SLACK * self._up / rate), longest) if rate else longest
 
     def _below_centers(self, steered: Mapping[str, Tensor]) -> Tensor:
         """Which factors are to go, bool [n]."""
@@ -442,10 +434,10 @@ class FlopsTarget(Polarization):
         elif self._warned or self._step < EARLY * self._steps:
             return
         else:
-            due = self.due(self._step)
+            due, way = self.due(self._step), self._way if self._count else self._up
             late = due - self.live > max(0.1 * self.cut, MISSED)
-            slow = 3 * due >= 2 * self.cut and self._speed * left < self._way
-            hopeless = self._hopeless(left, scales, optimizer)
+            slow = 3 * due >= 2 * self.cut and self._speed * left < way
+            hopeless = cannot_move(scales, optimizer, way, left)
             missed = hopeless if due == 0.0 else late and (slow or hopeless)
         if missed:
             self._warned = True
@@ -463,15 +455,6 @@ class FlopsTarget(Polarization):
                 dtype=next(iter(scales.values())).dtype,
             )
             warnings.warn(str(lack), stacklevel=6)  # who called pf.step or an attached step
-
-    def _hopeless(self, left: int, scales: ScalingFactors, optimizer: Optimizer) -> bool:
-        """Whether an optimizer that moves factors by at most its learning rate a step has too few
-        steps left, even at the largest rate of its schedule.
-        """
-        rate, group = rate_of(scales, optimizer)
-        rate = max(rate, *(float(group.get(name, 0.0)) for name in ("initial_lr", "max_lr")))
-        way = self._up if self._count == 0 else self._way
-        return scales_gradients(group) and rate * left < way
 
     def remark(self) -> str | None:
         due = self.due(self._step)
@@ -581,8 +564,8 @@ class FlopsTarget(Polarization):
                     f"state is of {name}={state[name]!r}, not of {name}={mine!r}: make the "
                     f"FlopsTarget with {name}={state[name]!r}"
                 )
-        left = self.predictor.scales.keys() - self._gone
-        mine, theirs = sum(self.predictor.scales[n].numel() for n in left), len(state["before"])
+        left = {n: g for n, g in self.predictor.scales.items() if n not in self._gone}
+        mine, theirs = sum(gamma.numel() for gamma in left.values()), len(state["before"])
         if theirs > mine:
             raise ArgumentError(
                 f"state is of {theirs} scaling factors, and this FlopsTarget has {mine}: make it "

@@ -10,6 +10,12 @@ from torch.optim import Optimizer
 from ..scaling.factors import ScalingFactors
 from ..sharding import Part, local
 
+#: The part of the training in which a factor is to fall to 0, from when it is chosen; and the
+#: largest that this may be, where an optimizer cannot move it as fast.
+FALL, LONGEST_FALL = 0.08, 0.4
+#: How much longer a fall may take than at the learning rate of now, which will be smaller.
+SLACK = 1.5
+
 
 def groups_of(scales: Mapping[str, Tensor], optimizer: Optimizer) -> list[dict[str, Any]]:
     """The parameter groups that hold these factors."""
@@ -26,6 +32,27 @@ def rate_of(scales: Mapping[str, Tensor], optimizer: Optimizer) -> tuple[float, 
 def scales_gradients(group: Mapping[str, Any]) -> bool:
     """Whether steps are gradients in units of their usual size, as Adam's: at most lr or so."""
     return "betas" in group or "eps" in group
+
+
+def steps_to_fall(
+    scales: Mapping[str, Tensor], optimizer: Optimizer, way: float, steps: int
+) -> float:
+    """In how many steps of a training a factor is to fall so far, from when it is chosen."""
+    usual = FALL * steps
+    rate, group = rate_of(scales, optimizer)
+    if not scales_gradients(group):
+        return usual
+    longest = LONGEST_FALL * steps
+    return min(max(usual, SLACK * way / rate), longest) if rate else longest
+
+
+def cannot_move(scales: Mapping[str, Tensor], optimizer: Optimizer, way: float, left: int) -> bool:
+    """Whether an optimizer that moves factors by at most its learning rate a step cannot move them
+    so far in the steps that are left, even at the largest rate of its schedule.
+    """
+    rate, group = rate_of(scales, optimizer)
+    largest = max(rate, *(float(group.get(name, 0.0)) for name in ("initial_lr", "max_lr")))
+    return scales_gradients(group) and largest * left < way
 
 
 def strength_for(

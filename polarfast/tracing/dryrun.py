@@ -16,18 +16,17 @@ from torch import nn
 
 from ..copies import tensors_of_model
 from ..errors import TracingError
-from ..inputs import (
-    Inputs,
+from ..inputs import Inputs, tensors_in
+from ..reproduction import request
+from ..running import (
     Operators,
     copied_inputs,
     enlarged,
     first_of,
     modes_kept,
     plain_eager,
-    tensors_in,
     tensors_of,
 )
-from ..reproduction import request
 from . import operations
 from .graph import Graph
 from .operators import record

@@ -8,17 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..inputs import (
-    Inputs,
-    Operators,
-    call_model,
-    device_of,
-    dtype_of,
-    plain_eager,
-    tensors_in,
-    tensors_of,
-    two_of,
-)
+from ..inputs import Inputs, device_of, dtype_of, tensors_in, two_of
+from ..running import Operators, call_model, plain_eager, tensors_of
 from .dryrun import as_found
 
 #: Operators behind which an input is an activation like any other.

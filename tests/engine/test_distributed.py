@@ -40,8 +40,8 @@ pytestmark = [
 ]
 
 #: 4 steps of 24 images in 12 steps: an agreement on stopping after step 8 only, the end of epoch 2.
-#: At this rate no rounding (a third of three shards has some) turns a ReLU or a γ's side on the CPUs
-#: that this has run on.
+#: At this rate no rounding (a third of three shards has some) turns a ReLU or a γ's side, on the
+#: CPUs that this has run on.
 RECIPE = replace(TINY, train=replace(TINY.train, epochs=2, lr=0.035))
 #: One epoch of 16 steps: an agreement within it.
 LONG = replace(TINY, batch_size=6, train=replace(TINY.train, epochs=1))

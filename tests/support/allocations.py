@@ -4,7 +4,8 @@ import weakref
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from polarfast.inputs import tensors_in, tensors_of
+from polarfast.inputs import tensors_in
+from polarfast.running import tensors_of
 
 
 class Allocations(TorchDispatchMode):

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from polarfast.inputs import copied_inputs, tensors_in
+from polarfast.inputs import tensors_in
 from polarfast.latency import table
 from polarfast.latency.timing import Bench
+from polarfast.running import copied_inputs
 
 
 class Machine(TorchDispatchMode):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from polarfast.inputs import plain_eager
+from polarfast.running import plain_eager
 from polarfast.tracing.dryrun import _DryRun
 from polarfast.tracing.graph import PIN
 from polarfast.tracing.recorder import Recorder, spread

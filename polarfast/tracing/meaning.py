@@ -89,9 +89,9 @@ def _is_beginning(few: Tensor, all_: Tensor, count: int, rounding: float) -> boo
     """Whether an output of two samples is what they are among `count`."""
     if not all_.dim() or len(all_) != count or few.shape != all_[:2].shape:
         return False
-    return (
-        bool((few - all_[:2]).abs().max() <= rounding * all_.abs().max()) if few.numel() else True
-    )
+    if not few.numel() or not (few.is_floating_point() or few.is_complex()):
+        return torch.equal(few, all_[:2])
+    return bool((few - all_[:2]).abs().max() <= rounding * all_.abs().max())
 
 
 def meaning(model: nn.Module, example: Any) -> frozenset[int]:

@@ -235,6 +235,32 @@ def test_only_samples_can_be_left_out():
     assert not inputs_of(OneByOne(), images[:2]).divisible
 
 
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda y: y > 0, lambda y: y.argmax(1), lambda y: torch.complex(y, y), lambda y: y[:, :0],
+        lambda y: (y, {"sign": y.sign().bool()}),
+    ],
+)  # fmt: skip
+def test_samples_of_any_dtype_can_be_left_out(output):
+    class Net(OneByOne):
+        def forward(self, x):
+            return output(super().forward(x))
+
+    torch.manual_seed(0)
+    assert inputs_of(Net(), torch.randn(30, 8, 4, 4)).divisible
+
+
+@pytest.mark.parametrize("output", [lambda y: y > y.mean(0), lambda y: y.argmax(0)])
+def test_samples_that_are_compared_are_all_needed(output):
+    class Net(OneByOne):
+        def forward(self, x):
+            return output(super().forward(x))
+
+    torch.manual_seed(0)
+    assert not inputs_of(Net(), torch.randn(30, 8, 4, 4)).divisible
+
+
 class Tasks(nn.Module):
     def __init__(self):
         super().__init__()

@@ -171,8 +171,7 @@ def magnitudes(
         ArgumentError: `scores` are not one finite number >= 0 for each γ.
     """
     if scores is None:
-        gammas = whole({name: gamma.detach() for name, gamma in scales.items()})
-        return {name: gamma.abs().float().cpu() for name, gamma in gammas.items()}
+        return {name: gamma.abs() for name, gamma in on_cpu(scales).items()}
     _check_names(scales, scores)
     found = {}
     for name, gamma in scales.items():
@@ -188,6 +187,22 @@ def magnitudes(
             )
         found[name] = score
     return found
+
+
+@torch.no_grad()
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same numbers in float32 on the CPU: one copy from each device, and for sharded tensors
+    one collective.
+    """
+    plain = whole({name: tensor.detach() for name, tensor in tensors.items()})
+    found = {}
+    for device in {tensor.device for tensor in plain.values()}:
+        here = {name: tensor for name, tensor in plain.items() if tensor.device == device}
+        flat = torch.cat([tensor.reshape(-1).float() for tensor in here.values()]).cpu()
+        parts = flat.split([tensor.numel() for tensor in here.values()])
+        for (name, tensor), part in zip(here.items(), parts, strict=True):
+            found[name] = part.view(tensor.shape)
+    return {name: found[name] for name in tensors}
 
 
 def _check_names(scales: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:

@@ -25,6 +25,7 @@ from ..stepping.regularizers import Polarization
 from .pace import (
     FALL,
     cannot_move,
+    coasting,
     groups_of,
     rate_of,
     scales_gradients,
@@ -291,20 +292,22 @@ class FlopsTarget(Polarization):
         compared = self.predictor.look()
         steered = {name: compared[name] for name in scales}
         self.live = self._live(compared, last)
-        flat = torch.cat(list(steered.values()))
+        far = coasting(scales, optimizer)
+        rest = {name: gamma - far.get(name, 0.0) for name, gamma in steered.items()}
+        flat, coming = torch.cat(list(steered.values())), torch.cat(list(rest.values()))
         if self._before is not None:
-            moved = (self._before - flat)[self._below_centers(steered) & (flat > ARRIVED)]
+            moved = (self._before - coming)[self._below_centers(steered) & (flat > ARRIVED)]
             self._speed = float(moved.mean()) / self._every if moved.numel() else 0.0
         up = flat[flat > AT_ZERO]
         self._up = float(up.mean()) if up.numel() else 0.0
         self._fall = steps_to_fall(scales, optimizer, self._up, self._horizon)
-        self._choose(compared, steered)
+        self._choose(compared, steered, rest)
         chosen = self._below_centers(steered)
         falling = flat[chosen & (flat > ARRIVED)]
         self._way = float(falling.mean()) if falling.numel() else 0.0
         if bool(chosen.any()):
             self._change_strength(scales, optimizer, scale)
-        self._before = flat
+        self._before = coming
 
     @torch.no_grad()
     def settle(self, scales: ScalingFactors) -> None:
@@ -363,10 +366,15 @@ class FlopsTarget(Polarization):
             self._off = rough - self.predictor.cut_of(compared)
         return rough - self._off
 
-    def _choose(self, compared: Mapping[str, Tensor], steered: Mapping[str, Tensor]) -> None:
-        """Set the centers such that what is below them cuts the share that will soon be due."""
-        units = self._units(steered)
-        ranked = {name: gamma / units[name] for name, gamma in steered.items()}
+    def _choose(
+        self, compared: Mapping[str, Tensor], steered: Mapping[str, Tensor], rest: dict[str, Tensor]
+    ) -> None:
+        """Set the centers such that what is below them cuts the share that will soon be due: the
+        smallest factors by where they come to `rest`. What momentum takes to 0 is lost in any case.
+        """
+        rest = {name: values.clamp(min=0.0) for name, values in rest.items()}
+        units = self._units(rest)
+        ranked = {name: values / units[name] for name, values in rest.items()}
         for name in self._staying & ranked.keys():
             ranked[name][ranked[name].argmax()] = float("inf")
         out = self._gone | steered.keys()
@@ -383,7 +391,8 @@ class FlopsTarget(Polarization):
             )
         border = _between(order, self._count)
         self.centers = tuple(
-            min(border * units[name], self._limit(name, gamma)) for name, gamma in steered.items()
+            min(_nearest(border * units[name], gamma, rest[name]), self._limit(name, gamma))
+            for name, gamma in steered.items()
         )
 
     def _units(self, steered: Mapping[str, Tensor]) -> dict[str, float]:
@@ -590,6 +599,14 @@ def _between(order: Tensor, count: int) -> float:
     if below < above:
         return (below + min(above, below + 1.0)) / 2
     return below
+
+
+def _nearest(border: float, gamma: Tensor, rest: Tensor) -> float:
+    """The center nearest to a border of a layer's resting points with as many factors below it."""
+    order, below = gamma.sort().values, int((rest <= border).sum())
+    least = float(order[below - 1]) if below else -math.inf
+    most = float(order[below]) if below < order.numel() else math.inf
+    return border if least <= border < most else _between(order, below)
 
 
 def _check(cut: float, steps: int | None, every: int | None) -> None:

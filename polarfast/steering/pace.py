@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..planning.thresholds import on_cpu
 from ..scaling.factors import ScalingFactors
 from ..sharding import Part, local
 
@@ -53,6 +54,28 @@ def cannot_move(scales: Mapping[str, Tensor], optimizer: Optimizer, way: float, 
     rate, group = rate_of(scales, optimizer)
     largest = max(rate, *(float(group.get(name, 0.0)) for name in ("initial_lr", "max_lr")))
     return scales_gradients(group) and largest * left < way
+
+
+def coasting(scales: ScalingFactors, optimizer: Optimizer) -> dict[str, Tensor]:
+    """How far momentum alone still carries factors towards 0 at the learning rate of now: name ->
+    float32 [C] on the CPU, of the layers that have momentum.
+
+    SGD's update is lr·b, b ← μ·b + gradient; without gradients it adds up to lr·b·μ/(1 − μ) (with
+    Nesterov's form, μ times that). Where a factor will come to rest therefore moves by lr/(1 − μ)
+    times the gradient in every step, without the delay with which the factor itself does. (Adam
+    carries by some 9 lr at most, which is next to nothing.)
+    """
+    reach: dict[int, float] = {}
+    for group in groups_of(scales, optimizer):
+        momentum = float(group.get("momentum", 0.0))
+        part = momentum / max(1 - momentum, 1e-3) * (momentum if group.get("nesterov") else 1.0)
+        reach |= dict.fromkeys(map(id, group["params"]), float(group["lr"]) * part)
+    buffers = {
+        name: gamma.detach().sign() * buffer.detach() * reach[id(gamma)]
+        for name, gamma in scales.items()
+        if isinstance(buffer := optimizer.state.get(gamma, {}).get("momentum_buffer"), Tensor)
+    }
+    return on_cpu(buffers)
 
 
 def strength_for(

@@ -19,6 +19,7 @@ from ..planning.prediction import CutPredictor
 from ..planning.thresholds import as_factors, thresholds
 from ..scaling.factors import ScalingFactors
 from ..sharding import Part, is_sharded, local, present_parameters, whole
+from ..slimming.origin import Origin
 from ..slimming.slim import SlimInfo, info_of
 from ..stepping.binding import is_capturing
 from ..stepping.regularizers import Polarization
@@ -50,8 +51,9 @@ PASSES = 5
 EARLY = 0.15
 #: What the training may miss at its end before a warning says so.
 MISSED = 0.01
-#: λ changes by up to this factor a step, up and down.
-GROWTH = 1.035
+#: λ changes by up to this factor a step, up and down, and in a short training by what this factor
+#: is in the whole of it.
+GROWTH, GROWTH_IN_ALL = 1.035, 1e4
 #: How many times less and more than estimated at first λ may become.
 LEAST, MOST = 0.1, 100.0
 
@@ -292,8 +294,7 @@ class FlopsTarget(Polarization):
         compared = self.predictor.look()
         steered = {name: compared[name] for name in scales}
         self.live = self._live(compared, last)
-        far = coasting(scales, optimizer)
-        rest = {name: gamma - far.get(name, 0.0) for name, gamma in steered.items()}
+        rest = self._resting(steered, coasting(scales, optimizer))
         flat, coming = torch.cat(list(steered.values())), torch.cat(list(rest.values()))
         if self._before is not None:
             moved = (self._before - coming)[self._below_centers(steered) & (flat > ARRIVED)]
@@ -346,9 +347,23 @@ class FlopsTarget(Polarization):
         watched = self.predictor.watched()
         present = present_parameters(self._followed)
         now = whole({name: present[name].detach() for name in watched})
-        origin = info_of(self._followed).origin
+        self._origin(self._followed).write_vectors(now, watched)
+
+    def _origin(self, slim: nn.Module) -> Origin:
+        origin = info_of(slim).origin
         assert origin is not None  # `follow` checks
-        origin.write_vectors(now, watched)
+        return origin
+
+    def _resting(
+        self, steered: Mapping[str, Tensor], far: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Where the factors come to rest if momentum carries them so `far`, by the channels of the
+        network that this was made with.
+        """
+        if self._followed is not None:
+            spread = self._origin(self._followed).spread
+            far = {name: spread(name, part, steered[name]) for name, part in far.items()}
+        return {name: gamma - far.get(name, 0.0) for name, gamma in steered.items()}
 
     def _below_centers(self, steered: Mapping[str, Tensor]) -> Tensor:
         """Which factors are to go, bool [n]."""
@@ -427,7 +442,7 @@ class FlopsTarget(Polarization):
         if not scales_gradients(group):  # a larger learning rate than any before needs less
             less = min(strength_for(wanted, scales, optimizer, part, scale) / self._estimate, 1.0)
             self._estimate, self.lam = less * self._estimate, less * self.lam
-        change = 1 / GROWTH**self._every
+        change = max(GROWTH, GROWTH_IN_ALL ** (1 / self._horizon)) ** -self._every
         if self._way:
             change = min(max(wanted / max(self._speed, 1e-12), change), 1 / change)
         lam = self.lam * change
@@ -456,8 +471,8 @@ class FlopsTarget(Polarization):
                 what=self._what,
                 cut=self.cut,
                 live=self.live,
-                arrived=self._way <= AT_ZERO,
-                way=self._way,
+                arrived=self._count > 0 and self._way <= AT_ZERO,
+                way=self._way if self._count else self._up,
                 speed=self._speed,
                 up=self._up,
                 rate=max(float(group["lr"]) for group in groups_of(scales, optimizer)),

@@ -246,6 +246,13 @@ class Part:
             return among_all
         return [self._place[place] for place in among_all if place in self._place]
 
+    def of(self, gamma: Tensor, values: Tensor) -> Tensor:
+        """Of one value for each channel of a γ, those of the channels held here."""
+        if self._sharding is None:
+            return values
+        start = self._sharding.start(gamma.shape)
+        return values[start : start + local(gamma).numel()]
+
     def mean(self, held: Tensor) -> Tensor:
         """The mean over all processes, of the values [k] that each holds; the same bits on each."""
         total = held.sum()

@@ -43,6 +43,9 @@ FIRST, LAST = 0.4, 0.7
 #: A factor up to the first is as good as at 0: in the first bin of the valley's histogram. One that
 #: is to go is pushed on until it is at the second.
 AT_ZERO, ARRIVED = 0.01, 0.001
+#: By what part of it a factor that is to go lies below those of its layer that stay. Equal ones,
+#: as at the clamp, would never part by themselves, and one push carries all of a crowd along.
+APART = 0.05
 #: What the live cut may lack, or the choice of before miss, before something is done about it.
 CLOSE = 0.003
 #: Where a prediction takes passes through the network, they are taken at one in so many looks.
@@ -303,12 +306,14 @@ class FlopsTarget(Polarization):
         self._up = float(up.mean()) if up.numel() else 0.0
         self._fall = steps_to_fall(scales, optimizer, self._up, self._horizon)
         self._choose(compared, steered, rest)
+        self._part_crowds(scales, steered, rest)
+        flat = torch.cat(list(steered.values()))
         chosen = self._below_centers(steered)
         falling = flat[chosen & (flat > ARRIVED)]
         self._way = float(falling.mean()) if falling.numel() else 0.0
         if bool(chosen.any()):
             self._change_strength(scales, optimizer, scale)
-        self._before = coming
+        self._before = torch.cat(list(rest.values()))
 
     @torch.no_grad()
     def settle(self, scales: ScalingFactors) -> None:
@@ -384,12 +389,15 @@ class FlopsTarget(Polarization):
     def _choose(
         self, compared: Mapping[str, Tensor], steered: Mapping[str, Tensor], rest: dict[str, Tensor]
     ) -> None:
-        """Set the centers such that what is below them cuts the share that will soon be due: the
-        smallest factors by where they come to `rest`. What momentum takes to 0 is lost in any case.
+        """Set the centers such that what is below them cuts the share that will soon be due,
+        together with what momentum takes to 0 (whose `rest` is there) in any case.
         """
-        rest = {name: values.clamp(min=0.0) for name, values in rest.items()}
-        units = self._units(rest)
-        ranked = {name: values / units[name] for name, values in rest.items()}
+        units = self._units(steered)
+        ratio = torch.cat([gamma / units[name] for name, gamma in steered.items()])
+        far = torch.cat(list(rest.values()))
+        ratio = ratio * (far > 0)
+        parts = [gamma.numel() for gamma in steered.values()]
+        ranked = dict(zip(steered, (_places(ratio, far) * (ratio > 0)).split(parts), strict=True))
         for name in self._staying & ranked.keys():
             ranked[name][ranked[name].argmax()] = float("inf")
         out = self._gone | steered.keys()
@@ -404,25 +412,39 @@ class FlopsTarget(Polarization):
             self._count = self.predictor.count_for(
                 due + self._off, {**compared, **ranked}, self._count, CLOSE, held, order
             )
-        border = _between(order, self._count)
-        self.centers = tuple(
-            min(_nearest(border * units[name], gamma, rest[name]), self._limit(name, gamma))
-            for name, gamma in steered.items()
-        )
+        last = _between(order, self._count)
+        self._going = {name: places <= last for name, places in ranked.items()}
+        border, centers = _between(ratio.sort().values, self._count), []
+        for name, gamma in steered.items():
+            stay = gamma[~self._going[name]]
+            least = float(stay.min()) if stay.numel() else float("inf")
+            centers.append(min(border * units[name], (1 - APART / 2) * least))
+        self.centers = tuple(centers)
 
     def _units(self, steered: Mapping[str, Tensor]) -> dict[str, float]:
         """What the factors of each layer are measured in when they are compared."""
         return {name: max(float(gamma.mean()), AT_ZERO) for name, gamma in steered.items()}
 
-    def _limit(self, name: str, gamma: Tensor) -> float:
-        """The largest center that a layer may have, its largest factor being above it. Where
-        several are the largest, as at the clamp, they are pushed until they differ.
+    def _part_crowds(
+        self, scales: ScalingFactors, steered: dict[str, Tensor], rest: dict[str, Tensor]
+    ) -> None:
+        """Move factors that are to go a little below those of their layer that stay, so that a
+        center fits between.
         """
-        largest = float(gamma.max())
-        tied = int((gamma == largest).sum()) > 1 and largest > 10 * AT_ZERO
-        if name not in self._staying or tied:
-            return float("inf")
-        return largest * (1 - 1e-6)
+        assert self._part is not None and self.centers is not None
+        for (name, gamma), center in zip(scales.items(), self.centers, strict=True):
+            near = self._going[name] & (steered[name] > center) & (rest[name] > 0)
+            if not gamma.requires_grad or not near.any():
+                continue
+            low = center * (1 - APART) / (1 - APART / 2)
+            rest[name] = rest[name] - near * (steered[name] - low)
+            steered[name] = torch.where(near, low, steered[name])
+            if self._followed is not None:
+                index = self._origin(self._followed).index.get(name, {})
+                near = near[index[0]] if 0 in index else near
+            values: Tensor = local(gamma.detach())
+            held = self._part.of(gamma, near).to(values.device)
+            values[held] = low * values[held].sign()
 
     def _change_strength(
         self, scales: ScalingFactors, optimizer: Optimizer, scale: Tensor | None
@@ -605,23 +627,22 @@ class FlopsTarget(Polarization):
         self._warned = state["warned"]
 
 
+def _places(values: Tensor, then: Tensor) -> Tensor:
+    """The place of each value in the order of all, from 1; equal ones by what comes `then`."""
+    order = then.argsort(stable=True)
+    order = order[values[order].argsort(stable=True)]
+    places = torch.empty_like(values)
+    places[order] = torch.arange(1.0, values.numel() + 1)
+    return places
+
+
 def _between(order: Tensor, count: int) -> float:
-    """A border with `count` of these sorted values under it. Equal values around it are all under
-    it: pushed, they soon differ, and are told apart at the next look.
-    """
+    """A border with `count` of these sorted values under it, and all that are equal to them."""
     below = float(order[count - 1]) if count else -1.0
     above = float(order[count]) if count < order.numel() else below + 1.0
     if below < above:
         return (below + min(above, below + 1.0)) / 2
     return below
-
-
-def _nearest(border: float, gamma: Tensor, rest: Tensor) -> float:
-    """The center nearest to a border of a layer's resting points with as many factors below it."""
-    order, below = gamma.sort().values, int((rest <= border).sum())
-    least = float(order[below - 1]) if below else -math.inf
-    most = float(order[below]) if below < order.numel() else math.inf
-    return border if least <= border < most else _between(order, below)
 
 
 def _check(cut: float, steps: int | None, every: int | None) -> None:

@@ -35,6 +35,11 @@ def scales_gradients(group: Mapping[str, Any]) -> bool:
     return "betas" in group or "eps" in group
 
 
+def momentum_of(group: Mapping[str, Any]) -> float:
+    """SGD's μ, of which 1 would never come to rest."""
+    return min(float(group.get("momentum", 0.0)), 0.999)
+
+
 def steps_to_fall(
     scales: Mapping[str, Tensor], optimizer: Optimizer, way: float, steps: int
 ) -> float:
@@ -42,7 +47,7 @@ def steps_to_fall(
     usual = FALL * steps
     rate, group = rate_of(scales, optimizer)
     if not scales_gradients(group):
-        return usual
+        return usual + momentum_of(group) / (1 - momentum_of(group))  # until it is at full speed
     longest = LONGEST_FALL * steps
     return min(max(usual, SLACK * way / rate), longest) if rate else longest
 
@@ -67,8 +72,8 @@ def coasting(scales: ScalingFactors, optimizer: Optimizer) -> dict[str, Tensor]:
     """
     reach: dict[int, float] = {}
     for group in groups_of(scales, optimizer):
-        momentum = float(group.get("momentum", 0.0))
-        part = momentum / max(1 - momentum, 1e-3) * (momentum if group.get("nesterov") else 1.0)
+        momentum = momentum_of(group)
+        part = momentum / (1 - momentum) * (momentum if group.get("nesterov") else 1.0)
         reach |= dict.fromkeys(map(id, group["params"]), float(group["lr"]) * part)
     buffers = {
         name: gamma.detach().sign() * buffer.detach() * reach[id(gamma)]
@@ -90,7 +95,7 @@ def strength_for(
     """
     rate, group = rate_of(scales, optimizer)
     if not scales_gradients(group):  # SGD: 2λ·lr/(1 − μ) a step
-        return float(speed * (1 - group.get("momentum", 0.0)) / (2 * rate))
+        return speed * (1 - momentum_of(group)) / (2 * rate)
     # Adam and the like move by lr times the gradient in units of its usual size.
     moving = {gamma: gamma.grad for gamma in scales.values() if gamma.grad is not None}
     grads = torch.cat([local(grad).reshape(-1) for grad in moving.values()])

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ArgumentError, StepError
-from ..inputs import misplaced, unwrap
 from ..kernels.table import Kind
 from ..planning.costs import NAMES, Latencies
 from ..planning.plan import check_scales
@@ -19,10 +18,9 @@ from ..planning.prediction import CutPredictor
 from ..planning.thresholds import as_factors, thresholds
 from ..scaling.factors import ScalingFactors
 from ..sharding import Part, is_sharded, local, present_parameters, whole
-from ..slimming.origin import Origin
-from ..slimming.slim import SlimInfo, info_of
 from ..stepping.binding import is_capturing
 from ..stepping.regularizers import Polarization
+from .borders import apart, between, center_of, places
 from .pace import (
     FALL,
     cannot_move,
@@ -34,6 +32,7 @@ from .pace import (
     strength_for,
 )
 from .shortfall import Shortfall
+from .slim_form import SlimForm
 
 #: Optimizer steps that a training is taken to have where `steps` is not given.
 HORIZON = 1000
@@ -43,9 +42,6 @@ FIRST, LAST = 0.4, 0.7
 #: A factor up to the first is as good as at 0: in the first bin of the valley's histogram. One that
 #: is to go is pushed on until it is at the second.
 AT_ZERO, ARRIVED = 0.01, 0.001
-#: By what part of it a factor that is to go lies below those of its layer that stay. Equal ones,
-#: as at the clamp, would never part by themselves, and one push carries all of a crowd along.
-APART = 0.05
 #: What the live cut may lack, or the choice of before miss, before something is done about it.
 CLOSE = 0.003
 #: Where a prediction takes passes through the network, they are taken at one in so many looks.
@@ -79,15 +75,16 @@ class FlopsTarget(Polarization):
     - The share due rises from 0 to `cut` between four and seven tenths of the training: first the
       network learns.
     - λ starts from what a factor needs to fall to 0 in time, by the learning rate of the
-      optimizer's own parameter groups, and follows how fast factors do fall.
+      optimizer's own parameter groups, and follows how fast factors do fall. A factor counts as
+      gone where momentum will take it to 0.
 
     A training that falls behind, or ends elsewhere than at `cut`, warns: what lacks, and what to
     change. `print(reg)` says where it is.
 
-    Everything follows from γ and the gradients, so all processes of a data-parallel training agree
-    without talking to each other; sharded γ (`fully_shard`) are gathered every `every` steps. What
-    is steered are the factors of the step: `scales`, `scales.rebind(model)` or `scales.select(...)`
-    of these.
+    Everything follows from γ, their gradients and momentum, so all processes of a data-parallel
+    training agree without talking to each other; what is sharded (`fully_shard`) is gathered every
+    `every` steps. Steered are the factors of the step: `scales`, `scales.rebind(model)` or
+    `scales.select(...)` of these.
 
     Args:
         model, example_inputs, scales: as for `plan`; the model before it is sharded.
@@ -157,7 +154,7 @@ class FlopsTarget(Polarization):
             latency=latency,
         )
         self._what = NAMES[of]
-        self._followed: nn.Module | None = None  # the network's slim form, where that trains now
+        self._followed: SlimForm | None = None  # the network's slim form, where that trains now
         self._gone: set[str] = set()  # layers that this one has no more
         self._others = tuple(scales.others)
         self._steps, self._horizon = steps, steps or HORIZON
@@ -194,21 +191,8 @@ class FlopsTarget(Polarization):
         Raises:
             ArgumentError: `slim` was not made from that network.
         """
-        slim = unwrap(slim)
-        info, params = getattr(slim, "polarfast_info", None), present_parameters(slim)
-        origin = info.origin if isinstance(info, SlimInfo) else None
-        watched = self.predictor.watched()
-        for name, tensor in watched.items():
-            kept = {} if origin is None else origin.index.get(name, {})
-            last = int(kept[0].max()) if 0 in kept and kept[0].numel() else -1
-            size = kept[0].numel() if 0 in kept else tensor.numel()
-            if origin is None or name not in params or params[name].numel() != size:
-                last = tensor.numel()
-            if last >= tensor.numel():
-                raise ArgumentError(
-                    f"{name}: this network is no slim form of the one that FlopsTarget was made "
-                    f"with; give it what pf.shrink returns{misplaced(watched, slim)}"
-                )
+        form = SlimForm(slim, self.predictor.watched())
+        params = form.parameters()
         pruned = self.predictor.scales
         gone = {name for name in pruned if not params[name].numel()}
         if self._steered is not None and self.centers is not None:
@@ -217,10 +201,10 @@ class FlopsTarget(Polarization):
             self.centers = tuple(itertools.compress(self.centers, left))
             if self._before is not None:
                 self._before = torch.cat([*itertools.compress(self._before.split(sizes), left)])
-        self._followed, self._gone = slim, gone
+        self._followed, self._gone = form, gone
         factors = {name: params[name] for name in pruned if name not in gone}
         others = {name: params[name] for name in self._others if params[name].numel()}
-        return ScalingFactors(factors, others=others, residual=pruned.residual, model=slim)
+        return ScalingFactors(factors, others=others, residual=pruned.residual, model=form.model)
 
     @property
     def shrunk(self) -> bool:
@@ -297,7 +281,10 @@ class FlopsTarget(Polarization):
         compared = self.predictor.look()
         steered = {name: compared[name] for name in scales}
         self.live = self._live(compared, last)
-        rest = self._resting(steered, coasting(scales, optimizer))
+        far = coasting(scales, optimizer)
+        if self._followed is not None:
+            far = self._followed.spread(far, steered)
+        rest = {name: gamma - far.get(name, 0.0) for name, gamma in steered.items()}
         flat, coming = torch.cat(list(steered.values())), torch.cat(list(rest.values()))
         if self._before is not None:
             moved = (self._before - coming)[self._below_centers(steered) & (flat > ARRIVED)]
@@ -305,8 +292,13 @@ class FlopsTarget(Polarization):
         up = flat[flat > AT_ZERO]
         self._up = float(up.mean()) if up.numel() else 0.0
         self._fall = steps_to_fall(scales, optimizer, self._up, self._horizon)
-        self._choose(compared, steered, rest)
-        self._part_crowds(scales, steered, rest)
+        going = self._choose(compared, steered, rest)
+        assert self.centers is not None
+        for name, (near, size) in apart(steered, going, self.centers).items():
+            if scales[name].requires_grad:
+                self._move(name, scales[name], near, size)
+                rest[name] = rest[name] - near * (steered[name] - size)
+                steered[name] = torch.where(near, size, steered[name])
         flat = torch.cat(list(steered.values()))
         chosen = self._below_centers(steered)
         falling = flat[chosen & (flat > ARRIVED)]
@@ -331,7 +323,7 @@ class FlopsTarget(Polarization):
         leaks = {name: self._leaks[name] for name in scales if name in self._leaks}
         if not leaks:
             return
-        model = self._followed or self.predictor.model
+        model = self.predictor.model if self._followed is None else self._followed.model
         tensors: dict[str, Tensor] = {**present_parameters(model), **dict(model.named_buffers())}
         far = self._every * self._up / (FALL * self._horizon)
         gammas = whole({name: scales[name].detach() for name in leaks})
@@ -347,28 +339,8 @@ class FlopsTarget(Polarization):
         """Give the network that this was made with the γ and β that its slim form has now, where
         there is one (`follow`).
         """
-        if self._followed is None:
-            return
-        watched = self.predictor.watched()
-        present = present_parameters(self._followed)
-        now = whole({name: present[name].detach() for name in watched})
-        self._origin(self._followed).write_vectors(now, watched)
-
-    def _origin(self, slim: nn.Module) -> Origin:
-        origin = info_of(slim).origin
-        assert origin is not None  # `follow` checks
-        return origin
-
-    def _resting(
-        self, steered: Mapping[str, Tensor], far: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Where the factors come to rest if momentum carries them so `far`, by the channels of the
-        network that this was made with.
-        """
         if self._followed is not None:
-            spread = self._origin(self._followed).spread
-            far = {name: spread(name, part, steered[name]) for name, part in far.items()}
-        return {name: gamma - far.get(name, 0.0) for name, gamma in steered.items()}
+            self._followed.write_to(self.predictor.watched())
 
     def _below_centers(self, steered: Mapping[str, Tensor]) -> Tensor:
         """Which factors are to go, bool [n]."""
@@ -388,16 +360,19 @@ class FlopsTarget(Polarization):
 
     def _choose(
         self, compared: Mapping[str, Tensor], steered: Mapping[str, Tensor], rest: dict[str, Tensor]
-    ) -> None:
+    ) -> dict[str, Tensor]:
         """Set the centers such that what is below them cuts the share that will soon be due,
         together with what momentum takes to 0 (whose `rest` is there) in any case.
+
+        Returns:
+            Of each layer, which factors are to be pushed there, bool [C].
         """
         units = self._units(steered)
         ratio = torch.cat([gamma / units[name] for name, gamma in steered.items()])
-        far = torch.cat(list(rest.values()))
-        ratio = ratio * (far > 0)
+        coming = torch.cat(list(rest.values()))
+        ratio = ratio * (coming > 0)
         parts = [gamma.numel() for gamma in steered.values()]
-        ranked = dict(zip(steered, (_places(ratio, far) * (ratio > 0)).split(parts), strict=True))
+        ranked = dict(zip(steered, (places(ratio, coming) * (ratio > 0)).split(parts), strict=True))
         for name in self._staying & ranked.keys():
             ranked[name][ranked[name].argmax()] = float("inf")
         out = self._gone | steered.keys()
@@ -412,39 +387,26 @@ class FlopsTarget(Polarization):
             self._count = self.predictor.count_for(
                 due + self._off, {**compared, **ranked}, self._count, CLOSE, held, order
             )
-        last = _between(order, self._count)
-        self._going = {name: places <= last for name, places in ranked.items()}
-        border, centers = _between(ratio.sort().values, self._count), []
-        for name, gamma in steered.items():
-            stay = gamma[~self._going[name]]
-            least = float(stay.min()) if stay.numel() else float("inf")
-            centers.append(min(border * units[name], (1 - APART / 2) * least))
-        self.centers = tuple(centers)
+        last = between(order, self._count)
+        going = {name: place <= last for name, place in ranked.items()}
+        border = between(ratio.sort().values, self._count)
+        self.centers = tuple(
+            center_of(gamma, going[name], border * units[name]) for name, gamma in steered.items()
+        )
+        return {name: chosen & (rest[name] > 0) for name, chosen in going.items()}
 
     def _units(self, steered: Mapping[str, Tensor]) -> dict[str, float]:
         """What the factors of each layer are measured in when they are compared."""
         return {name: max(float(gamma.mean()), AT_ZERO) for name, gamma in steered.items()}
 
-    def _part_crowds(
-        self, scales: ScalingFactors, steered: dict[str, Tensor], rest: dict[str, Tensor]
-    ) -> None:
-        """Move factors that are to go a little below those of their layer that stay, so that a
-        center fits between.
-        """
-        assert self._part is not None and self.centers is not None
-        for (name, gamma), center in zip(scales.items(), self.centers, strict=True):
-            near = self._going[name] & (steered[name] > center) & (rest[name] > 0)
-            if not gamma.requires_grad or not near.any():
-                continue
-            low = center * (1 - APART) / (1 - APART / 2)
-            rest[name] = rest[name] - near * (steered[name] - low)
-            steered[name] = torch.where(near, low, steered[name])
-            if self._followed is not None:
-                index = self._origin(self._followed).index.get(name, {})
-                near = near[index[0]] if 0 in index else near
-            values: Tensor = local(gamma.detach())
-            held = self._part.of(gamma, near).to(values.device)
-            values[held] = low * values[held].sign()
+    def _move(self, name: str, gamma: Tensor, which: Tensor, size: float) -> None:
+        """Give those of a layer's factors [C] a size."""
+        assert self._part is not None  # of the scales that are steered
+        if self._followed is not None:
+            which = self._followed.part(name, which)
+        values: Tensor = local(gamma.detach())
+        which = self._part.of(gamma, which).to(values.device)
+        values.copy_(torch.where(which, values.sign() * size, values))
 
     def _change_strength(
         self, scales: ScalingFactors, optimizer: Optimizer, scale: Tensor | None
@@ -625,24 +587,6 @@ class FlopsTarget(Polarization):
         self._before = torch.tensor(state["before"], device="cpu") if state["before"] else None
         self._way, self._up, self._fall = state["way"], state["up"], state["fall"]
         self._warned = state["warned"]
-
-
-def _places(values: Tensor, then: Tensor) -> Tensor:
-    """The place of each value in the order of all, from 1; equal ones by what comes `then`."""
-    order = then.argsort(stable=True)
-    order = order[values[order].argsort(stable=True)]
-    places = torch.empty_like(values)
-    places[order] = torch.arange(1.0, values.numel() + 1)
-    return places
-
-
-def _between(order: Tensor, count: int) -> float:
-    """A border with `count` of these sorted values under it, and all that are equal to them."""
-    below = float(order[count - 1]) if count else -1.0
-    above = float(order[count]) if count < order.numel() else below + 1.0
-    if below < above:
-        return (below + min(above, below + 1.0)) / 2
-    return below
 
 
 def _check(cut: float, steps: int | None, every: int | None) -> None:

@@ -4,7 +4,8 @@ Four networks (a small residual one, ResNet-20, a VGG, MobileNetV2 with gates) �
 momentum, Adam × 150, 600 and 3,000 steps × 30, 50 and 70 % of the MACs. A training that ends more
 than a point off must have warned. Learning rates fall in a cosine to 0.
 
-    python benchmarks/bench_target.py [--steps 150 600] [--folder bench_target]
+    python benchmarks/bench_target.py [--steps 150 600] [--networks ResNet-20 …] [--seeds 0 1 …]
+        [--folder bench_target]
 
 About 3 hours in all on one core, 30 minutes without the 3,000 steps. Each result is a line of a
 file in the folder, so that a killed run goes on; the table is printed at the end.
@@ -93,9 +94,9 @@ NETWORKS = {
 }
 
 
-def network(name: str, example: Tensor) -> tuple[nn.Module, pf.ScalingFactors]:
+def network(name: str, example: Tensor, seed: int) -> tuple[nn.Module, pf.ScalingFactors]:
     """A fresh network and its scaling factors: γ at 0.5, or gates at 1."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = NETWORKS[name]()
     if "gates" in name:
         return model, pf.add_gates(model, example, residual="expand")
@@ -104,15 +105,15 @@ def network(name: str, example: Tensor) -> tuple[nn.Module, pf.ScalingFactors]:
     return model, scales
 
 
-def train(name: str, optimizer_name: str, steps: int, cut: float) -> dict[str, Any]:
+def train(name: str, optimizer_name: str, steps: int, cut: float, seed: int) -> dict[str, Any]:
     """One training: what was cut, whether it warned, accuracies before and after pruning."""
     images, labels = digits()
     example = images[:1]
-    model, scales = network(name, example)
+    model, scales = network(name, example, seed)
     reg = pf.FlopsTarget(model, example, scales, cut, steps=steps)
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     peak = optimizer.param_groups[0]["lr"]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     orders = (torch.randperm(TRAIN_IMAGES, generator=generator).split(BATCH) for _ in iter(int, 1))
     batches = itertools.islice(itertools.chain.from_iterable(orders), steps)
     start = time.perf_counter()
@@ -132,6 +133,7 @@ def train(name: str, optimizer_name: str, steps: int, cut: float) -> dict[str, A
         "optimizer": optimizer_name,
         "steps": steps,
         "cut": cut,
+        "seed": seed,
         "got": plan.flops_reduction,
         "warned": sum(str(w.message).startswith("FlopsTarget") for w in caught),
         "dense": accuracy(model, images, labels),
@@ -148,35 +150,42 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def table(results: Iterable[dict[str, Any]]) -> str:
-    """Markdown: a row for each network, optimizer and number of steps."""
-    rows: dict[tuple[str, str, int], dict[float, str]] = {}
+    """Markdown: a row for each network, optimizer, number of steps and seed."""
+    rows: dict[tuple[str, str, int, int], dict[float, str]] = {}
     for r in results:
         shown = f"{100 * r['got']:.1f}" + (" warned" if r["warned"] else "")
         cell = f"{shown} ({r['slim']:.1f})"
-        rows.setdefault((r["network"], r["optimizer"], r["steps"]), {})[r["cut"]] = cell
+        key = (r["network"], r["optimizer"], r["steps"], r["seed"])
+        rows.setdefault(key, {})[r["cut"]] = cell
     heads = " | ".join(f"asked {100 * cut:g} %" for cut in CUTS)
-    lines = [f"| network | optimizer | steps | {heads} |", "|---|---|---:|" + "---:|" * len(CUTS)]
-    for (name, optimizer, steps), cells in rows.items():
+    lines = [f"| network | optimizer | steps | seed | {heads} |"]
+    lines.append("|---|---|---:|---:|" + "---:|" * len(CUTS))
+    for (name, optimizer, steps, seed), cells in rows.items():
         shown = " | ".join(cells.get(cut, "") for cut in CUTS)
-        lines.append(f"| {name} | {optimizer} | {steps:,} | {shown} |")
+        lines.append(f"| {name} | {optimizer} | {steps:,} | {seed} | {shown} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, nargs="+", default=[150, 600, 3000])
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument(
+        "--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS)
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--folder", type=Path, default=Path("bench_target"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.folder.mkdir(parents=True, exist_ok=True)
     path = options.folder / "results.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    keys = {(r["network"], r["optimizer"], r["steps"], r["cut"]) for r in done}
-    for case in itertools.product(options.steps, NETWORKS, OPTIMIZERS, CUTS):
-        steps, name, optimizer, cut = case
-        if (name, optimizer, steps, cut) in keys:
+    keys = {(r["network"], r["optimizer"], r["steps"], r["cut"], r["seed"]) for r in done}
+    asked = (options.steps, options.networks, options.optimizers, CUTS, options.seeds)
+    for steps, name, optimizer, cut, seed in itertools.product(*asked):
+        if (name, optimizer, steps, cut, seed) in keys:
             continue
-        result = train(name, optimizer, steps, cut)
+        result = train(name, optimizer, steps, cut, seed)
         done.append(result)
         with path.open("a") as file:
             file.write(json.dumps(result) + "\n")

@@ -368,18 +368,19 @@ class FlopsTarget(Polarization):
             Of each layer, which factors are to be pushed there, bool [C].
         """
         units = self._units(steered)
-        ratio = torch.cat([gamma / units[name] for name, gamma in steered.items()])
-        coming = torch.cat(list(rest.values()))
-        ratio = ratio * (coming > 0)
-        parts = [gamma.numel() for gamma in steered.values()]
-        ranked = dict(zip(steered, (places(ratio, coming) * (ratio > 0)).split(parts), strict=True))
-        for name in self._staying & ranked.keys():
-            ranked[name][ranked[name].argmax()] = float("inf")
+        ratios = {name: gamma / units[name] * (rest[name] > 0) for name, gamma in steered.items()}
+        for name in self._staying & ratios.keys():
+            ratios[name][ratios[name].argmax()] = float("inf")
+        ratio = torch.cat(list(ratios.values()))
+        place = places(ratio, torch.cat(list(rest.values())))
+        place = place.where((ratio > 0) & ratio.isfinite(), ratio)
+        sizes = [gamma.numel() for gamma in steered.values()]
+        ranked = dict(zip(steered, place.split(sizes), strict=True))
         out = self._gone | steered.keys()
         others = {name: gamma for name, gamma in compared.items() if name not in out}
         held = thresholds(as_factors(others)) if others else {}
         held |= dict.fromkeys(self._gone, 0.0)
-        order = torch.cat(list(ranked.values())).sort().values
+        order = place.sort().values
         due = self.due(self._step + round(self._fall))
         if due <= 0.0:
             self._count = 0
@@ -388,7 +389,7 @@ class FlopsTarget(Polarization):
                 due + self._off, {**compared, **ranked}, self._count, CLOSE, held, order
             )
         last = between(order, self._count)
-        going = {name: place <= last for name, place in ranked.items()}
+        going = {name: each <= last for name, each in ranked.items()}
         border = between(ratio.sort().values, self._count)
         self.centers = tuple(
             center_of(gamma, going[name], border * units[name]) for name, gamma in steered.items()

@@ -217,7 +217,7 @@ class CutPredictor:
         if order is None:
             ranked = [values for name, values in compared.items() if name not in held]
             order = torch.cat(ranked).sort().values
-        share = self._shares(compared, order, held)
+        share, usual = self._shares(compared, order, held), min(usual, order.numel())
         if usual and abs(share(usual) - cut) <= slack:
             return usual  # whatever the best may be
         low, high = 0, max(int(order.isfinite().sum()) - 1, 0)

@@ -191,7 +191,7 @@ def magnitudes(
 
 @torch.no_grad()
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same numbers in float32 on the CPU: one copy from each device, and for sharded tensors
+    """Rounded to float32, on the CPU: one copy from each device, and for sharded tensors
     one collective.
     """
     plain = whole({name: tensor.detach() for name, tensor in tensors.items()})

@@ -15,12 +15,25 @@ from torch import Tensor
 APART = 0.05
 
 
+def resting(
+    gammas: Mapping[str, Tensor], far: Mapping[str, Tensor], clamped: bool
+) -> dict[str, Tensor]:
+    """Where momentum takes the sizes of factors, name -> [C]; below 0, a clamp will hold them there.
+    Without one they go through 0 and end on the other side.
+
+    Args:
+        far: how far it carries them towards 0, of the layers that have momentum.
+    """
+    ends = {name: gamma - far.get(name, 0.0) for name, gamma in gammas.items()}
+    return ends if clamped else {name: end.abs() for name, end in ends.items()}
+
+
 def places(values: Tensor, then: Tensor) -> Tensor:
     """The place of each value in the order of all, from 1; equal ones by what comes `then`."""
     order = then.argsort(stable=True)
     order = order[values[order].argsort(stable=True)]
     found = torch.empty_like(values)
-    found[order] = torch.arange(1.0, values.numel() + 1)
+    found[order] = torch.arange(1, values.numel() + 1).to(values)
     return found
 
 

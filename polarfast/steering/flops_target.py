@@ -20,7 +20,7 @@ from ..scaling.factors import ScalingFactors
 from ..sharding import Part, is_sharded, local, present_parameters, whole
 from ..stepping.binding import is_capturing
 from ..stepping.regularizers import Polarization
-from .borders import apart, between, center_of, places
+from .borders import apart, between, center_of, places, resting
 from .pace import (
     FALL,
     cannot_move,
@@ -72,11 +72,12 @@ class FlopsTarget(Polarization):
       with c such that removing all up to their centers cuts the share due, as predicted from the
       γ of the moment. (An equal comparison over all layers empties whole layers, whose factors
       happen to drift down together.) A layer that must not be emptied keeps its largest factor.
+      Factors to go that are next to equal to some that stay are set up to 5 % lower, so that a
+      center fits between.
     - The share due rises from 0 to `cut` between four and seven tenths of the training: first the
       network learns.
-    - λ starts from what a factor needs to fall to 0 in time, by the learning rate of the
-      optimizer's own parameter groups, and follows how fast factors do fall. A factor counts as
-      gone where momentum will take it to 0.
+    - λ starts from what a factor needs to fall to 0 in time, by the learning rate of its parameter
+      group, and follows how fast factors do fall. Where momentum will take it to 0, it is gone.
 
     A training that falls behind, or ends elsewhere than at `cut`, warns: what lacks, and what to
     change. `print(reg)` says where it is.
@@ -164,7 +165,7 @@ class FlopsTarget(Polarization):
         self._step, self._looked = 0, -1
         self._estimate = 0.0  # λ at first; 0: not known yet
         self._count = 0  # factors to go
-        self._before: Tensor | None = None  # their factors at the last look, one after the other
+        self._before: Tensor | None = None  # where their factors came to rest at the last look
         self._off = 0.0  # by how much rough predictions are
         self._fall = FALL * self._horizon  # steps in which a factor is to fall to 0
         self._speed = 0.0  # by which factors that are to go have fallen a step, since then
@@ -199,6 +200,7 @@ class FlopsTarget(Polarization):
             sizes = [pruned[name].numel() for name in self._steered if name not in self._gone]
             left = [name not in gone for name in self._steered if name not in self._gone]
             self.centers = tuple(itertools.compress(self.centers, left))
+            self._count -= min(sum(sizes) - sum(itertools.compress(sizes, left)), self._count)
             if self._before is not None:
                 self._before = torch.cat([*itertools.compress(self._before.split(sizes), left)])
         self._followed, self._gone = form, gone
@@ -223,9 +225,7 @@ class FlopsTarget(Polarization):
         optimizer: Optimizer,
         scale: Tensor | None = None,
     ) -> None:
-        """Called by `pf.step` and attached optimizers before λ·∂R_s is added to γ.grad: looks at
-        the γ now and then.
-        """
+        """Called before λ·∂R_s is added to γ.grad: looks at the γ now and then, and parts some."""
         if self.weights is not None or self.per_layer:
             raise ArgumentError(
                 "FlopsTarget has its own center of each layer and no layer weights: leave weights= "
@@ -284,7 +284,7 @@ class FlopsTarget(Polarization):
         far = coasting(scales, optimizer)
         if self._followed is not None:
             far = self._followed.spread(far, steered)
-        rest = {name: gamma - far.get(name, 0.0) for name, gamma in steered.items()}
+        rest = resting(steered, far, clamped=self.upper is not None)
         flat, coming = torch.cat(list(steered.values())), torch.cat(list(rest.values()))
         if self._before is not None:
             moved = (self._before - coming)[self._below_centers(steered) & (flat > ARRIVED)]
@@ -362,15 +362,16 @@ class FlopsTarget(Polarization):
         self, compared: Mapping[str, Tensor], steered: Mapping[str, Tensor], rest: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Set the centers such that what is below them cuts the share that will soon be due,
-        together with what momentum takes to 0 (whose `rest` is there) in any case.
-
-        Returns:
-            Of each layer, which factors are to be pushed there, bool [C].
+        together with what momentum takes to 0 (whose `rest` is there) in any case. Returns which
+        factors of each layer are to be pushed, bool [C].
         """
         units = self._units(steered)
         ratios = {name: gamma / units[name] * (rest[name] > 0) for name, gamma in steered.items()}
-        for name in self._staying & ratios.keys():
-            ratios[name][ratios[name].argmax()] = float("inf")
+        for name in ratios:
+            if self._steered is not None and not self._steered[name].requires_grad:
+                ratios[name].fill_(float("inf"))  # frozen: no step moves them
+            elif name in self._staying:
+                ratios[name][rest[name].argmax()] = float("inf")
         ratio = torch.cat(list(ratios.values()))
         place = places(ratio, torch.cat(list(rest.values())))
         place = place.where((ratio > 0) & ratio.isfinite(), ratio)
@@ -388,6 +389,7 @@ class FlopsTarget(Polarization):
             self._count = self.predictor.count_for(
                 due + self._off, {**compared, **ranked}, self._count, CLOSE, held, order
             )
+            self._count = max(self._count, int((order <= 0).sum()))  # what is at 0 is held there
         last = between(order, self._count)
         going = {name: each <= last for name, each in ranked.items()}
         border = between(ratio.sort().values, self._count)
@@ -549,7 +551,7 @@ class FlopsTarget(Polarization):
             "off": self._off,
             "count": self._count,
             "centers": list(self.centers or ()),
-            "before": [] if self._before is None else self._before.tolist(),
+            "rest": [] if self._before is None else self._before.tolist(),
             "speed": self._speed,
             "way": self._way,
             "up": self._up,
@@ -574,7 +576,7 @@ class FlopsTarget(Polarization):
                     f"FlopsTarget with {name}={state[name]!r}"
                 )
         left = {n: g for n, g in self.predictor.scales.items() if n not in self._gone}
-        mine, theirs = sum(gamma.numel() for gamma in left.values()), len(state["before"])
+        mine, theirs = sum(gamma.numel() for gamma in left.values()), len(state["rest"])
         if theirs > mine:
             raise ArgumentError(
                 f"state is of {theirs} scaling factors, and this FlopsTarget has {mine}: make it "
@@ -585,7 +587,8 @@ class FlopsTarget(Polarization):
         self.live, self._count, self._speed = state["live"], state["count"], state["speed"]
         self._off = state["off"]
         self.centers = tuple(state["centers"]) or None
-        self._before = torch.tensor(state["before"], device="cpu") if state["before"] else None
+        before = torch.tensor(state["rest"], device="cpu", dtype=torch.float32)
+        self._before = before if len(before) else None
         self._way, self._up, self._fall = state["way"], state["up"], state["fall"]
         self._warned = state["warned"]
 

@@ -74,11 +74,13 @@ def coasting(scales: ScalingFactors, optimizer: Optimizer) -> dict[str, Tensor]:
     for group in groups_of(scales, optimizer):
         momentum = momentum_of(group)
         part = momentum / (1 - momentum) * (momentum if group.get("nesterov") else 1.0)
-        reach |= dict.fromkeys(map(id, group["params"]), float(group["lr"]) * part)
+        rate = 1.0 if group.get("lr_in_momentum") else float(group["lr"])  # timm's RMSpropTF
+        reach |= dict.fromkeys(map(id, group["params"]), rate * part)
     buffers = {
         name: gamma.detach().sign() * buffer.detach() * reach[id(gamma)]
         for name, gamma in scales.items()
-        if isinstance(buffer := optimizer.state.get(gamma, {}).get("momentum_buffer"), Tensor)
+        if gamma.requires_grad  # the buffer of one that was frozen moves nothing
+        and isinstance(buffer := optimizer.state.get(gamma, {}).get("momentum_buffer"), Tensor)
     }
     return on_cpu(buffers)
 

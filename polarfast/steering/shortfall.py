@@ -19,7 +19,8 @@ class Shortfall:
         what: what the share is of.
         cut, live: asked for, and what pruning now would cut.
         arrived: whether all γ that are to go are at 0.
-        way, speed: how far the γ that are to go are from 0 on average, and fall a step.
+        way, speed: how far the γ that are to go are from 0 on average (all, where none is chosen
+            yet), and fall a step.
         up: the mean of all γ that are not at 0.
         rate: the largest learning rate of any of them.
         dtype: of γ.

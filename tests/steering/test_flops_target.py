@@ -431,3 +431,93 @@ def test_epochs_given_as_steps_are_told_of():
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     with pytest.warns(UserWarning, match=r"steps=9 is short: epochs \* len\(loader\) are meant"):
         train(model, lambda: pf.step(optimizer, scales, reg), optimizer, 9)
+
+
+def one_step(model, scales, reg, optimizer):
+    optimizer.zero_grad()
+    model(IMAGES[:8].to(next(model.parameters()))).square().mean().backward()
+    pf.step(optimizer, scales, reg)
+
+
+def test_in_the_user_s_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = plain()
+        scales = pf.scaling_factors(model, X.double())
+        reg = pf.FlopsTarget(model, X.double(), scales, 0.5, steps=10)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        for _ in range(6):
+            one_step(model, scales, reg, optimizer)
+        again = pf.FlopsTarget(model, X.double(), scales, 0.5, steps=10)
+        again.load_state_dict(reg.state_dict())
+        assert again._before.dtype == reg._before.dtype == torch.float32
+        assert again.state_dict() == reg.state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_momentum_of_a_frozen_factor_takes_it_nowhere():
+    model, scales = make(plain)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    first, *_ = scales.values()
+    optimizer.zero_grad()
+    first.grad = torch.ones_like(first)  # enough to carry it far below 0
+    optimizer.step()
+    first.requires_grad_(False)
+    with pytest.warns(UserWarning, match="have frozen γ"):
+        reg = pf.FlopsTarget(model, X, scales, 0.4, steps=60)
+    train(model, lambda: pf.step(optimizer, scales, reg), optimizer, 60)
+    assert (first == first[0]).all() and abs(reg.live - 0.4) < 0.02
+
+
+@pytest.mark.parametrize("upper", [1.0, None])
+def test_without_a_clamp_momentum_carries_factors_through_zero(upper):
+    """Then they are not gone: they end as large on the other side."""
+    model, scales = make(plain)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    reg = pf.FlopsTarget(model, X, scales, 0.5, steps=10, upper=upper)
+    reg.load_state_dict({**reg.state_dict(), "step": 6})
+    one_step(model, scales, reg, optimizer)
+    first, *_ = scales.values()
+    optimizer.state[first]["momentum_buffer"].fill_(2.0)
+    first.data.fill_(0.4)
+    reg.load_state_dict({**reg.state_dict(), "step": 7})
+    one_step(model, scales, reg, optimizer)
+    assert (reg._count >= first.numel()) == (upper is not None)
+    assert upper is not None or reg.centers[0] < 0.4
+
+
+def test_what_is_gone_is_counted_no_more_after_shrinking():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 16, 3, padding=1)
+            self.blocks = nn.ModuleList(
+                nn.Sequential(*conv_bn(16, 32), nn.ReLU(), nn.Conv2d(32, 16, 1)) for _ in range(3)
+            )
+
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = F.relu(x + block(x))
+            return x.mean((2, 3))
+
+    model, scales = make(Wide)
+    reg = pf.FlopsTarget(model, X, scales, 0.7, steps=10)
+    reg.load_state_dict({**reg.state_dict(), "step": 6})
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    with torch.no_grad():
+        for name in list(scales)[:2]:
+            scales[name].zero_()
+            model.get_parameter(name.replace("weight", "bias")).zero_()
+    one_step(model, scales, reg, optimizer)
+    gone = sum(gamma.numel() for gamma in list(scales.values())[:2])
+    count = reg._count
+    assert count >= gone
+    now = pf.plan(model, X, scales, "fixed", value=0.0)
+    slim = pf.shrink(model, optimizer, now)
+    scales = reg.follow(slim)
+    if len(scales) == 1:  # both layers are no more
+        assert reg._count == count - gone
+    one_step(slim, scales, reg, optimizer)
+    assert reg.live >= now.flops_reduction - 0.01

@@ -18,8 +18,8 @@ APART = 0.05
 def resting(
     gammas: Mapping[str, Tensor], far: Mapping[str, Tensor], clamped: bool
 ) -> dict[str, Tensor]:
-    """Where momentum takes the sizes of factors, name -> [C]; below 0, a clamp will hold them there.
-    Without one they go through 0 and end on the other side.
+    """Where momentum takes the sizes of factors, name -> [C]. Below 0 a clamp holds them there;
+    without one they end on the other side.
 
     Args:
         far: how far it carries them towards 0, of the layers that have momentum.

@@ -284,7 +284,7 @@ class FlopsTarget(Polarization):
         far = coasting(scales, optimizer)
         if self._followed is not None:
             far = self._followed.spread(far, steered)
-        rest = resting(steered, far, clamped=self.upper is not None)
+        rest = resting(steered, far, self.upper is not None)
         flat, coming = torch.cat(list(steered.values())), torch.cat(list(rest.values()))
         if self._before is not None:
             moved = (self._before - coming)[self._below_centers(steered) & (flat > ARRIVED)]
@@ -394,7 +394,7 @@ class FlopsTarget(Polarization):
         going = {name: each <= last for name, each in ranked.items()}
         border = between(ratio.sort().values, self._count)
         self.centers = tuple(
-            center_of(gamma, going[name], border * units[name]) for name, gamma in steered.items()
+            center_of(g, going[name], border * units[name]) for name, g in steered.items()
         )
         return {name: chosen & (rest[name] > 0) for name, chosen in going.items()}
 
@@ -490,7 +490,6 @@ class FlopsTarget(Polarization):
             )
 
     # --- the penalty's value, what people see, checkpoints
-
     def _sum(
         self, layers: list[Tensor], weights: tuple[float, ...], tilts: tuple[float, ...]
     ) -> Tensor:

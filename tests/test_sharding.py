@@ -123,7 +123,7 @@ def test_steering_to_a_share_equals_one_process(case: str, results: Any) -> None
         torch.testing.assert_close(rank["value"], alone["value"], rtol=0, atol=1e-5)
         for what in ("step", "count", "live", "warned"):
             assert rank["state"][what] == alone["state"][what]
-        for what in ("lam", "estimate", "centers", "before", "speed", "way"):
+        for what in ("lam", "estimate", "centers", "rest", "speed", "way"):
             assert rank["state"][what] == pytest.approx(alone["state"][what], rel=1e-4, abs=1e-5)
 
 

@@ -5,7 +5,7 @@ momentum, Adam × 150, 600 and 3,000 steps × 30, 50 and 70 % of the MACs. A tra
 than a point off must have warned. Learning rates fall in a cosine to 0.
 
     python benchmarks/bench_target.py [--steps 150 600] [--networks ResNet-20 …] [--seeds 0 1 …]
-        [--folder bench_target]
+        [--optimizers "SGD, lr 0.1" …] [--folder bench_target]
 
 About 3 hours in all on one core, 30 minutes without the 3,000 steps. Each result is a line of a
 file in the folder, so that a killed run goes on; the table is printed at the end.

@@ -50,6 +50,22 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(tensors, _Gather.apply(sharding, shapes, *parts), strict=True))
 
 
+@torch.no_grad()
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rounded to float32, on the CPU: one copy from each device, and for sharded tensors
+    one collective.
+    """
+    plain = whole({name: tensor.detach() for name, tensor in tensors.items()})
+    found = {}
+    for device in {tensor.device for tensor in plain.values()}:
+        here = {name: tensor for name, tensor in plain.items() if tensor.device == device}
+        flat = torch.cat([tensor.reshape(-1).float() for tensor in here.values()]).cpu()
+        parts = flat.split([tensor.numel() for tensor in here.values()])
+        for (name, tensor), part in zip(here.items(), parts, strict=True):
+            found[name] = part.view(tensor.shape)
+    return {name: found[name] for name in tensors}
+
+
 def overlap(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """The names of two tensors that have memory in common (one name twice: its elements have it
     among themselves); None: there are none. Of sharded ones, what this process holds counts.

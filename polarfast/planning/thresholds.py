@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, ScalingFactorError, ThresholdError
 from ..scaling.factors import ScalingFactors
-from ..sharding import whole
+from ..sharding import on_cpu, whole
 from ..stepping.binding import Binding
 from .limits import bound_of
 
@@ -187,22 +187,6 @@ def magnitudes(
             )
         found[name] = score
     return found
-
-
-@torch.no_grad()
-def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rounded to float32, on the CPU: one copy from each device, and for sharded tensors
-    one collective.
-    """
-    plain = whole({name: tensor.detach() for name, tensor in tensors.items()})
-    found = {}
-    for device in {tensor.device for tensor in plain.values()}:
-        here = {name: tensor for name, tensor in plain.items() if tensor.device == device}
-        flat = torch.cat([tensor.reshape(-1).float() for tensor in here.values()]).cpu()
-        parts = flat.split([tensor.numel() for tensor in here.values()])
-        for (name, tensor), part in zip(here.items(), parts, strict=True):
-            found[name] = part.view(tensor.shape)
-    return {name: found[name] for name in tensors}
 
 
 def _check_names(scales: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:

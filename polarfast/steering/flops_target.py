@@ -220,12 +220,11 @@ class FlopsTarget(Polarization):
     # --- what a training step calls
 
     def steer(
-        self,
-        scales: ScalingFactors,
-        optimizer: Optimizer,
-        scale: Tensor | None = None,
+        self, scales: ScalingFactors, optimizer: Optimizer, scale: Tensor | None = None
     ) -> None:
-        """Called before λ·∂R_s is added to γ.grad: looks at the γ now and then, and parts some."""
+        """Called by `pf.step` and attached optimizers before λ·∂R_s is added to γ.grad: looks at
+        the γ now and then, and parts some that are next to equal.
+        """
         if self.weights is not None or self.per_layer:
             raise ArgumentError(
                 "FlopsTarget has its own center of each layer and no layer weights: leave weights= "
@@ -270,11 +269,7 @@ class FlopsTarget(Polarization):
 
     @torch.no_grad()
     def _look(
-        self,
-        scales: ScalingFactors,
-        optimizer: Optimizer,
-        scale: Tensor | None,
-        last: bool,
+        self, scales: ScalingFactors, optimizer: Optimizer, scale: Tensor | None, last: bool
     ) -> None:
         """Set the centers and λ from the γ of the moment."""
         self.keep_up()
@@ -295,10 +290,9 @@ class FlopsTarget(Polarization):
         going = self._choose(compared, steered, rest)
         assert self.centers is not None
         for name, (near, size) in apart(steered, going, self.centers).items():
-            if scales[name].requires_grad:
-                self._move(name, scales[name], near, size)
-                rest[name] = rest[name] - near * (steered[name] - size)
-                steered[name] = torch.where(near, size, steered[name])
+            self._move(name, scales[name], near, size)
+            rest[name] = rest[name] - near * (steered[name] - size)
+            steered[name] = torch.where(near, size, steered[name])
         flat = torch.cat(list(steered.values()))
         chosen = self._below_centers(steered)
         falling = flat[chosen & (flat > ARRIVED)]
@@ -367,21 +361,21 @@ class FlopsTarget(Polarization):
         """
         units = self._units(steered)
         ratios = {name: gamma / units[name] * (rest[name] > 0) for name, gamma in steered.items()}
-        for name in ratios:
+        for name, each in ratios.items():
             if self._steered is not None and not self._steered[name].requires_grad:
-                ratios[name].fill_(float("inf"))  # frozen: no step moves them
-            elif name in self._staying:
-                ratios[name][rest[name].argmax()] = float("inf")
+                ratios[name] = torch.where(steered[name] > AT_ZERO, math.inf, 0.0)  # as they are
+            elif name in self._staying:  # the largest of those that momentum does not take
+                each[(each if each.any() else rest[name]).argmax()] = math.inf
         ratio = torch.cat(list(ratios.values()))
-        place = places(ratio, torch.cat(list(rest.values())))
-        place = place.where((ratio > 0) & ratio.isfinite(), ratio)
+        order = places(ratio, torch.cat(list(rest.values())))
+        order = order.where((ratio > 0) & ratio.isfinite(), ratio)
         sizes = [gamma.numel() for gamma in steered.values()]
-        ranked = dict(zip(steered, place.split(sizes), strict=True))
+        ranked = dict(zip(steered, order.split(sizes), strict=True))
         out = self._gone | steered.keys()
         others = {name: gamma for name, gamma in compared.items() if name not in out}
         held = thresholds(as_factors(others)) if others else {}
         held |= dict.fromkeys(self._gone, 0.0)
-        order = place.sort().values
+        order = order.sort().values
         due = self.due(self._step + round(self._fall))
         if due <= 0.0:
             self._count = 0
@@ -391,12 +385,12 @@ class FlopsTarget(Polarization):
             )
             self._count = max(self._count, int((order <= 0).sum()))  # what is at 0 is held there
         last = between(order, self._count)
-        going = {name: each <= last for name, each in ranked.items()}
+        going = {name: place <= last for name, place in ranked.items()}
         border = between(ratio.sort().values, self._count)
         self.centers = tuple(
             center_of(g, going[name], border * units[name]) for name, g in steered.items()
         )
-        return {name: chosen & (rest[name] > 0) for name, chosen in going.items()}
+        return {name: chosen & (ratios[name] > 0) for name, chosen in going.items()}
 
     def _units(self, steered: Mapping[str, Tensor]) -> dict[str, float]:
         """What the factors of each layer are measured in when they are compared."""
@@ -490,6 +484,7 @@ class FlopsTarget(Polarization):
             )
 
     # --- the penalty's value, what people see, checkpoints
+
     def _sum(
         self, layers: list[Tensor], weights: tuple[float, ...], tilts: tuple[float, ...]
     ) -> Tensor:

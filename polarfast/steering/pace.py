@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..planning.thresholds import on_cpu
 from ..scaling.factors import ScalingFactors
-from ..sharding import Part, local
+from ..sharding import Part, local, on_cpu
 
 #: The part of the training in which a factor is to fall to 0, from when it is chosen; and the
 #: largest that this may be, where an optimizer cannot move it as fast.
@@ -67,8 +66,8 @@ def coasting(scales: ScalingFactors, optimizer: Optimizer) -> dict[str, Tensor]:
 
     SGD's update is lr·b, b ← μ·b + gradient; without gradients it adds up to lr·b·μ/(1 − μ) (with
     Nesterov's form, μ times that). Where a factor will come to rest therefore moves by lr/(1 − μ)
-    times the gradient in every step, without the delay with which the factor itself does. (Adam
-    carries by some 9 lr at most, which is next to nothing.)
+    times the gradient in every step, without the delay with which the factor itself does. (Adam,
+    which carries by some 9 lr at most, is not reckoned with.)
     """
     reach: dict[int, float] = {}
     for group in groups_of(scales, optimizer):

@@ -59,4 +59,4 @@ class SlimForm:
     def part(self, name: str, full: Tensor) -> Tensor:
         """Of a γ, the values [C] of the channels that are here."""
         index = self._origin.index.get(name, {})
-        return full[index[0]] if 0 in index else full
+        return full[index[0].to(full.device)] if 0 in index else full

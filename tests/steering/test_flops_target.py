@@ -6,11 +6,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.nets import Residual, chain, conv_bn
 from torch import nn
 
 import polarfast as pf
 from polarfast.planning import selection
+from polarfast.steering.borders import APART
 from polarfast.steering.shortfall import Shortfall
 
 torch.manual_seed(0)
@@ -470,6 +473,42 @@ def test_momentum_of_a_frozen_factor_takes_it_nowhere():
     assert (first == first[0]).all() and abs(reg.live - 0.4) < 0.02
 
 
+def test_frozen_factors_at_zero_count_as_cut():
+    """And those that are not stay: the others make for what lacks."""
+    model, scales = make(plain)
+    first, *_ = scales.values()
+    with torch.no_grad():
+        first[:8] = 0
+    first.requires_grad_(False)
+    with pytest.warns(UserWarning, match="have frozen γ"):
+        reg = pf.FlopsTarget(model, X, scales, 0.5, steps=150)
+    optimizer = sgd(model)
+    train(model, lambda: pf.step(optimizer, scales, reg), optimizer, 150)
+    assert (first[:8] == 0).all() and (first[8:] == 0.5).all() and abs(reg.live - 0.5) < 0.02
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 999), st.sampled_from([0.4, 0.9]))
+def test_a_look_moves_no_factor_far(seed, cut):
+    """Whatever sizes and momentum they have, and where a layer must keep one."""
+    model, scales = make(plain)
+    reg = pf.FlopsTarget(model, X, scales, cut, steps=100)
+    assert reg._staying == set(scales)
+    reg.load_state_dict({**reg.state_dict(), "step": 60})
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.tensor([0.0, 0.02, 0.3, 0.5, 0.5001, 1.0])
+    for gamma in scales.values():
+        gamma.data.copy_(sizes[torch.randint(len(sizes), gamma.shape, generator=generator)])
+        gamma.grad = torch.zeros_like(gamma)
+        speed = torch.randn(gamma.shape, generator=generator)
+        optimizer.state[gamma]["momentum_buffer"] = speed
+    before = torch.cat([gamma.detach().clone() for gamma in scales.values()])
+    reg.steer(scales, optimizer)
+    now = torch.cat([gamma.detach() for gamma in scales.values()])
+    assert reg._count and (now <= before).all() and (now >= (1 - APART) * before - 1e-6).all()
+
+
 @pytest.mark.parametrize("upper", [1.0, None])
 def test_without_a_clamp_momentum_carries_factors_through_zero(upper):
     """Then they are not gone: they end as large on the other side."""
@@ -517,7 +556,6 @@ def test_what_is_gone_is_counted_no_more_after_shrinking():
     now = pf.plan(model, X, scales, "fixed", value=0.0)
     slim = pf.shrink(model, optimizer, now)
     scales = reg.follow(slim)
-    if len(scales) == 1:  # both layers are no more
-        assert reg._count == count - gone
+    assert len(scales) == 1 and reg._count == count - gone  # both layers are no more
     one_step(slim, scales, reg, optimizer)
     assert reg.live >= now.flops_reduction - 0.01
